@@ -1,0 +1,8 @@
+"""Everything about visual tokens: the methods, their names and their configuration."""
+
+from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.config import ReductionConfig
+from llava.reduction.encoder import prumerge as _prumerge  # noqa: F401  (registers the method)
+from llava.reduction.registry import available, build, register
+
+__all__ = ["ReductionConfig", "VisionFeatures", "VisualTokens", "available", "build", "register"]

@@ -1,0 +1,137 @@
+"""What passes between the model and a reducer, and one base class a site.
+
+Shapes, here and in every reducer: N images (tiles count as images), P patches, M kept tokens, C vision width,
+D language-model width, h x w the grid of patches (P = h * w).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class VisionFeatures:
+    """Output of the vision tower for N images.
+
+    Only `features` is always there. The rest is computed where the reducer names it in `needs`.
+
+    Attributes:
+        features: [N, P, C], the selected hidden state without CLS.
+        grid: (h, w), rows and columns of the patches.
+        keys: [N, 1 + P, C], output of the last block's key projection, CLS first (no CLS row for a tower without it).
+        queries: [N, 1 + P, C], the same for the queries; a reducer that needs `cls_query` reads row 0 only and
+            may be handed [N, 1, C].
+        hidden_states: block number -> [N, P, C], output of that many blocks, without CLS.
+        text: [N, E], the embedding of the text that goes with each image.
+    """
+
+    features: Tensor
+    grid: tuple[int, int] | None = None
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
+    text: Tensor | None = None
+
+
+@dataclass
+class VisualTokens:
+    """Tokens that stand for N images, ragged where images keep different numbers.
+
+    Attributes:
+        features: [N, M, C]; rows beyond an image's count are zero.
+        mask: [N, M] bool, True at real tokens, which come first in each row; None where all are real.
+        source: [N, M] int64, the patch each token came from, in raster order of the grid; -1 for an aggregate of
+            several patches and for rows beyond the count. None where token i is patch i.
+    """
+
+    features: Tensor
+    mask: Tensor | None = None
+    source: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens an image, [N] int64."""
+        if self.mask is None:
+            n, m = self.features.shape[:2]
+            return torch.full((n,), m, device=self.features.device)
+        return self.mask.sum(dim=1)
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of a method. Subclasses add one typed field an option."""
+
+    @classmethod
+    def parse(cls, method: str, given: Mapping[str, Any]) -> Options:
+        """Build from a mapping.
+
+        Raises:
+            ValueError: an unknown option (the known ones are listed) or a value out of range.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(
+                f"method '{method}' has no option {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}"
+            )
+        options = cls(**given)
+        options.validate(method)
+        return options
+
+    def validate(self, method: str) -> None:
+        """Raise ValueError for a value that the method cannot work with."""
+
+
+def check_choice(method: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"method '{method}': {option}={value!r} is not known; choose one of: {', '.join(allowed)}")
+
+
+def check_fraction(method: str, option: str, value: object) -> None:
+    """Raise ValueError unless `value` is None or a number in (0, 1]."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"method '{method}': {option}={value!r} must be a number above 0 and at most 1, or null")
+
+
+class Reducer(nn.Module):
+    """A method of reduction: an options class, and a `forward` that its site defines."""
+
+    Options: ClassVar[type[Options]] = Options
+    # Names of the VisionFeatures that the method reads besides `features`: keys, queries, cls_query, text.
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__()
+        self.options = options if options is not None else self.Options()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.options))
+
+
+class EncoderReducer(Reducer, abc.ABC):
+    """Acts on the vision tower's output, before the projector."""
+
+    @abc.abstractmethod
+    def forward(self, vision: VisionFeatures) -> VisualTokens:
+        """[N, P, C] patches in, [N, M, C] tokens out."""
+
+
+class ProjectorReducer(Reducer, abc.ABC):
+    """Is the projector: fewer tokens out than patches in, at the language model's width."""
+
+    @abc.abstractmethod
+    def forward(self, vision: VisionFeatures) -> VisualTokens:
+        """[N, P, C] patches in, [N, M, D] tokens out."""
+
+
+class DecoderReducer(Reducer, abc.ABC):
+    """Drops image tokens between layers of the language model."""

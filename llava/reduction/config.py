@@ -1,0 +1,119 @@
+"""Which method works at which site. Kept in a model's config.json under the key `reduction`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from llava.reduction.base import Reducer
+from llava.reduction.registry import SITES, build, method_class, site_of
+
+# Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio).
+LEGACY_TRIM_KEY = "mm_vision_token_reduce_func"
+
+
+@dataclass(frozen=True)
+class ReductionConfig:
+    """Method and options for each site; an empty mapping means none.
+
+    Examples:
+        >>> ReductionConfig.parse("prumerge").to_dict()
+        {'encoder': {'name': 'prumerge'}}
+        >>> bool(ReductionConfig.parse(None))
+        False
+    """
+
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    projector: Mapping[str, Any] = field(default_factory=dict)
+    decoder: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for site in SITES:
+            method = _method_mapping(site, getattr(self, site))
+            object.__setattr__(self, site, method)
+            if method:
+                options = {k: v for k, v in method.items() if k != "name"}
+                method_class(method["name"], site).Options.parse(method["name"], options)
+
+    @classmethod
+    def parse(cls, value: ReductionConfig | Mapping[str, Any] | str | None) -> ReductionConfig:
+        """Read any of the forms in which a user may give it.
+
+        Args:
+            value: None or "none"; a method's name; a mapping from site to a name or to {name, **options}; a mapping
+                {name, **options} of one method; or such a mapping as JSON or YAML text.
+
+        Raises:
+            ValueError: unknown site, method or option.
+        """
+        if isinstance(value, ReductionConfig):
+            return value
+        if isinstance(value, str):
+            value = _parse_text(value)
+        if value is None:
+            return cls()
+        if not isinstance(value, Mapping):
+            raise ValueError(f"reduction={value!r}: expected a method's name or a mapping {{site: {{name: ...}}}}")
+        if "name" in value:
+            value = {site_of(method_class(str(value["name"]))): value}
+        unknown = sorted(map(str, set(value) - set(SITES)))
+        if unknown:
+            raise ValueError(f"reduction: unknown site {', '.join(unknown)}; the sites are: {', '.join(SITES)}")
+        return cls(**{site: method for site, method in value.items() if method is not None})
+
+    @classmethod
+    def of_model(cls, config: object) -> ReductionConfig:
+        """What a model's config asks for: its key `reduction`, else a key of the methods' releases."""
+        own = getattr(config, "reduction", None)
+        if own is not None:
+            return cls.parse(own)
+        return cls.parse(_parse_legacy(getattr(config, LEGACY_TRIM_KEY, None)))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The sites in use, as plain JSON data; `parse` reads it back."""
+        return {site: dict(getattr(self, site)) for site in SITES if getattr(self, site)}
+
+    def __bool__(self) -> bool:
+        return bool(self.to_dict())
+
+    def build(self, site: str) -> Reducer | None:
+        """A new reducer for `site`, or None where nothing is asked for."""
+        method = dict(getattr(self, site))
+        return build(method.pop("name"), **method) if method else None
+
+
+def _parse_text(text: str) -> Any:
+    text = text.strip()
+    if text.lower() in ("", "none", "null"):
+        return None
+    if "{" not in text and ":" not in text:
+        return {"name": text}
+    try:
+        return yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"reduction={text!r} is neither a method's name nor valid JSON or YAML: {error}") from error
+
+
+def _method_mapping(site: str, method: Any) -> dict[str, Any]:
+    if isinstance(method, str):
+        method = _parse_text(method)
+    if not method:
+        return {}
+    if not isinstance(method, Mapping) or "name" not in method:
+        raise ValueError(f"reduction.{site}={method!r}: expected a method's name or a mapping with the key 'name'")
+    return json.loads(json.dumps(dict(method)))  # plain data only: it is written to config.json
+
+
+def _parse_legacy(value: str | None) -> dict[str, Any] | None:
+    if not value:
+        return None
+    name, _, ratio = value.partition(":")
+    try:
+        fixed = float(ratio or -1)
+    except ValueError as error:
+        raise ValueError(f"config.json: {LEGACY_TRIM_KEY}={value!r}: expected 'TRIM:-1' or 'TRIM:RATIO'") from error
+    return {"name": name.lower(), "ratio": fixed if fixed > 0 else None}
