@@ -1,0 +1,58 @@
+"""Samples of a dataset to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llava.constants import IGNORE_INDEX
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Pads the texts of samples and gathers their images.
+
+    Attributes:
+        tokenizer: gives `pad_token_id` and `padding_side`.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch of B samples.
+
+        Args:
+            instances: items of `LazySupervisedDataset`.
+
+        Returns:
+            `input_ids`, `labels` and `attention_mask` (LongTensor [B, S], padded on the tokenizer's side),
+            `images` and `image_sizes` (flat lists over the batch, empty without images), `texts` (B strings).
+
+        Raises:
+            ValueError: the tokenizer has no padding token.
+        """
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "the tokenizer has no padding token; set tokenizer.pad_token, for example to its eos or unk token"
+            )
+        ids = [instance["input_ids"] for instance in instances]
+        return {
+            "input_ids": self._pad(ids, self.tokenizer.pad_token_id),
+            "labels": self._pad([instance["labels"] for instance in instances], IGNORE_INDEX),
+            # By length: the padding id itself may also be a token of the text (eos, unk).
+            "attention_mask": self._pad([torch.ones_like(one) for one in ids], 0),
+            "images": [image for instance in instances for image in instance["images"]],
+            "image_sizes": [size for instance in instances for size in instance["image_sizes"]],
+            "texts": [instance["text"] for instance in instances],
+        }
+
+    def _pad(self, sequences: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            list(sequences),
+            batch_first=True,
+            padding_value=value,
+            padding_side="left" if self.tokenizer.padding_side == "left" else "right",
+        )
