@@ -1,0 +1,296 @@
+"""Open a checkpoint of any layout. What it is, its files say; its path says nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.language_model import llava_class_for
+from llava.model.weights import raise_for_keys, read_weights, strip_prefixes
+from llava.reduction.config import ReductionConfig
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+LORA_WEIGHTS = "non_lora_trainables.bin"
+PROJECTOR_WEIGHTS = "mm_projector.bin"
+
+
+def load_pretrained_model(
+    model_path: str | os.PathLike,
+    model_base: str | os.PathLike | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    reduction: ReductionConfig | dict | str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any, Any, int]:
+    """Open a LLaVA checkpoint for inference.
+
+    Layouts: a full checkpoint, with or without the vision tower's weights; a LoRA folder or a projector-only folder on
+    `model_base`; a llava-hf checkpoint (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration).
+
+    Args:
+        model_path: folder or hub name.
+        model_base: language model (or LLaVA checkpoint) that a LoRA or projector-only folder belongs to; for LoRA the
+            default is the base that the adapter names.
+        model_name: not needed, kept for LLaVA's callers.
+        load_8bit: quantize the language model with bitsandbytes.
+        load_4bit: the same in 4 bits (nf4).
+        device_map: spread over devices as transformers does, instead of `device`.
+        device: default: cuda where there is one, else cpu.
+        dtype: default: the checkpoint's.
+        vision_tower: folder or hub name in place of the config's `mm_vision_tower`.
+        reduction: None for what config.json says; else what `ReductionConfig.parse` reads, "none" for all tokens.
+        attn_implementation: eager, sdpa or flash_attention_2; default: transformers' choice.
+
+    Returns:
+        tokenizer, model in eval mode, image processor, and the context length in tokens.
+
+    Raises:
+        ValueError: nothing to open, a base is missing, or weights do not fit; files and keys are named.
+    """
+    del model_name
+    folder = _local_folder(model_path)
+    kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    if load_8bit or load_4bit:
+        kwargs["quantization_config"] = _quantization(load_4bit, dtype)
+    if device_map is not None or load_8bit or load_4bit:
+        kwargs["device_map"] = device_map or "auto"
+    tower = None if vision_tower is None else os.fspath(vision_tower)
+    checkpoint = _open(folder, model_base, tower, kwargs)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    _match_vocabulary(model, tokenizer)
+    if reduction is not None:
+        model.set_reduction(reduction)
+    if "device_map" not in kwargs:
+        model.to(device or _best_device())
+    model.eval()
+    return tokenizer, model, _image_processor(model, folder), context_length(model.config)
+
+
+@dataclass
+class _Checkpoint:
+    model: Any
+    tokenizer: Any
+
+
+def _open(folder: Path, model_base: str | os.PathLike | None, tower: str | None, kwargs: dict[str, Any]) -> _Checkpoint:
+    """Tell the layout by the files and open it."""
+    has_weights = any((folder / name).is_file() for name in _WEIGHTS)
+    if (folder / "adapter_config.json").is_file():
+        return _open_lora(folder, model_base, tower, kwargs)
+    if not has_weights and (folder / PROJECTOR_WEIGHTS).is_file():
+        return _open_projector(folder, model_base, tower, kwargs)
+    if not has_weights:
+        raise ValueError(
+            f"{folder} holds no checkpoint: expected one of {', '.join(_WEIGHTS)}, an adapter_config.json (LoRA) or a "
+            f"{PROJECTOR_WEIGHTS} (projector only)"
+        )
+    raw = _read_json(folder / "config.json")
+    if "text_config" in raw and "vision_config" in raw:
+        from llava.model.hf_layout import open_hf_checkpoint
+
+        return _Checkpoint(open_hf_checkpoint(folder, tower, kwargs), _tokenizer(folder))
+    if model_base is not None:
+        logger.warning("%s is a full checkpoint: model_base=%s is not read", folder, model_base)
+    cls, config = _llava_config(folder)
+    model = cls.from_pretrained(str(folder), config=config, vision_tower=tower, **kwargs)
+    if not hasattr(model.get_model(), "mm_projector"):
+        raise ValueError(
+            f"{folder} is a bare language model: its config.json has no mm_vision_tower. Pass it as model_base, with a "
+            "LoRA or projector-only folder as model_path"
+        )
+    return _Checkpoint(model, _tokenizer(folder))
+
+
+def _open_lora(
+    folder: Path, model_base: str | os.PathLike | None, tower: str | None, kwargs: dict[str, Any]
+) -> _Checkpoint:
+    """A PEFT adapter and the weights that were trained beside it, merged into their base."""
+    adapter = _read_json(folder / "adapter_config.json")
+    base = model_base or adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
+    weights = read_weights(folder / LORA_WEIGHTS)
+    model = _open_on_base(folder, base, tower, weights, kwargs)
+    return _Checkpoint(_merge_adapter(model, folder), _tokenizer(folder, base))
+
+
+def _merge_adapter(model: Any, folder: Path) -> Any:
+    """Merge a PEFT adapter into the modules that its weights name.
+
+    Those names say more than `target_modules`, whose short names match modules of the vision tower too.
+
+    Raises:
+        ValueError: weights for modules that the model does not have.
+    """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    weights = read_weights(next((f for f in files if f.is_file()), files[0]))
+    # Releases before transformers 5 had one module more between the tower and its encoder.
+    weights = {k.replace("vision_tower.vision_model.", "vision_tower."): v for k, v in weights.items()}
+    targets = {k.removeprefix("base_model.model.").split(".lora_")[0] for k in weights if ".lora_" in k}
+    raise_for_keys(folder, unexpected=sorted(targets - {name for name, _ in model.named_modules()}))
+    config = PeftConfig.from_pretrained(str(folder))
+    config.target_modules = sorted(targets)
+    adapted = get_peft_model(model, config)
+    result = set_peft_model_state_dict(adapted, weights)
+    raise_for_keys(
+        folder,
+        missing=[key for key in result.missing_keys if ".lora_" in key],
+        unexpected=list(result.unexpected_keys),
+    )
+    logger.info("merging the LoRA weights of %s", folder)
+    return adapted.merge_and_unload()
+
+
+def _open_projector(
+    folder: Path, model_base: str | os.PathLike | None, tower: str | None, kwargs: dict[str, Any]
+) -> _Checkpoint:
+    """A pretrained projector on its language model."""
+    base = model_base or _read_json(folder / "config.json").get("_name_or_path")
+    if not base:
+        raise ValueError(f"{folder} holds a projector only; pass the language model as model_base=")
+    model = _open_on_base(folder, base, tower, read_weights(folder / PROJECTOR_WEIGHTS), kwargs)
+    return _Checkpoint(model, _tokenizer(folder, base))
+
+
+def _open_on_base(
+    folder: Path, base: str | os.PathLike, tower: str | None, weights: dict[str, Tensor], kwargs: dict[str, Any]
+) -> Any:
+    """The base with the configuration of `folder` and the projector weights in `weights`."""
+    base_folder = _local_folder(base)
+    cls, config = _llava_config(folder)
+    embeddings = {k: v for k, v in weights.items() if k.endswith("embed_tokens.weight")}
+    vocabulary = config.vocab_size
+    config.vocab_size = AutoConfig.from_pretrained(base_folder).vocab_size
+    named = strip_prefixes(weights, ["base_model.model."])
+    projector = {k: v for k, v in named.items() if k not in strip_prefixes(embeddings, ["base_model.model."])}
+    model = cls.from_pretrained(
+        str(base_folder), config=config, vision_tower=tower, projector_weights=projector, **kwargs
+    )
+    if vocabulary != config.vocab_size:
+        model.resize_token_embeddings(vocabulary)
+    for key, value in strip_prefixes(embeddings, ["base_model.model."]).items():
+        _fill_embeddings(model.get_parameter(key), value, folder)
+    return model
+
+
+def _fill_embeddings(parameter: Tensor, value: Tensor, folder: Path) -> None:
+    if parameter.shape != value.shape:
+        raise ValueError(
+            f"{folder}: trained embeddings of shape {tuple(value.shape)}, but its config.json asks for "
+            f"{tuple(parameter.shape)}"
+        )
+    parameter.data.copy_(value)
+
+
+def _llava_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
+    """The model class and configuration that config.json describes."""
+    raw = _read_json(folder / "config.json")
+    model_type = raw.get("model_type")
+    if model_type is None:
+        raise ValueError(f"{folder / 'config.json'} has no model_type")
+    cls = llava_class_for(model_type)
+    return cls, cls.config_class.from_dict({k: v for k, v in raw.items() if k != "model_type"})
+
+
+def _local_folder(path: str | os.PathLike) -> Path:
+    """The folder itself, or where the hub's copy lies."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(os.fspath(path), allow_patterns=_HUB_PATTERNS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is neither a folder nor a model of the hub that can be reached from here: {error}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the checkpoint is incomplete")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
+
+
+def _tokenizer(*folders: str | os.PathLike) -> Any:
+    """The tokenizer of the first folder that has one."""
+    for folder in folders:
+        local = _local_folder(folder)
+        if any((local / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
+            return AutoTokenizer.from_pretrained(local)
+    raise ValueError(f"no tokenizer in {', '.join(map(os.fspath, folders))}: copy that of the language model there")
+
+
+def _match_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Add the marker tokens that the model was trained with, where the tokenizer's files lack them."""
+    config = model.config
+    tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if getattr(config, "mm_use_im_patch_token", False) else []
+    if getattr(config, "mm_use_im_start_end", False):
+        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    if tokens and len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _image_processor(model: Any, folder: Path) -> Any:
+    """The checkpoint's own image processor where it has one, else the vision tower's."""
+    tower = model.get_vision_tower()
+    if (folder / "preprocessor_config.json").is_file():
+        tower.processor_path = str(folder)
+    return tower.image_processor
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence in tokens that the model was made for."""
+    for name in ("max_sequence_length", "tokenizer_model_max_length", "max_position_embeddings"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 2048
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _quantization(four_bit: bool, dtype: torch.dtype | None) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError("load_4bit and load_8bit need bitsandbytes: pip install 'llava[qlora]'") from error
+    from transformers import BitsAndBytesConfig
+
+    skip = ["mm_projector", "vision_tower", "lm_head"]
+    if not four_bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype or torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=skip,
+    )

@@ -1,0 +1,481 @@
+"""What turns a language model into LLaVA: two mixins, for the inner model and for the model with its head.
+
+images -> vision tower -> [encoder reducer] -> projector -> layout -> splice into the text -> language model
+
+Shapes: B samples, S tokens a row of ids, N images, T tiles of all images, P patches, M kept tokens a tile,
+K visual tokens of all images together, C vision width, D language-model width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import Spliced, plan_splice, splice
+from llava.model.weights import check_loaded, load_into, raise_for_keys, read_weights, strip_prefixes
+from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.config import ReductionConfig
+
+logger = logging.getLogger(__name__)
+
+Images = Tensor | Sequence[Tensor] | None
+ImageSizes = Sequence[tuple[int, int]] | Tensor | None
+
+
+class LlavaMetaModel:
+    """Mixin for the inner model: adds vision tower, reducer, projector and newline token to a transformer's layers.
+
+    A config without `mm_vision_tower` gives the language model alone; `initialize_vision_modules` adds the rest.
+    """
+
+    vision_tower: VisionTower | None
+    mm_projector: nn.Module
+    encoder_reducer: nn.Module | None
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.vision_tower = None
+        self.encoder_reducer = None
+        if getattr(config, "mm_vision_tower", None):
+            self._add_vision_modules()
+            self.post_init()  # type: ignore[attr-defined]
+
+    def _add_vision_modules(self) -> None:
+        config = self.config
+        self.vision_tower = build_vision_tower(config)
+        self.vision_tower.requires_grad_(False)
+        config.mm_hidden_size = self.vision_tower.hidden_size
+        self.mm_projector = build_vision_projector(config)
+        self._add_newline()
+        self.encoder_reducer = ReductionConfig.of_model(config).build("encoder")
+
+    def _add_newline(self) -> None:
+        """Learned token that ends the rows of an unpadded picture."""
+        if "unpad" in getattr(self.config, "mm_patch_merge_type", "flat") and not hasattr(self, "image_newline"):
+            like = next(self.layers.parameters())
+            newline = torch.randn(self.config.hidden_size) * self.config.hidden_size**-0.5
+            self.image_newline = nn.Parameter(newline.to(device=like.device, dtype=like.dtype))
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """The vision tower, or None for a bare language model."""
+        return self.vision_tower
+
+    def initialize_vision_modules(self, model_args: Any) -> None:
+        """Give a language model its vision tower and projector, or new settings to the ones it has.
+
+        Args:
+            model_args: with `vision_tower`, `mm_vision_select_layer`, `mm_vision_select_feature`,
+                `mm_projector_type`, `mm_patch_merge_type` and `pretrain_mm_mlp_adapter` (a file of projector
+                weights, or None).
+
+        Raises:
+            ValueError: the tower or the projector's weights do not fit; the keys or shapes are named.
+        """
+        config = self.config
+        changes = _vision_settings(model_args, config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.use_mm_proj = True
+        if self.vision_tower is None:
+            self._add_vision_modules()
+            self._to_language_model(self.vision_tower, self.mm_projector)
+            self.get_vision_tower().load_weights()
+        else:
+            self._change_vision_modules(changes)
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if adapter is not None:
+            self.load_projector(read_weights(adapter), adapter)
+
+    def _change_vision_modules(self, changes: dict[str, Any]) -> None:
+        config, tower = self.config, self.get_vision_tower()
+        if "mm_vision_tower" in changes:
+            tower.rename(config.mm_vision_tower)
+        tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
+        if "mm_projector_type" in changes:
+            logger.warning("mm_projector_type=%s is new to this model: its projector starts anew", config.mm_projector_type)
+            self.mm_projector = build_vision_projector(config)
+            self._to_language_model(self.mm_projector)
+        self._add_newline()
+
+    def _to_language_model(self, *modules: nn.Module) -> None:
+        """Move modules to where the language model's layers are, in their dtype."""
+        like = next(self.layers.parameters())
+        for module in modules:
+            module.to(device=like.device, dtype=like.dtype)
+
+    def load_projector(self, weights: Mapping[str, Tensor], origin: object) -> None:
+        """Fill the projector, and the newline token if it is there, from the weights of a `mm_projector.bin`.
+
+        Raises:
+            ValueError: a projector weight is missing, unknown or of another shape.
+        """
+        named = strip_prefixes(weights, ["base_model.model.", "model."])
+        # LLaVA writes the embeddings of new marker tokens into the same file; initialize_vision_tokenizer reads them.
+        own = {k: v for k, v in named.items() if not k.endswith("embed_tokens.weight")}
+        needed = {k for k, _ in self.named_parameters() if k.startswith("mm_projector")}
+        raise_for_keys(origin, missing=sorted(needed - set(own)))
+        load_into(self, own, origin)
+
+    def set_reduction(self, value: ReductionConfig | dict | str | None) -> None:
+        """Reduce visual tokens with this method from now on, and keep it in the config.
+
+        Args:
+            value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction.
+        """
+        reduction = ReductionConfig.parse(value)
+        self.config.reduction = reduction.to_dict()
+        self.encoder_reducer = reduction.build("encoder")
+
+    def encode_tiles(self, pixels: Tensor) -> tuple[Tensor, VisualTokens]:
+        """Tower, reducer and projector.
+
+        Args:
+            pixels: [T, 3, H, W].
+
+        Returns:
+            The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
+            and the reducer's output, for what came from where.
+        """
+        assert self.vision_tower is not None
+        reducer = self.encoder_reducer
+        vision: VisionFeatures = self.vision_tower(pixels, needs=() if reducer is None else reducer.needs)
+        tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
+        flat = tokens.features.flatten(0, 1) if tokens.mask is None else tokens.features[tokens.mask]
+        return self.mm_projector(flat.to(self._projector_dtype())), tokens
+
+    def _projector_dtype(self) -> torch.dtype:
+        weight = next(self.mm_projector.parameters(), None)
+        return self.vision_tower.dtype if weight is None else weight.dtype  # type: ignore[union-attr]
+
+    def encode_images(self, images: Sequence[Tensor], image_sizes: ImageSizes = None) -> tuple[Tensor, Tensor]:
+        """Visual tokens of all images in the order in which they enter the language model.
+
+        Args:
+            images: N tensors [3, H, W] or [tiles, 3, H, W].
+            image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
+
+        Returns:
+            Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
+        """
+        tiles = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
+        counts = [len(t) for t in tiles]
+        projected, tokens = self.encode_tiles(torch.cat([t.to(self._vision_device()) for t in tiles]))
+        layouts = self._layouts(tokens, counts, image_sizes)
+        index = torch.cat(layouts)
+        if hasattr(self, "image_newline"):
+            projected = torch.cat([projected, self.image_newline.to(projected.dtype).unsqueeze(0)])
+        index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
+        return projected[index], torch.tensor([len(layout) for layout in layouts])
+
+    def _vision_device(self) -> torch.device:
+        return next(self.vision_tower.parameters()).device  # type: ignore[union-attr]
+
+    def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
+        """For each image, indices into the projected tokens, or NEWLINE."""
+        spec = self._layout_spec()
+        t, m = tokens.features.shape[:2]
+        # The one copy to the host: lengths and places of the tokens become shapes and indices.
+        mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
+        source = torch.arange(m).expand(t, m) if tokens.source is None else tokens.source.cpu()
+        packed = mask.flatten().cumsum(0) - 1
+        layouts, start = [], 0
+        for i, count in enumerate(counts):
+            size = None if image_sizes is None else _size_pair(image_sizes[i])
+            rows = slice(start, start + count)
+            local = image_layout(source[rows], mask[rows], size, spec)
+            layouts.append(torch.where(local == NEWLINE, NEWLINE, packed[local + start * m]))
+            start += count
+        return layouts
+
+    def _layout_spec(self) -> LayoutSpec:
+        config, tower = self.config, self.vision_tower
+        assert tower is not None
+        return LayoutSpec(
+            merge_type=getattr(config, "mm_patch_merge_type", "flat"),
+            grid=tower.grid,
+            tile_size=tower.image_size,
+            pinpoints=getattr(config, "image_grid_pinpoints", None),
+        )
+
+
+class LlavaMetaForCausalLM:
+    """Mixin for the model with its head: splices images into the text, before the language model's own forward."""
+
+    config: Any
+    training: bool
+    device: torch.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *args: Any,
+        vision_tower: str | None = None,
+        projector_weights: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Open a checkpoint, or a bare language model, as transformers does, but leave no weight at random.
+
+        Args:
+            path: folder or hub name.
+            vision_tower: folder or hub name of the tower, in place of `mm_vision_tower` of the config.
+            projector_weights: projector (and newline, and embeddings) that the checkpoint lacks, by name.
+            args: see transformers' `PreTrainedModel.from_pretrained`, `kwargs` too.
+
+        Raises:
+            ValueError: a weight is missing, unexpected or of another shape; the keys are listed.
+        """
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = cls.config_class.from_pretrained(path)  # type: ignore[attr-defined]
+        if vision_tower is not None and getattr(config, "mm_vision_tower", None):
+            config.mm_vision_tower, config.mm_vision_config = vision_tower, None
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        filled = load_into(model, projector_weights or {}, path)
+        if check_loaded(info, path, filled):
+            model.get_vision_tower().load_weights()
+        return (model, info) if wants_info else model
+
+    def get_model(self) -> Any:
+        """The inner model, as LLaVA calls it."""
+        return self.model  # type: ignore[attr-defined]
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """The vision tower, or None for a bare language model."""
+        return self.get_model().get_vision_tower()
+
+    def set_reduction(self, value: ReductionConfig | dict | str | None) -> None:
+        """Reduce visual tokens with this method from now on; see `LlavaMetaModel.set_reduction`."""
+        self.get_model().set_reduction(value)
+
+    def forward(  # noqa: D102  (the language model's own, plus images)
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Images = None,
+        image_sizes: ImageSizes = None,
+        texts: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            input_ids: [B, S] int64 with IMAGE_TOKEN_INDEX (-200) where an image goes.
+            attention_mask: [B, S], 1 at real tokens; padding on either side. Default: all real.
+            labels: [B, S] int64, -100 where nothing is learnt.
+            images: N images of the batch in order of their markers: [N, 3, H, W], [N, tiles, 3, H, W], or a list of
+                [3, H, W] or [tiles, 3, H, W]. LLaVA's own collator sends a blank image for a text-only sample; one
+                for every such sample is understood, and left out.
+            image_sizes: N pairs (width, height) in pixels, for anyres.
+            texts: B texts that a text-guided reducer reads.
+
+        Returns:
+            transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
+            `config.tokenizer_padding_side` is, else on the right.
+
+        Raises:
+            ValueError: markers and images do not match; the sample is named.
+        """
+        cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if inputs_embeds is None and input_ids is not None and not cached:
+            max_length = getattr(self.config, "tokenizer_model_max_length", None)
+            spliced = self.splice_images(input_ids, attention_mask, labels, images, image_sizes, max_length=max_length)
+            input_ids, inputs_embeds = None, spliced.inputs_embeds
+            attention_mask, position_ids, labels = spliced.attention_mask, spliced.position_ids, spliced.labels
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Images = None,
+        image_sizes: ImageSizes = None,
+        texts: Sequence[str] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts. Arguments as for `forward`; `kwargs` are those of transformers' generate.
+
+        Args:
+            inputs: [B, S] prompt ids (also as `input_ids=`), padded on either side where `attention_mask` says so.
+
+        Returns:
+            [B, new] ids of the new tokens only.
+        """
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        if inputs is None:
+            return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        kwargs.pop("position_ids", None)  # they follow from the mask
+        spliced = self.splice_images(inputs, attention_mask, None, images, image_sizes, left=True)
+        return super().generate(  # type: ignore[misc]
+            inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
+        )
+
+    def splice_images(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Images = None,
+        image_sizes: ImageSizes = None,
+        *,
+        left: bool | None = None,
+        max_length: int | None = None,
+    ) -> Spliced:
+        """Encode the images of a batch and put their tokens where the markers stand.
+
+        Args:
+            left: pad on the left; None: where the input is padded so, or `config.tokenizer_padding_side` says so.
+            max_length: rows are cut behind this many tokens.
+            Others as for `forward`.
+        """
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        markers = ((input_ids == IMAGE_TOKEN_INDEX) & mask).sum(dim=1).tolist()
+        pictures, sizes = match_images(markers, images, image_sizes)
+        visual, lengths = self._visual_tokens(pictures, sizes)
+        if left is None:
+            side = getattr(self.config, "tokenizer_padding_side", "right")
+            left = side == "left" or not bool(mask[:, 0].all())
+        plan = plan_splice(input_ids, mask, lengths, max_length, left)
+        embed = self.get_model().embed_tokens
+        text_embeds = embed(input_ids.clamp(min=0))
+        if visual is not None and not pictures:
+            text_embeds = text_embeds + 0 * visual.sum()
+            visual = None
+        return splice(text_embeds, visual, labels, plan)
+
+    def _visual_tokens(self, pictures: list[Tensor], sizes: ImageSizes) -> tuple[Tensor | None, Tensor]:
+        if pictures:
+            if self.get_vision_tower() is None:
+                raise ValueError(
+                    "images were given to a model without a vision tower; load a LLaVA checkpoint, or call "
+                    "initialize_vision_modules first"
+                )
+            return self.get_model().encode_images(pictures, sizes)
+        none = torch.zeros(0, dtype=torch.int64)
+        tower = self.get_vision_tower()
+        if not self.training or tower is None:
+            return None, none
+        # Every rank must run the same modules and have a gradient for the same weights, or ZeRO and DDP wait for
+        # ever: a batch without images encodes a blank one, whose tokens are multiplied by zero.
+        blank = torch.zeros(3, tower.image_size, tower.image_size, device=self.device)
+        return self.get_model().encode_images([blank])[0], none
+
+    @torch.no_grad()
+    def count_visual_tokens(self, images: Images, image_sizes: ImageSizes = None) -> list[tuple[int, int]]:
+        """For each image, its visual tokens without and with the model's reduction."""
+        pictures = _image_list(images)
+        model = self.get_model()
+        tower = model.get_vision_tower()
+        tiles = [image.shape[0] if image.ndim == 4 else 1 for image in pictures]
+        full = VisualTokens(torch.empty(sum(tiles), tower.num_patches, 0))
+        before = [len(layout) for layout in model._layouts(full, tiles, image_sizes)]
+        after = model.encode_images(pictures, image_sizes)[1].tolist()
+        return list(zip(before, after, strict=True))
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Add the marker tokens that `mm_use_im_patch_token` and `mm_use_im_start_end` ask for.
+
+        New rows of the embeddings start at the mean of the old ones.
+
+        Args:
+            model_args: with those two flags, and `pretrain_mm_mlp_adapter`, which may hold trained embeddings.
+            tokenizer: gets the tokens too.
+        """
+        tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+        if model_args.mm_use_im_start_end:
+            tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+        if tokens and tokenizer.add_tokens(tokens, special_tokens=True):
+            self.resize_token_embeddings(len(tokenizer), mean_resizing=True)  # type: ignore[attr-defined]
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if model_args.mm_use_im_start_end and adapter is not None:
+            trained = {k: v for k, v in read_weights(adapter).items() if k.endswith("embed_tokens.weight")}
+            load_into(self.get_model(), trained, adapter, prefix="model.")
+
+
+def match_images(
+    markers: list[int], images: Images, image_sizes: ImageSizes
+) -> tuple[list[Tensor], list[tuple[int, int]] | None]:
+    """The images that markers stand for, with their sizes.
+
+    Args:
+        markers: for each sample, how many image markers its ids hold.
+        images: as for `LlavaMetaForCausalLM.forward`.
+        image_sizes: one pair (width, height) for each of `images`, or None.
+
+    Raises:
+        ValueError: counts do not match.
+    """
+    pictures = _image_list(images)
+    sizes = None if image_sizes is None else [_size_pair(size) for size in image_sizes]
+    if sizes is not None and len(sizes) != len(pictures):
+        raise ValueError(f"{len(pictures)} images but {len(sizes)} image_sizes; give one (width, height) an image")
+    if len(pictures) == sum(markers):
+        return pictures, sizes
+    if len(pictures) == sum(max(count, 1) for count in markers):
+        real = [count > 0 for count in markers for _ in range(max(count, 1))]
+        sizes = None if sizes is None else [s for s, keep in zip(sizes, real, strict=True) if keep]
+        return [p for p, keep in zip(pictures, real, strict=True) if keep], sizes
+    per_sample = ", ".join(f"sample {i}: {count}" for i, count in enumerate(markers))
+    raise ValueError(
+        f"the batch has {sum(markers)} image markers ({per_sample}) but {len(pictures)} images were given; "
+        "each <image> in a prompt needs one image"
+    )
+
+
+def _image_list(images: Images) -> list[Tensor]:
+    if images is None:
+        return []
+    if isinstance(images, Tensor) and images.ndim not in (4, 5):
+        raise ValueError(
+            f"images of shape {tuple(images.shape)}: expected [N, 3, H, W] or [N, tiles, 3, H, W], or a list of images"
+        )
+    pictures = list(images)
+    for i, picture in enumerate(pictures):
+        if picture.ndim not in (3, 4) or picture.shape[-3] != 3:
+            raise ValueError(f"image {i} has shape {tuple(picture.shape)}: expected [3, H, W] or [tiles, 3, H, W]")
+    return pictures
+
+
+def _size_pair(size: Any) -> tuple[int, int]:
+    width, height = (int(side) for side in size)
+    return width, height
+
+
+def _vision_settings(model_args: Any, config: Any) -> dict[str, Any]:
+    """The settings in `model_args` that differ from the config's, by their names there."""
+    names = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
+    wanted = {name: getattr(model_args, name, None) for name in names}
+    wanted["mm_vision_tower"] = getattr(model_args, "vision_tower", None)
+    return {k: v for k, v in wanted.items() if v is not None and v != getattr(config, k, None)}

@@ -1,0 +1,35 @@
+"""Build the vision tower that a model's config describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from llava.model.multimodal_encoder.vision_tower import VisionTower, resolve_vision_config
+
+
+def build_vision_tower(config: Any) -> VisionTower:
+    """The tower of `config.mm_vision_tower`, without its weights.
+
+    The encoder's own configuration is kept in `config.mm_vision_config`, so that a checkpoint that holds the tower's
+    weights opens without the tower's folder.
+    """
+    encoder_config = _encoder_config(config)
+    config.mm_vision_config = encoder_config.to_dict()
+    # The attention backend is the whole model's; without one the encoder picks its own.
+    if getattr(config, "_attn_implementation", None) is not None:
+        encoder_config._attn_implementation = config._attn_implementation
+    return VisionTower(
+        encoder_config,
+        name=config.mm_vision_tower,
+        select_layer=getattr(config, "mm_vision_select_layer", -2),
+        select_feature=getattr(config, "mm_vision_select_feature", "patch"),
+    )
+
+
+def _encoder_config(config: Any) -> PreTrainedConfig:
+    kept = getattr(config, "mm_vision_config", None)
+    if kept is None:
+        return resolve_vision_config(config.mm_vision_tower)
+    return CONFIG_MAPPING[kept["model_type"]].from_dict(kept)

@@ -1,0 +1,214 @@
+"""The vision tower: a CLIP or SigLIP image encoder from transformers, run up to the layer that LLaVA reads.
+
+Shapes: N images, P patches, C vision width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+
+from llava.reduction.base import VisionFeatures
+
+logger = logging.getLogger(__name__)
+
+SELECT_FEATURES = ("patch", "cls_patch")
+
+
+def resolve_vision_config(name_or_path: str) -> PreTrainedConfig:
+    """The image encoder's configuration, from a folder or hub name of a CLIP or SigLIP model or of its vision half.
+
+    Raises:
+        ValueError: nothing there, or no image encoder that this tower can run.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the vision tower {name_or_path!r} is neither a folder with a config.json nor a model of the hub that can "
+            "be reached from here. Pass the folder of a CLIP or SigLIP model as vision_tower= (--vision_tower)"
+        ) from error
+    return getattr(config, "vision_config", config)
+
+
+class VisionTower(nn.Module):
+    """Wraps transformers' encoder under the attribute `vision_tower`, so that weight names are LLaVA's.
+
+    Blocks after the selected layer are not run, unless a reducer reads the last one's keys and queries; then only
+    those projections are computed.
+
+    Args:
+        config: the encoder's configuration.
+        name: folder or hub name, for the image processor and for weights that a checkpoint leaves out.
+        select_layer: index into the hidden states, embeddings first; -2 is the output of the last block but one.
+        select_feature: "patch" drops CLS, "cls_patch" keeps it (unknown to towers without CLS).
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, name: str, select_layer: int = -2, select_feature: str = "patch"
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.processor_path = name  # a checkpoint may bring an image processor of its own
+        self.vision_tower = AutoModel.from_config(config)
+        self.select(select_layer, select_feature)
+        self._image_processor: Any = None
+
+    def select(self, layer: int, feature: str) -> None:
+        """Choose the hidden state that is handed on; see the arguments of the class.
+
+        Raises:
+            ValueError: the tower has no such layer, or no such choice of feature exists.
+        """
+        if feature not in SELECT_FEATURES:
+            raise ValueError(f"mm_vision_select_feature={feature!r}: choose one of {', '.join(SELECT_FEATURES)}")
+        depth = self.config.num_hidden_layers
+        if not -depth - 1 <= layer <= depth:
+            raise ValueError(
+                f"mm_vision_select_layer={layer}: the tower {self.name!r} has {depth} blocks, so it must lie in "
+                f"[{-depth - 1}, {depth}]"
+            )
+        self.select_feature = feature
+        self.num_blocks = layer % (depth + 1)
+
+    def rename(self, name: str) -> None:
+        """Take image processor and missing weights from another place; the weights that are here stay.
+
+        Raises:
+            ValueError: the encoder there is of another size, so that the projector would not fit it.
+        """
+        other = resolve_vision_config(name)
+        for key in ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size"):
+            if getattr(other, key) != getattr(self.config, key):
+                raise ValueError(
+                    f"the vision tower {name!r} has {key}={getattr(other, key)}, this checkpoint was made with "
+                    f"{getattr(self.config, key)}. Another tower needs a new projector: pretrain one on the bare language model"
+                )
+        self.name = self.processor_path = name
+        self._image_processor = None
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.vision_tower.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Vision width C."""
+        return self.config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input, in pixels."""
+        return self.config.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.config.image_size // self.config.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        """Patches an image, P."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the encoder puts a class token before the patches."""
+        return hasattr(self.vision_tower.embeddings, "class_embedding")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def image_processor(self) -> Any:
+        """transformers' image processor of this tower, loaded at first use.
+
+        Raises:
+            ValueError: no preprocessor_config.json at `processor_path`.
+        """
+        if self._image_processor is None:
+            try:
+                self._image_processor = AutoImageProcessor.from_pretrained(self.processor_path)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"no image processor (preprocessor_config.json) at {self.processor_path!r}; pass the folder "
+                    "of the CLIP or SigLIP model as vision_tower= (--vision_tower)"
+                ) from error
+        return self._image_processor
+
+    def load_weights(self, name_or_path: str | None = None) -> None:
+        """Read the encoder's weights from `name_or_path`, by default `self.name`, and freeze them.
+
+        Raises:
+            ValueError: the folder's encoder has other shapes than this one, or lacks weights.
+        """
+        name = name_or_path or self.name
+        old = self.vision_tower
+        encoder, info = type(old).from_pretrained(
+            name, config=old.config, dtype=old.dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if wrong:
+            raise ValueError(
+                f"the vision tower {name!r} does not fit the configuration of this model; missing or wrongly shaped: "
+                f"{', '.join(wrong[:8])}{', ...' if len(wrong) > 8 else ''}"
+            )
+        encoder.requires_grad_(False)
+        self.vision_tower = encoder if old.device.type == "meta" else encoder.to(old.device)
+        logger.info("vision tower: weights from %s", name)
+
+    def forward(self, pixels: Tensor, needs: Collection[str] = ()) -> VisionFeatures:
+        """Encode images.
+
+        Args:
+            pixels: [N, 3, H, W], normalised by the image processor.
+            needs: names of further `VisionFeatures` to compute, as a reducer declares them.
+
+        Returns:
+            Features in the dtype of the tower's weights.
+        """
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(learns):
+            return self._encode(pixels.to(device=self.vision_tower.device, dtype=self.dtype), frozenset(needs))
+
+    def _encode(self, pixels: Tensor, needs: frozenset[str]) -> VisionFeatures:
+        encoder = self.vision_tower
+        blocks = encoder.encoder.layers
+        last = len(blocks) - 1
+        attends = bool(needs & {"keys", "queries", "cls_query"})
+        wanted = {self.num_blocks, last} if attends else {self.num_blocks}
+        hidden = encoder.embeddings(pixels)
+        if hasattr(encoder, "pre_layrnorm"):  # CLIP has one, spelt so; SigLIP has none
+            hidden = encoder.pre_layrnorm(hidden)
+        states = {0: hidden}
+        for i in range(max(wanted)):
+            hidden = blocks[i](hidden, None)
+            if i + 1 in wanted:
+                states[i + 1] = hidden
+        result = VisionFeatures(self._select(states[self.num_blocks]), grid=self.grid)
+        if attends:
+            self._project_attention(blocks[last], states[last], needs, result)
+        return result
+
+    def _select(self, hidden: Tensor) -> Tensor:
+        drop_cls = self.has_cls and self.select_feature == "patch"
+        return hidden[:, 1:] if drop_cls else hidden
+
+    def _project_attention(
+        self, block: nn.Module, hidden: Tensor, needs: frozenset[str], result: VisionFeatures
+    ) -> None:
+        """Keys and queries of one block for its input `hidden`, [N, 1 + P, C]; the CLS query alone where that will do."""
+        normed = block.layer_norm1(hidden)
+        if "keys" in needs:
+            result.keys = block.self_attn.k_proj(normed)
+        if "queries" in needs:
+            result.queries = block.self_attn.q_proj(normed)
+        elif "cls_query" in needs:
+            result.queries = block.self_attn.q_proj(normed[:, :1])

@@ -1,0 +1,123 @@
+"""Put the visual tokens of a batch where its image markers stand: one pass, any mix of samples.
+
+Shapes: B samples, S tokens a row of ids, L tokens a row after the splice, K visual tokens of all images together,
+D language-model width.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Spliced:
+    """A batch ready for the language model's layers.
+
+    Attributes:
+        inputs_embeds: [B, L, D], zero at padding.
+        attention_mask: [B, L] int64, 1 at real tokens.
+        position_ids: [B, L] int64, 0, 1, 2, ... over the real tokens of a row; 0 at padding.
+        labels: [B, L] int64, -100 at images and padding; None where none were given.
+        image_index: [B, L] int64, number of the image in the batch that a token belongs to; -1 for text and padding.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+    image_index: Tensor
+
+
+@dataclass
+class SplicePlan:
+    """Where every token of the spliced batch comes from; see `plan_splice`."""
+
+    source: Tensor  # [B, L] int64 into [B * S text tokens, K visual tokens, one row of zeros]
+    attention_mask: Tensor  # [B, L] bool
+    position_ids: Tensor  # [B, L]
+    image_index: Tensor  # [B, L]
+
+
+def plan_splice(
+    input_ids: Tensor,
+    mask: Tensor,
+    image_lengths: Tensor,
+    max_length: int | None = None,
+    left: bool = False,
+) -> SplicePlan:
+    """Lay out the rows of a batch, with each marker as wide as its image.
+
+    Args:
+        input_ids: [B, S] int64; IMAGE_TOKEN_INDEX stands for an image. Markers in row-major order take the images
+            in order.
+        mask: [B, S] bool, real tokens; padding may stand on either side.
+        image_lengths: [N] int64, visual tokens of each image.
+        max_length: rows are cut behind this many tokens; None cuts none.
+        left: pad on the left.
+    """
+    b, s = input_ids.shape
+    device = input_ids.device
+    is_image = (input_ids == IMAGE_TOKEN_INDEX) & mask
+    widths = mask.long().masked_scatter(is_image, image_lengths.to(device))
+    ends = widths.cumsum(dim=1)
+    row_lengths = ends[:, -1]
+    kept_lengths = row_lengths if max_length is None else row_lengths.clamp(max=max_length)
+    total, length = torch.stack([row_lengths.sum(), kept_lengths.max()]).tolist()
+
+    # One entry for each token of all rows, padding left out: the place in input_ids that it comes from, its row, its
+    # position in the row.
+    place = torch.repeat_interleave(torch.arange(b * s, device=device), widths.flatten(), output_size=total)
+    row = place // s
+    position = torch.arange(total, device=device) - (row_lengths.cumsum(0) - row_lengths)[row]
+    from_image = is_image.flatten()[place]
+    image_number = (is_image.flatten().cumsum(0) - 1)[place].masked_fill(~from_image, -1)
+    # Visual tokens appear in the order in which they lie in memory, so a running count is their index.
+    source = torch.where(from_image, b * s + from_image.cumsum(0) - 1, place)
+
+    shift = length - kept_lengths if left else torch.zeros_like(kept_lengths)
+    column = position + shift[row]
+    inside = position < kept_lengths[row]
+    # What is cut off is written to a column of its own behind the row, and dropped with it: no boolean indexing,
+    # whose result length the host would have to wait for.
+    target = row * (length + 1) + torch.where(inside, column, length)
+
+    def rows(values: Tensor, fill: int) -> Tensor:
+        out = torch.full((b * (length + 1),), fill, dtype=values.dtype, device=device)
+        return out.index_put_((target,), values).view(b, length + 1)[:, :length]
+
+    zero_row = b * s + int(image_lengths.sum())
+    source = rows(source, zero_row)
+    return SplicePlan(source, source != zero_row, rows(position, 0), rows(image_number, -1))
+
+
+def splice(
+    text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | None, plan: SplicePlan
+) -> Spliced:
+    """Gather embeddings and labels as planned.
+
+    Args:
+        text_embeds: [B, S, D]; what stands at markers and padding is not read.
+        visual_tokens: [K, D] of all images in order; None without images.
+        labels: [B, S] int64 or None.
+        plan: from `plan_splice`.
+    """
+    d = text_embeds.shape[-1]
+    parts = [text_embeds.reshape(-1, d)]
+    if visual_tokens is not None:
+        parts.append(visual_tokens.to(text_embeds.dtype))
+    parts.append(text_embeds.new_zeros(1, d))
+    embeds = torch.cat(parts)[plan.source]
+    if labels is not None:
+        flat = labels.flatten()
+        is_text = (plan.image_index < 0) & plan.attention_mask
+        gathered = flat[plan.source.clamp(max=flat.numel() - 1)]
+        labels = gathered.masked_fill(~is_text, IGNORE_INDEX)
+    return Spliced(embeds, plan.attention_mask.long(), plan.position_ids, labels, plan.image_index)

@@ -1,0 +1,135 @@
+"""Reading weight files safely, and putting weights into a model so that nothing is missing, left over or misshapen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# Buffers that old releases of transformers saved and present ones compute.
+_OBSOLETE = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+VISION_TOWER_PREFIX = "model.vision_tower."
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a .safetensors file, or a .bin file without running any code that it may hold.
+
+    Raises:
+        ValueError: no such file, or not a file of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}: the file does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format raises its own types for a torn or foreign file
+        raise ValueError(f"{path} can't be read as a file of weights ({error}); copy or download it again") from error
+
+
+def strip_prefixes(weights: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
+    """Take each of `prefixes`, in this order, off the keys that begin with it."""
+    stripped = dict(weights)
+    for prefix in prefixes:
+        stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
+    return stripped
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, prefix: str = "") -> set[str]:
+    """Copy weights into the parameters of the same name; works on parameters that ZeRO-3 has partitioned.
+
+    Args:
+        module: where the parameters are.
+        weights: by name.
+        origin: file or folder that the weights come from, for messages.
+        prefix: taken off the names first.
+
+    Returns:
+        Names of the parameters that were filled.
+
+    Raises:
+        ValueError: a name that the module does not have, or another shape; all such keys are listed.
+    """
+    named = strip_prefixes(weights, [prefix])
+    parameters = dict(module.named_parameters())
+    unknown = sorted(set(named) - set(parameters))
+    shapes = [
+        f"{k} {tuple(v.shape)}, the model has {true_shape(parameters[k])}"
+        for k, v in named.items()
+        if k in parameters and tuple(v.shape) != true_shape(parameters[k])
+    ]
+    raise_for_keys(origin, unexpected=unknown, misshapen=shapes)
+    for key, value in named.items():
+        _copy(parameters[key], value)
+    return set(named)
+
+
+def true_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape, also where ZeRO-3 has partitioned it and left an empty tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    if not hasattr(parameter, "ds_shape"):
+        parameter.data.copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+
+
+def check_loaded(info: Mapping[str, Any], origin: object, filled: Iterable[str] = ()) -> set[str]:
+    """Judge what transformers reports about a load.
+
+    Args:
+        info: its loading info (missing_keys, unexpected_keys, mismatched_keys).
+        origin: folder of the checkpoint, for messages.
+        filled: missing keys that were filled from elsewhere.
+
+    Returns:
+        The missing keys of the vision tower, if all else is well.
+
+    Raises:
+        ValueError: a missing, unexpected or misshapen weight; all are listed.
+    """
+    missing = set(info["missing_keys"]) - set(filled)
+    tower = {key for key in missing if key.startswith(VISION_TOWER_PREFIX)}
+    raise_for_keys(
+        origin,
+        missing=sorted(missing - tower),
+        unexpected=sorted(key for key in info["unexpected_keys"] if not _OBSOLETE.search(key)),
+        misshapen=sorted(
+            f"{key} {tuple(given)}, the model has {tuple(own)}"
+            for key, given, own in info["mismatched_keys"]
+            if key not in set(filled)
+        ),
+    )
+    return tower
+
+
+def raise_for_keys(
+    origin: object,
+    missing: list[str] | None = None,
+    unexpected: list[str] | None = None,
+    misshapen: list[str] | None = None,
+) -> None:
+    """Raise a ValueError that lists the keys, if there are any."""
+    found = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    parts = [f"{kind} ({len(keys)}): {_shorten(keys)}" for kind, keys in found.items() if keys]
+    if parts:
+        raise ValueError(
+            f"the weights of {origin} do not fit the model that its config describes; " + "; ".join(parts) + ". Check "
+            "that weights and config.json belong together, and that model_base and vision_tower are the ones it was "
+            "trained with"
+        )
+
+
+def _shorten(keys: list[str], most: int = 12) -> str:
+    return ", ".join(keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")
