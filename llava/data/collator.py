@@ -36,7 +36,7 @@ class DataCollatorForSupervisedDataset:
         """
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
-                "the tokenizer has no padding token; set tokenizer.pad_token, for example to its eos or unk token"
+                "the tokenizer has no padding token; set tokenizer.pad_token, e.g. to its eos or unk token"
             )
         ids = [instance["input_ids"] for instance in instances]
         return {
