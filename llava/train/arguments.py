@@ -1,0 +1,303 @@
+"""LLaVA's flags as three dataclasses, and the checks that need one of them only.
+
+What contradicts across them is checked in `llava.train.parsing`, before any of them is built.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_tf32_available
+
+from llava.conversation import get_template
+from llava.reduction import ReductionConfig
+
+logger = logging.getLogger(__name__)
+
+# What installs an optional package: asking for the feature names the extra.
+EXTRA_OF = {
+    "bitsandbytes": "qlora",
+    "deepspeed": "train",
+    "flash_attn": "flash",
+    "tensorboard": "train",
+    "wandb": "train",
+}
+ASPECT_RATIOS = ("square", "pad", "anyres")
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+
+
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field that is a flag with this default and help text."""
+    return field(default=default, metadata={"help": text})
+
+
+def require_package(module: str, wanted_by: str) -> None:
+    """Raise a ValueError that names the extra to install where `module` is missing.
+
+    Args:
+        module: a key of `EXTRA_OF`.
+        wanted_by: the flag and value that ask for it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"{wanted_by} needs the package {module}, which is not installed; "
+            f'install it with: pip install "llava[{EXTRA_OF[module]}]"'
+        )
+
+
+def check_choice(flag: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`; None, "not given", passes."""
+    if value is not None and value not in allowed:
+        raise ValueError(f"--{flag} {value}: expected one of {', '.join(map(str, allowed))}")
+
+
+def check_exists(flag: str, path: str | None) -> None:
+    """Raise a ValueError where `path` is given and is neither a file nor a folder."""
+    if path and not Path(path).expanduser().exists():
+        raise ValueError(f"--{flag} {path}: no such file or folder (seen from {Path.cwd()})")
+
+
+def check_model_path(flag: str, path: str | None) -> None:
+    """As `check_exists`, but a name such as `owner/model` may also stand for a repository on a hub."""
+    if path and (path[0] in "./~" or path.count("/") > 1):
+        check_exists(flag, path)
+
+
+def parse_pinpoints(value: str | list | None) -> list[list[int]] | None:
+    """Read `image_grid_pinpoints`: a list of (width, height) in pixels, or the text of one.
+
+    Raises:
+        ValueError: the text is no such list.
+    """
+    if value is None:
+        return None
+    try:
+        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        return [[int(width), int(height)] for width, height in pairs]
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(
+            f"--image_grid_pinpoints {value}: expected pairs (width, height) in pixels, "
+            'such as "[(336, 672), (672, 336), (672, 672)]"'
+        ) from error
+
+
+@dataclass
+class ModelArguments:
+    """What is trained. What is not given comes from the checkpoint's config, else it is LLaVA's default."""
+
+    model_name_or_path: str | None = flag(
+        None, "A language model, or a LLaVA checkpoint to go on from: folder or hub name."
+    )
+    version: str = flag("v0", "Prompt template, e.g. plain, v1, llava_llama_2, qwen.")
+    freeze_backbone: bool = flag(False, "Do not train the language model.")
+    tune_mm_mlp_adapter: bool = flag(False, "Train the projector only (pretraining).")
+    vision_tower: str | None = flag(None, "CLIP or SigLIP: folder or hub name.")
+    mm_vision_select_layer: int | None = flag(
+        None, "Vision block whose output is used, counted as in hidden_states. Default -1."
+    )
+    mm_vision_select_feature: str | None = flag(None, "patch or cls_patch. Default patch.")
+    pretrain_mm_mlp_adapter: str | None = flag(None, "mm_projector.bin to start from.")
+    mm_projector_type: str | None = flag(None, "linear, mlpNx_gelu or identity. Default linear.")
+    mm_use_im_start_end: bool | None = flag(None, "Put marker tokens around an image. Default False.")
+    mm_use_im_patch_token: bool | None = flag(
+        None, "Add LLaVA's patch token to the tokenizer. Default True, as in LLaVA."
+    )
+    mm_patch_merge_type: str | None = flag(
+        None, "flat, spatial or spatial_unpad: how tiles become one sequence. Default flat."
+    )
+    unfreeze_mm_vision_tower: bool = flag(False, "Train the vision tower too.")
+    reduction: str | None = flag(
+        None, "Visual-token reduction: a method's name, JSON or YAML, or none. Default: the checkpoint's own."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise ValueError("--model_name_or_path is missing: name a language model or a LLaVA checkpoint")
+        check_model_path("model_name_or_path", self.model_name_or_path)
+        check_model_path("vision_tower", self.vision_tower)
+        check_exists("pretrain_mm_mlp_adapter", self.pretrain_mm_mlp_adapter)
+        check_choice("mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
+        check_choice("mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
+        get_template(self.version)
+        ReductionConfig.parse(self.reduction)
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str | None = flag(None, "LLaVA's JSON (or JSON lines) of conversations.")
+    lazy_preprocess: bool = flag(
+        True, "Kept for LLaVA's commands; samples are always read when their turn comes."
+    )
+    is_multimodal: bool = flag(True, "Kept for LLaVA's commands; found out by itself.")
+    image_folder: str | None = flag(None, "Folder that the JSON's image paths start from.")
+    image_aspect_ratio: str | None = flag(
+        None, "square, pad or anyres. Default: the checkpoint's, else square."
+    )
+    image_grid_pinpoints: str | None = flag(
+        None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data_path:
+            raise ValueError("--data_path is missing: name a JSON file of conversations in LLaVA's format")
+        check_exists("data_path", self.data_path)
+        check_exists("image_folder", self.image_folder)
+        check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
+        parse_pinpoints(self.image_grid_pinpoints)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained: transformers' arguments with LLaVA's additions and defaults."""
+
+    if TYPE_CHECKING:  # inherited
+        activation_checkpointing: bool | None
+        activation_checkpointing_kwargs: Any
+        deepspeed: Any
+        dataloader_pin_memory: bool
+        gradient_checkpointing: bool | None
+        gradient_checkpointing_kwargs: Any
+        tf32: bool | None
+        use_cpu: bool
+        warmup_steps: float
+
+    cache_dir: str | None = flag(None, "Where models from the hub are kept.")
+    optim: str = flag("adamw_torch", "Optimizer, one of transformers' names.")
+    remove_unused_columns: bool = flag(False, "Leave it False: the collator decides.")
+    # None stands first because HfArgumentParser takes the type behind it.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "none, wandb, tensorboard, ...; or several, a,b."}
+    )
+    warmup_ratio: float = flag(0.0, "Part of all steps in which the rate rises.")
+    freeze_mm_mlp_adapter: bool = flag(False, "Do not train the projector.")
+    mpt_attn_impl: str | None = flag(None, "For LLaVA's MPT models, not supported here.")
+    attn_implementation: str | None = flag(
+        None, "eager, sdpa or flash_attention_2. Default: the fastest that is installed."
+    )
+    model_max_length: int = flag(512, "Longest sequence in tokens, images included.")
+    double_quant: bool = flag(True, "QLoRA: quantize the quantization constants too.")
+    quant_type: str = flag("nf4", "QLoRA: nf4 or fp4.")
+    bits: int = flag(16, "Bits of the frozen language model's weights: 16, 8 or 4.")
+    lora_enable: bool = flag(False, "Train LoRA adapters instead of the language model.")
+    lora_r: int = flag(64, "LoRA: rank.")
+    lora_alpha: int = flag(16, "LoRA: scale; the adapter is weighted alpha / r.")
+    lora_dropout: float = flag(0.05, "LoRA: dropout probability.")
+    lora_weight_path: str = flag("", "LoRA: folder of an adapter to go on from.")
+    lora_bias: str = flag("none", "LoRA: biases to train: none, all or lora_only.")
+    mm_projector_lr: float | None = flag(None, "Learning rate of the projector.")
+    mm_vision_tower_lr: float | None = flag(None, "Learning rate of the vision tower.")
+    group_by_modality_length: bool = flag(False, "Batches of one modality and similar length.")
+
+    def __post_init__(self) -> None:
+        self._check_llava()
+        if isinstance(self.report_to, str):
+            self.report_to = _split_names(self.report_to)
+        if self.warmup_ratio:
+            self.warmup_steps = self.warmup_steps or self.warmup_ratio
+        self._rename_checkpointing()
+        if self.tf32 and not is_torch_tf32_available():
+            logger.info("--tf32 True is ignored: this machine has no GPU that knows TF32")
+            self.tf32 = None
+        if runs_on_cpu(self):
+            self._prepare_cpu()
+        super().__post_init__()
+
+    def _check_llava(self) -> None:
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing: name a folder for checkpoints and results")
+        if self.mpt_attn_impl is not None:
+            raise ValueError(
+                "--mpt_attn_impl belongs to LLaVA's MPT models, which are not supported; leave it out"
+            )
+        check_choice("optim", self.optim, tuple(name.value for name in OptimizerNames))
+        check_choice("bits", self.bits, (4, 8, 16))
+        check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
+        check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
+        check_choice("attn_implementation", self.attn_implementation, ATTENTION)
+        check_exists("lora_weight_path", self.lora_weight_path)
+        if self.model_max_length < 1 or self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"--model_max_length {self.model_max_length} --lora_r {self.lora_r} --lora_dropout "
+                f"{self.lora_dropout}: expected at least 1, at least 1, and a number in [0, 1)"
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio}: expected a number in [0, 1)")
+
+    def _rename_checkpointing(self) -> None:
+        # An alias that newer transformers warn about: use the new name where there is one.
+        names = {f.name for f in dataclasses.fields(self)}
+        if "activation_checkpointing" in names and self.activation_checkpointing is None:
+            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            self.gradient_checkpointing_kwargs = None
+
+    def _prepare_cpu(self) -> None:
+        # transformers takes bf16 on the CPU only with use_cpu; and with use_cpu accelerate starts torch's
+        # process group but not DeepSpeed's, so that ZeRO-3 would count one process. DeepSpeed's is started
+        # first: accelerate finds it and uses it.
+        self.use_cpu = True
+        self.dataloader_pin_memory = False
+        if self.deepspeed:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            set_single_process_env()
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def runs_on_cpu(args: transformers.TrainingArguments) -> bool:
+    """True where the run uses no GPU: it has none, or the user said so."""
+    chosen = args.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
+    return chosen or not torch.accelerator.is_available()
+
+
+def set_single_process_env() -> None:
+    """Where no launcher did, say to torch.distributed that this process is the only one."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+
+
+def zero_stage(deepspeed: str | dict | None) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for; 0 without one.
+
+    Args:
+        deepspeed: path of a JSON file, JSON text, or its content.
+
+    Raises:
+        ValueError: the file is missing or no JSON.
+    """
+    if not deepspeed:
+        return 0
+    config = deepspeed
+    if isinstance(config, str):
+        if not config.lstrip().startswith("{"):
+            check_exists("deepspeed", config)
+            config = Path(config).read_text(encoding="utf-8")
+        try:
+            config = json.loads(config)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--deepspeed {deepspeed}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed {deepspeed}: expected a JSON object, got {type(config).__name__}")
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _split_names(text: str) -> list[str]:
+    names = json.loads(text) if text.startswith("[") else text.split(",")
+    return [name.strip() for name in names]

@@ -1,0 +1,247 @@
+"""Writing and reading what a run trains, in LLaVA's file formats.
+
+- projector: `mm_projector.bin` and config.json
+- lora: PEFT's adapter, `non_lora_trainables.bin`, config.json and the tokenizer
+- full: the whole model in safetensors, config.json and the tokenizer
+
+Under ZeRO-3 a rank holds a slice of each weight and the weight itself is empty; it is gathered here, so every rank
+must call the functions that write. Files appear under their names only when they are complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR_FILE = "mm_projector.bin"
+NON_LORA_FILE = "non_lora_trainables.bin"
+ADAPTER_FILE = "adapter_model.safetensors"
+STATE_FILE = "trainer_state.json"
+WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+class RunKind(Enum):
+    """What a run trains, and so what it writes."""
+
+    PROJECTOR = "projector"
+    LORA = "lora"
+    FULL = "full"
+
+
+def is_connector(name: str) -> bool:
+    """Whether a parameter of this name belongs to what connects the vision tower to the language model."""
+    parts = name.split(".")
+    return any(
+        part.startswith("mm_projector") or part in ("image_newline", "vision_resampler") for part in parts
+    )
+
+
+def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Copies of weights on the CPU, whole also under ZeRO-3. Every rank must call it with the same names.
+
+    Args:
+        parameters: names and weights.
+        keep: False on ranks that only take part in the gathering; they get an empty dict.
+
+    Raises:
+        ValueError: a weight has no elements: it is a slice that could not be gathered.
+    """
+    weights = {}
+    for name, parameter in parameters:
+        with _whole(parameter):
+            if not keep:
+                continue
+            if parameter.numel() == 0:
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}: ZeRO-3 keeps it in slices that could not be gathered; "
+                    "it is not written, because it would load as an empty weight"
+                )
+            weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def _whole(parameter: Tensor) -> contextlib.AbstractContextManager:
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters([parameter])
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into; what is in it at the end is moved to `folder` file by file, each in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".writing-{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+            target = folder / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(staging)
+
+
+def save_run(
+    model: nn.Module, kind: RunKind, folder: str | Path, *, writer: bool, tokenizer: Any = None
+) -> None:
+    """Write what a run of this kind trains. Every rank must call it.
+
+    Args:
+        model: the model, or PEFT's wrapper of it for `RunKind.LORA`.
+        folder: where the files go; made if missing.
+        writer: True on the one rank that writes.
+        tokenizer: written along where the kind has one.
+    """
+    collect, write = {
+        RunKind.PROJECTOR: (_projector_weights, _write_projector),
+        RunKind.LORA: (_lora_weights, _write_lora),
+        RunKind.FULL: (_all_weights, _write_full),
+    }[kind]
+    weights = gather(collect(model), keep=writer)
+    if not writer:
+        return
+    folder = Path(folder)
+    with atomic_folder(folder) as staging:
+        write(model, weights, staging)
+        if tokenizer is not None and kind is not RunKind.PROJECTOR:
+            tokenizer.save_pretrained(staging)
+        written = {path.name for path in staging.iterdir()}
+    if kind is RunKind.FULL:
+        _remove_stale_weights(folder, written)
+    logger.info("wrote %s", folder)
+
+
+def _projector_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    # Besides the projector, marker tokens have trained embeddings where mm_use_im_start_end added some.
+    return [(n, p) for n, p in model.named_parameters() if is_connector(n) or p.requires_grad]
+
+
+def _write_projector(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    torch.save(weights, folder / PROJECTOR_FILE)
+    _write_config(model, folder)
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name
+
+
+def _lora_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, p) for n, p in model.named_parameters() if _is_adapter(n) or p.requires_grad]
+
+
+def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    model.save_pretrained(folder, state_dict=weights)
+    others = {name: weight for name, weight in weights.items() if not _is_adapter(name)}
+    torch.save(others, folder / NON_LORA_FILE)
+    _write_config(model, folder)
+
+
+def _all_weights(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return model.state_dict(keep_vars=True).items()
+
+
+def _write_full(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    _mend_generation_config(model)
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    model.save_pretrained(folder, state_dict=weights)
+    model.config.use_cache = use_cache
+
+
+def _write_config(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # off during training only
+    config.save_pretrained(folder)
+
+
+def _mend_generation_config(model: Any) -> None:
+    """Vicuna's sets a temperature without sampling, which transformers refuses to write."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        logger.info("generation_config sets how to sample but not do_sample; it is written with do_sample")
+        generation.do_sample = True
+
+
+def _remove_stale_weights(folder: Path, written: set[str]) -> None:
+    """Shards of an earlier run in the same folder would be read along."""
+    for path in folder.iterdir():
+        if WEIGHTS_PATTERN.fullmatch(path.name) and path.name not in written:
+            path.unlink()
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest `checkpoint-STEP` of a run that was written to its end, or None."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and (path / STATE_FILE).is_file():
+            found.append((int(step), str(path)))
+    return max(found)[1] if found else None
+
+
+def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:
+    """Read back what `save_run` wrote, into a model that was built as for that run.
+
+    Raises:
+        ValueError: a trained weight is missing, unknown or of another shape; the names are listed.
+    """
+    folder = Path(folder)
+    readers: dict[RunKind, Callable[[Path], dict[str, Tensor]]] = {
+        RunKind.PROJECTOR: lambda path: _read_bin(path / PROJECTOR_FILE),
+        RunKind.LORA: _read_lora,
+        RunKind.FULL: _read_full,
+    }
+    weights = readers[kind](folder)
+    expected = {name: p for name, p in _all_weights(model) if kind is RunKind.FULL or p.requires_grad}
+    missing = sorted(expected.keys() - weights.keys() - _tied_names(model))
+    known = dict(_all_weights(model))
+    unexpected = sorted(weights.keys() - known.keys())
+    wrong = [f"{n} {tuple(w.shape)}" for n, w in weights.items() if n in known and known[n].shape != w.shape]
+    if missing or unexpected or wrong:
+        raise ValueError(f"{folder}: missing {missing}, unexpected {unexpected}, of another shape {wrong}")
+    model.load_state_dict(weights, strict=False)
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_lora(folder: Path) -> dict[str, Tensor]:
+    adapter = load_file(folder / ADAPTER_FILE)
+    # PEFT leaves the adapter's name out of the file.
+    named = {re.sub(r"(lora_\w+)\.", r"\1.default.", name, count=1): w for name, w in adapter.items()}
+    return {**named, **_read_bin(folder / NON_LORA_FILE)}
+
+
+def _read_full(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights.update(load_file(path))
+    return weights
+
+
+def _tied_names(model: Any) -> set[str]:
+    """Names that a checkpoint leaves out because the weight is written under another name."""
+    return (
+        set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    )
