@@ -143,7 +143,7 @@ texts = st.one_of(
     st.lists(words, max_size=8).map("".join),
     # The space of sentencepiece looks like a space again when decoded; lone surrogates are no text.
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=12),
-).filter(lambda text: "<image>" not in text)
+).filter(lambda text: not any(mark in text for mark in ["<image>", "<s>", "</s>", "<unk>", "<pad>", *MARKS]))
 conversations = st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=3)
 
 

@@ -1,0 +1,203 @@
+"""Image preparation and `<image>` in token ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+from llava.mm_utils import (
+    divide_to_patches,
+    expand2square,
+    get_anyres_image_grid_shape,
+    get_image_side,
+    get_model_name_from_path,
+    load_image,
+    parse_grid_pinpoints,
+    process_anyres_image,
+    process_images,
+    resize_and_pad_image,
+    select_best_resolution,
+    tokenizer_image_token,
+)
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+
+
+def clip() -> Any:
+    return CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+
+
+def siglip() -> Any:
+    return SiglipImageProcessor(size={"height": 56, "width": 56})
+
+
+def config(aspect_ratio: str | None, pinpoints: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=pinpoints)
+
+
+@pytest.fixture
+def golden_images(golden: Path) -> list[Image.Image]:
+    return [load_image(golden / "images" / f"{index}.png") for index in range(3)]
+
+
+def test_pad_equals_the_release(golden: Path, golden_images: list[Image.Image]) -> None:
+    processor = CLIPImageProcessor.from_pretrained(golden / "clip")
+    expected = load_file(golden / "cases" / "pixels_pad.safetensors")["pixel_values"].float()
+    # The expected pixels went through float16, which is off by at most 1e-3 at their size (below 2.7).
+    torch.testing.assert_close(
+        process_images(golden_images, processor, config("pad")), expected, atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("written", [list, str, json.dumps])
+def test_anyres_equals_the_release(
+    golden: Path, golden_images: list[Image.Image], index: int, written: Any
+) -> None:
+    processor = CLIPImageProcessor.from_pretrained(golden / "clip")
+    checkpoint = golden / "checkpoints" / "llava-v1.6-vicuna-7b" / "config.json"
+    pinpoints = written(json.loads(checkpoint.read_text())["image_grid_pinpoints"])
+    expected = load_file(golden / "cases" / f"pixels_anyres_{index}.safetensors")["pixel_values"].float()
+    pixels = process_images(golden_images[index : index + 1], processor, config("anyres", pinpoints))
+    torch.testing.assert_close(pixels[0], expected.reshape(pixels[0].shape), atol=1e-3, rtol=0)
+    across, down = get_anyres_image_grid_shape(
+        golden_images[index].size, pinpoints, get_image_side(processor)
+    )
+    assert pixels[0].shape[0] == 1 + across * down
+
+
+@pytest.mark.parametrize("processor", [clip(), siglip()], ids=["clip", "siglip"])
+@pytest.mark.parametrize("aspect_ratio", [None, "square", "pad", "anyres"])
+def test_processors_and_aspect_ratios(processor: Any, aspect_ratio: str | None) -> None:
+    images = [Image.new("RGB", size, (200, 10, 30)) for size in [(64, 64), (90, 40), (30, 80)]]
+    pixels = process_images(images, processor, config(aspect_ratio, PINPOINTS))
+    assert get_image_side(processor) == 56
+    if aspect_ratio == "anyres":
+        assert isinstance(pixels, list)
+        assert [tuple(one.shape) for one in pixels] == [(5, 3, 56, 56), (3, 3, 56, 56), (3, 3, 56, 56)]
+        alike = process_images(images[1:], processor, config(aspect_ratio, PINPOINTS))
+        assert isinstance(alike, torch.Tensor)
+        assert alike.shape == (2, 3, 3, 56, 56)
+    else:
+        assert isinstance(pixels, torch.Tensor)
+        assert pixels.shape == (3, 3, 56, 56)
+
+
+def test_no_images_is_an_empty_list() -> None:
+    assert process_images([], clip(), config("pad")) == []
+
+
+def test_unknown_options_name_the_known() -> None:
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match=r"unknown image_aspect_ratio 'padded'; known: square, pad, anyres"):
+        process_images([image], clip(), config("padded"))
+    with pytest.raises(ValueError, match="needs image_grid_pinpoints"):
+        process_images([image], clip(), config("anyres"))
+    with pytest.raises(ValueError, match=r"\(100, 56\), no multiple of the vision tower's 56"):
+        process_images([image], clip(), config("anyres", [[100, 56]]))
+    with pytest.raises(ValueError, match="neither crop_size nor size"):
+        process_anyres_image(image, SimpleNamespace(), PINPOINTS)
+
+
+@pytest.mark.parametrize(
+    "pinpoints",
+    ["", "[]", "[[1]]", "[[0, 3]]", "__import__('os').getcwd()", "(1x1),...,(6x6)", [], [[1, 2, 3]], 7, "7"],
+)
+def test_malformed_pinpoints(pinpoints: Any) -> None:
+    with pytest.raises(ValueError, match="is not a list of"):
+        parse_grid_pinpoints(pinpoints)
+
+
+def test_pinpoints_from_text() -> None:
+    expected = [(336, 672), (672, 336)]
+    for written in ([[336, 672], [672, 336]], "[[336, 672], [672, 336]]", " [(336, 672), (672, 336)]"):
+        assert parse_grid_pinpoints(written) == expected
+
+
+def test_best_resolution_keeps_pixels_then_wastes_least() -> None:
+    assert select_best_resolution((1000, 500), [(336, 672), (672, 336), (672, 672)]) == (672, 336)
+    assert select_best_resolution((50, 50), [(336, 336), (100, 100), (672, 672)]) == (100, 100)
+    with pytest.raises(ValueError, match="no resolutions"):
+        select_best_resolution((1, 1), [])
+
+
+def test_squares_tiles_and_padding() -> None:
+    wide = Image.new("RGB", (4, 2), (255, 0, 0))
+    square = expand2square(wide, (0, 0, 255))
+    assert square.size == (4, 4)
+    assert [square.getpixel((0, row)) for row in range(4)] == [
+        (0, 0, 255),
+        (255, 0, 0),
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
+    assert expand2square(wide.transpose(Image.Transpose.ROTATE_90), (0, 0, 255)).size == (4, 4)
+    assert expand2square(square, (0, 0, 0)) is square
+    fitted = resize_and_pad_image(wide, (6, 6))
+    assert fitted.size == (6, 6)
+    assert fitted.getpixel((0, 0)) == (0, 0, 0)
+    assert fitted.getpixel((3, 3)) == (255, 0, 0)
+    numbered = Image.new("L", (4, 2))
+    numbered.putdata([0, 0, 1, 1, 0, 0, 1, 1])
+    assert [tile.getpixel((0, 0)) for tile in divide_to_patches(numbered, 2)] == [0, 1]
+
+
+def test_load_image_converts_and_names_what_it_cannot_read(tmp_path: Path) -> None:
+    grey = tmp_path / "grey.png"
+    Image.effect_noise((64, 64), 50).save(grey)
+    assert load_image(grey).mode == "RGB"
+    with pytest.raises(ValueError, match=r"gone\.png.*does not exist; check"):
+        load_image(tmp_path / "gone.png")
+    for suffix in ("png", "jpg"):
+        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+        Image.effect_noise((64, 64), 50).save(whole)
+        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        with pytest.raises(ValueError, match=rf"cut\.{suffix}.*truncated"):
+            load_image(cut)
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png.*no format that Pillow reads"):
+        load_image(text)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_image(tmp_path)
+
+
+def test_orientation_in_exif_is_left_alone(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (4, 2)
+
+
+class Letters:
+    """A tokenizer of characters that puts a 1 in front."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(letter) for letter in text])
+
+
+def test_tokenizer_image_token() -> None:
+    tokenizer = Letters()
+    assert tokenizer_image_token("a<image>b<image><image>", tokenizer) == [1, 97, -200, 98, -200, -200]
+    assert tokenizer_image_token("<image>", tokenizer, image_token_index=-7) == [1, -7]
+    assert tokenizer_image_token("", tokenizer) == [1]
+    tensor = tokenizer_image_token("a", tokenizer, return_tensors="pt")
+    assert isinstance(tensor, torch.Tensor)
+    assert tensor.tolist() == [1, 97]
+    with pytest.raises(ValueError, match="return_tensors='np'"):
+        tokenizer_image_token("a", tokenizer, return_tensors="np")
+
+
+def test_model_name() -> None:
+    assert get_model_name_from_path("liuhaotian/llava-v1.5-7b/") == "llava-v1.5-7b"
+    assert get_model_name_from_path("runs/mine/checkpoint-100") == "mine_checkpoint-100"
