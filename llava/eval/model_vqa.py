@@ -1,0 +1,286 @@
+"""Answer questions about images with a checkpoint, in batches: LLaVA's `model_vqa`.
+
+python -m llava.eval.model_vqa --model-path CHECKPOINT --image-folder DIR --question-file Q --answers-file A
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from llava.conversation import get_template
+from llava.data.preprocessing import build_prompt_ids
+from llava.eval.questions import Question, get_chunk, read_jsonl, read_questions
+from llava.mm_utils import get_model_name_from_path, load_image, process_images
+from llava.model.builder import load_pretrained_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaOptions:
+    """How questions are put and answers are drawn; LLaVA's flags of the same names.
+
+    Attributes:
+        image_folder: where the questions' image names start from.
+        conv_mode: name of the prompt template.
+        temperature: 0 takes the likeliest token each time; above 0 it samples.
+        top_p: sample from the likeliest tokens of this total probability; None: from all.
+        num_beams: width of the beam search; 1: none.
+        max_new_tokens: longest answer in tokens.
+        batch_size: questions that are answered at once.
+        no_images: leave the images out: what the language model guesses from the question alone.
+        count_visual_tokens: write the images' visual tokens, before and after reduction, into `metadata`.
+            This runs the vision tower a second time.
+    """
+
+    image_folder: str = ""
+    conv_mode: str = "vicuna_v1"
+    temperature: float = 0.2
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    no_images: bool = False
+    count_visual_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        get_template(self.conv_mode)
+        for name in ("batch_size", "num_beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or above")
+
+
+class Answerer:
+    """A model with what it takes to answer a batch of questions.
+
+    Args:
+        tokenizer, model, image_processor: of `load_pretrained_model`.
+        options: see `VqaOptions`.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, image_processor: Any, options: VqaOptions) -> None:
+        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
+        self.options = options
+        stop = get_template(options.conv_mode).stop
+        stop_id = tokenizer.convert_tokens_to_ids(stop)
+        self._stop = stop
+        self._eos = sorted({tokenizer.eos_token_id, stop_id} - {None, tokenizer.unk_token_id})
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def answer(self, questions: Sequence[Question]) -> list[tuple[str, list[tuple[int, int]] | None]]:
+        """For each question its answer, and its images' visual tokens (before, after) if they are counted."""
+        names = [() if self.options.no_images else question.images for question in questions]
+        ids, mask = self._prompts(questions, [len(n) for n in names])
+        pictures = [load_image(Path(self.options.image_folder) / name) for group in names for name in group]
+        images = list(process_images(pictures, self.image_processor, self.model.config)) if pictures else []
+        sizes = [picture.size for picture in pictures]
+        new = self.model.generate(
+            ids,
+            attention_mask=mask,
+            images=images,
+            image_sizes=sizes,
+            texts=[question.text for question in questions],
+            **self._generation(),
+        )
+        answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
+        return list(zip(answers, self._count(images, sizes, [len(n) for n in names]), strict=True))
+
+    def _prompts(self, questions: Sequence[Question], image_counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask, [B, S]."""
+        marked = bool(getattr(self.model.config, "mm_use_im_start_end", False))
+        rows = [
+            build_prompt_ids(
+                q.text, self.tokenizer, self.options.conv_mode, count, mm_use_im_start_end=marked
+            )
+            for q, count in zip(questions, image_counts, strict=True)
+        ]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self._pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _generation(self) -> dict[str, Any]:
+        options = self.options
+        sampling = (
+            {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
+        )
+        return {
+            "do_sample": options.temperature > 0,
+            "num_beams": options.num_beams,
+            "max_new_tokens": options.max_new_tokens,
+            "eos_token_id": self._eos,
+            "pad_token_id": self._pad,
+            **sampling,
+        }
+
+    def _decode(self, new: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    def _count(
+        self, images: list[Tensor], sizes: list[tuple[int, int]], image_counts: list[int]
+    ) -> list[list[tuple[int, int]] | None]:
+        """The visual tokens of each question's images, or None for each."""
+        if not self.options.count_visual_tokens:
+            return [None] * len(image_counts)
+        counted = iter(self.model.count_visual_tokens(images, sizes) if images else [])
+        return [[next(counted) for _ in range(count)] for count in image_counts]
+
+
+def answer_questions(
+    answerer: Answerer, questions: Sequence[Question], answers_file: str | Path, model_id: str, run: str = ""
+) -> None:
+    """Write the answers to questions as LLaVA's answers.jsonl: in order, and all or nothing.
+
+    Answers gather in a file beside it, named after `run`; a later call with the same `run` goes on there.
+
+    Args:
+        answerer: the model.
+        questions: what to ask.
+        answers_file: where the answers go.
+        model_id: the model's name in the answers.
+        run: says which run this is; runs of other models or options must differ in it.
+    """
+    target = Path(answers_file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{hashlib.sha256(run.encode()).hexdigest()[:12]}.partial")
+    done = _resume(partial, questions)
+    size = answerer.options.batch_size
+    with (
+        partial.open("a", encoding="utf-8") as file,
+        tqdm(total=len(questions), desc=target.stem) as progress,
+    ):
+        progress.update(done)
+        for start in range(done, len(questions), size):
+            batch = questions[start : start + size]
+            for row in _rows(answerer, batch, model_id):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(len(batch))
+    partial.replace(target)
+
+
+def _rows(answerer: Answerer, batch: Sequence[Question], model_id: str) -> Iterator[dict[str, Any]]:
+    for question, (text, tokens) in zip(batch, answerer.answer(batch), strict=True):
+        yield {
+            "question_id": question.question_id,
+            "prompt": question.text,
+            "text": text,
+            "answer_id": uuid.uuid4().hex,
+            "model_id": model_id,
+            "metadata": {} if tokens is None else {"visual_tokens": tokens},
+        }
+
+
+def _resume(partial: Path, questions: Sequence[Question]) -> int:
+    """How many questions an interrupted run has answered; whatever does not fit is cut off the file."""
+    if not partial.is_file():
+        return 0
+    whole = partial.read_bytes().rpartition(b"\n")
+    partial.write_bytes(whole[0] + whole[1])  # a last line without its end was being written
+    done = [row.get("question_id") for _, row in read_jsonl(partial)]
+    if done != [question.question_id for question in questions[: len(done)]]:
+        partial.unlink()
+        return 0
+    logger.info("going on after %d answers of an interrupted run in %s", len(done), partial)
+    return len(done)
+
+
+def evaluate(
+    model_path: str | Path,
+    question_file: str | Path,
+    answers_file: str | Path,
+    *,
+    model_base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    reduction: Any = None,
+    num_chunks: int = 1,
+    chunk_idx: int = 0,
+    options: VqaOptions | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Open a checkpoint and answer a file of questions, or one chunk of it.
+
+    Args:
+        model_path, model_base, vision_tower, reduction, device, dtype: see `load_pretrained_model`.
+        question_file: see `read_questions`.
+        answers_file: where the answers go, see `answer_questions`.
+        num_chunks, chunk_idx: answer one of so many parts.
+        options: see `VqaOptions`.
+
+    Raises:
+        ValueError: the checkpoint, a question or an image cannot be read; it is named.
+    """
+    options = options or VqaOptions()
+    questions = get_chunk(read_questions(question_file), num_chunks, chunk_idx)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        model_path,
+        model_base,
+        None,
+        vision_tower=vision_tower,
+        reduction=reduction,
+        device=device,
+        dtype=dtype,
+    )
+    changed = max(
+        (file.stat().st_mtime for file in Path(model_path).glob("*") if file.is_file()), default=0.0
+    )
+    run = [str(model_path), changed, str(model_base), str(vision_tower), repr(reduction), asdict(options)]
+    name = get_model_name_from_path(os.fspath(model_path))
+    answerer = Answerer(tokenizer, model, image_processor, options)
+    answer_questions(answerer, questions, answers_file, name, json.dumps(run, sort_keys=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Answer questions about images with a checkpoint.")
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument(
+        "--model-base", default=None, help="language model under a LoRA or projector-only folder"
+    )
+    parser.add_argument(
+        "--vision-tower", default=None, help="folder in place of the config's mm_vision_tower"
+    )
+    parser.add_argument(
+        "--reduction", default=None, help="method in place of the checkpoint's; none: all tokens"
+    )
+    parser.add_argument("--image-folder", default="")
+    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--answers-file", required=True)
+    parser.add_argument("--conv-mode", default=VqaOptions.conv_mode)
+    parser.add_argument("--num-chunks", type=int, default=1)
+    parser.add_argument("--chunk-idx", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=VqaOptions.temperature)
+    parser.add_argument("--top_p", type=float, default=None)
+    parser.add_argument("--num_beams", type=int, default=VqaOptions.num_beams)
+    parser.add_argument("--max_new_tokens", type=int, default=VqaOptions.max_new_tokens)
+    parser.add_argument("--batch-size", type=int, default=VqaOptions.batch_size)
+    parser.add_argument("--no-images", action="store_true", help="leave the images out")
+    parser.add_argument("--count-visual-tokens", action="store_true", help="write token counts into metadata")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see `evaluate`."""
+    flags = vars(_parser().parse_args(argv))
+    options = VqaOptions(**{name: flags.pop(name) for name in VqaOptions.__dataclass_fields__})
+    evaluate(options=options, **flags)
+
+
+if __name__ == "__main__":
+    main()

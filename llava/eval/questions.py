@@ -1,0 +1,106 @@
+"""Question and answer files: JSON lines, as LLaVA's evaluation has them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a question file.
+
+    Attributes:
+        question_id: number or text, unique in its file.
+        text: the question, without `<image>`.
+        images: files it is about, relative to the image folder.
+        answer: the right answer, where the file has it.
+        category: the question's type, where the file has it.
+    """
+
+    question_id: int | str
+    text: str
+    images: tuple[str, ...] = ()
+    answer: str | None = None
+    category: str | None = None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and object of every line that is not blank.
+
+    Raises:
+        ValueError: the file is missing, or a line is no JSON object; file and line are named.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; it should be a file of JSON lines")
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            yield number, row
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Questions of LLaVA's question.jsonl: question_id, text, and image (a name, a list of them, or none).
+
+    `answer` and `category` are kept where they stand.
+
+    Raises:
+        ValueError: a line lacks question_id or text, has an image that is no name, or repeats a question_id;
+            or there is no question at all. File and line are named.
+    """
+    questions: list[Question] = []
+    seen: set[int | str] = set()
+    for number, row in read_jsonl(path):
+        question = _parse_question(row, f"{path}, line {number}")
+        if question.question_id in seen:
+            raise ValueError(
+                f"{path}, line {number}: question_id {question.question_id!r} occurs a second time"
+            )
+        seen.add(question.question_id)
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} holds no question")
+    return questions
+
+
+def _parse_question(row: dict[str, Any], where: str) -> Question:
+    for key, kinds in (("question_id", (int, str)), ("text", (str,))):
+        if not isinstance(row.get(key), kinds):
+            raise ValueError(
+                f"{where}: {key!r} is missing or of the wrong type; a question needs question_id and text"
+            )
+    images = row.get("image") or ()
+    images = (images,) if isinstance(images, str) else tuple(images)
+    if not all(isinstance(name, str) for name in images):
+        raise ValueError(f"{where}: 'image' must be a file name or a list of them, got {row['image']!r}")
+    text = row["text"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    return Question(row["question_id"], text, images, row.get("answer"), row.get("category"))
+
+
+def get_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T]:
+    """Part `chunk_idx` (from 0) of `num_chunks`, cut as LLaVA cuts: all parts of equal size but the last.
+
+    Raises:
+        ValueError: there is no such chunk.
+    """
+    if num_chunks < 1 or not 0 <= chunk_idx < num_chunks:
+        raise ValueError(
+            f"chunk_idx={chunk_idx} of num_chunks={num_chunks}: expected 0 <= chunk_idx < num_chunks"
+        )
+    size = math.ceil(len(items) / num_chunks)
+    return items[chunk_idx * size : (chunk_idx + 1) * size]
