@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import get_template
+from llava.data.dataset import split_data_path
 from llava.reduction import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -139,14 +140,10 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: str | None = flag(None, "LLaVA's JSON (or JSON lines) of conversations.")
-    lazy_preprocess: bool = flag(
-        True, "Kept for LLaVA's commands; samples are always read when their turn comes."
-    )
+    lazy_preprocess: bool = flag(True, "Kept for LLaVA's commands; samples are always read when their turn comes.")
     is_multimodal: bool = flag(True, "Kept for LLaVA's commands; found out by itself.")
     image_folder: str | None = flag(None, "Folder that the JSON's image paths start from.")
-    image_aspect_ratio: str | None = flag(
-        None, "square, pad or anyres. Default: the checkpoint's, else square."
-    )
+    image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, else square.")
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
     )
@@ -154,7 +151,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.data_path:
             raise ValueError("--data_path is missing: name a JSON file of conversations in LLaVA's format")
-        check_exists("data_path", self.data_path)
+        split_data_path(self.data_path)
         check_exists("image_folder", self.image_folder)
         check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         parse_pinpoints(self.image_grid_pinpoints)
@@ -220,9 +217,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if not self.output_dir:
             raise ValueError("--output_dir is missing: name a folder for checkpoints and results")
         if self.mpt_attn_impl is not None:
-            raise ValueError(
-                "--mpt_attn_impl belongs to LLaVA's MPT models, which are not supported; leave it out"
-            )
+            raise ValueError("--mpt_attn_impl belongs to LLaVA's MPT models, which are not supported; leave it out")
         check_choice("optim", self.optim, tuple(name.value for name in OptimizerNames))
         check_choice("bits", self.bits, (4, 8, 16))
         check_choice("quant_type", self.quant_type, ("nf4", "fp4"))

@@ -4,8 +4,8 @@
 - lora: PEFT's adapter, `non_lora_trainables.bin`, config.json and the tokenizer
 - full: the whole model in safetensors, config.json and the tokenizer
 
-Under ZeRO-3 a rank holds a slice of each weight and the weight itself is empty; it is gathered here, so every rank
-must call the functions that write. Files appear under their names only when they are complete.
+Under ZeRO-3 a rank holds a slice of each weight and the weight itself is empty; it is gathered here, so every
+rank must call the functions that write. Files appear under their names only when they are complete.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from llava.model.weights import load_into, raise_for_keys, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,19 @@ class RunKind(Enum):
     FULL = "full"
 
 
-def is_connector(name: str) -> bool:
-    """Whether a parameter of this name belongs to what connects the vision tower to the language model."""
+def part_of(name: str) -> str:
+    """The part of the model that a parameter of this name belongs to.
+
+    Returns:
+        "vision_tower", "projector" (with the newline token: all that connects tower and language model),
+        "reducer" or "language_model".
+    """
     parts = name.split(".")
-    return any(
-        part.startswith("mm_projector") or part in ("image_newline", "vision_resampler") for part in parts
-    )
+    if "vision_tower" in parts:
+        return "vision_tower"
+    if any(p.startswith("mm_projector") or p in ("image_newline", "vision_resampler") for p in parts):
+        return "projector"
+    return "reducer" if any(p.endswith("_reducer") for p in parts) else "language_model"
 
 
 def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
@@ -67,8 +75,8 @@ def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
                 continue
             if parameter.numel() == 0:
                 raise ValueError(
-                    f"{name} has shape {tuple(parameter.shape)}: ZeRO-3 keeps it in slices that could not be gathered; "
-                    "it is not written, because it would load as an empty weight"
+                    f"{name} has shape {tuple(parameter.shape)}: ZeRO-3 keeps it in slices, and they could not "
+                    "be gathered; it is not written, because it would load as an empty weight"
                 )
             weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
     return weights
@@ -98,9 +106,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging)
 
 
-def save_run(
-    model: nn.Module, kind: RunKind, folder: str | Path, *, writer: bool, tokenizer: Any = None
-) -> None:
+def save_run(model: nn.Module, kind: RunKind, folder: str | Path, *, writer: bool, tokenizer: Any = None) -> None:
     """Write what a run of this kind trains. Every rank must call it.
 
     Args:
@@ -130,7 +136,7 @@ def save_run(
 
 def _projector_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     # Besides the projector, marker tokens have trained embeddings where mm_use_im_start_end added some.
-    return [(n, p) for n, p in model.named_parameters() if is_connector(n) or p.requires_grad]
+    return [(n, p) for n, p in model.named_parameters() if part_of(n) == "projector" or p.requires_grad]
 
 
 def _write_projector(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
@@ -206,42 +212,38 @@ def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:
         ValueError: a trained weight is missing, unknown or of another shape; the names are listed.
     """
     folder = Path(folder)
-    readers: dict[RunKind, Callable[[Path], dict[str, Tensor]]] = {
-        RunKind.PROJECTOR: lambda path: _read_bin(path / PROJECTOR_FILE),
-        RunKind.LORA: _read_lora,
-        RunKind.FULL: _read_full,
-    }
-    weights = readers[kind](folder)
-    expected = {name: p for name, p in _all_weights(model) if kind is RunKind.FULL or p.requires_grad}
-    missing = sorted(expected.keys() - weights.keys() - _tied_names(model))
-    known = dict(_all_weights(model))
-    unexpected = sorted(weights.keys() - known.keys())
-    wrong = [f"{n} {tuple(w.shape)}" for n, w in weights.items() if n in known and known[n].shape != w.shape]
-    if missing or unexpected or wrong:
-        raise ValueError(f"{folder}: missing {missing}, unexpected {unexpected}, of another shape {wrong}")
-    model.load_state_dict(weights, strict=False)
+    if kind is RunKind.FULL:
+        # Names in the files may differ from names in the model; from_pretrained knows both, and is strict.
+        model.load_state_dict(type(model).from_pretrained(str(folder), dtype=model.dtype).state_dict())
+        return
+    weights = read_weights(folder / PROJECTOR_FILE) if kind is RunKind.PROJECTOR else _read_lora(folder)
+    _fill(model, weights, folder)
 
 
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Read a LoRA folder, with or without `non_lora_trainables.bin`, into a model that PEFT has wrapped.
+
+    Raises:
+        ValueError: an adapter's weight is missing, unknown or of another shape; the names are listed.
+    """
+    _fill(model, _read_lora(Path(folder)), folder, required=_is_adapter)
+
+
+def _fill(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    origin: object,
+    required: Callable[[str], bool] = lambda name: True,
+) -> None:
+    known = dict(model.named_parameters())
+    missing = [name for name, p in known.items() if p.requires_grad and required(name) and name not in weights]
+    raise_for_keys(origin, missing=missing)
+    load_into(model, weights, origin)
 
 
 def _read_lora(folder: Path) -> dict[str, Tensor]:
-    adapter = load_file(folder / ADAPTER_FILE)
+    adapter = read_weights(folder / ADAPTER_FILE)
     # PEFT leaves the adapter's name out of the file.
     named = {re.sub(r"(lora_\w+)\.", r"\1.default.", name, count=1): w for name, w in adapter.items()}
-    return {**named, **_read_bin(folder / NON_LORA_FILE)}
-
-
-def _read_full(folder: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights.update(load_file(path))
-    return weights
-
-
-def _tied_names(model: Any) -> set[str]:
-    """Names that a checkpoint leaves out because the weight is written under another name."""
-    return (
-        set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    )
+    others = folder / NON_LORA_FILE
+    return {**named, **(read_weights(others) if others.is_file() else {})}

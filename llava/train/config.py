@@ -124,9 +124,7 @@ def _merge_reduction(base: Any, new: Any) -> Any:
     merged: dict[str, Any] = ReductionConfig.parse(base).to_dict()
     for site, method in new.items():
         old = merged.get(site)
-        joins = (
-            isinstance(method, dict) and old is not None and method.get("name", old["name"]) == old["name"]
-        )
+        joins = isinstance(method, dict) and old is not None and method.get("name", old["name"]) == old["name"]
         merged[site] = {**old, **method} if joins and old is not None else method
     return merged
 

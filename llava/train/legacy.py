@@ -47,9 +47,7 @@ LEGACY_FLAGS: dict[str, Legacy] = {
     "dispatch_batches": Legacy("accelerator_config", lambda text: f'{{"dispatch_batches": {text.lower()}}}'),
     "split_batches": Legacy("accelerator_config", lambda text: f'{{"split_batches": {text.lower()}}}'),
     "save_safetensors": Legacy(note="weights are always written as safetensors"),
-    "overwrite_output_dir": Legacy(
-        note="a run goes on from output_dir/checkpoint-*; remove them to start afresh"
-    ),
+    "overwrite_output_dir": Legacy(note="a run goes on from output_dir/checkpoint-*; remove them to start afresh"),
     "logging_dir": Legacy(note="set the environment variable TENSORBOARD_LOGGING_DIR"),
     "half_precision_backend": Legacy(note="--bf16 and --fp16 choose by themselves"),
     "fp16_backend": Legacy(note="--bf16 and --fp16 choose by themselves"),

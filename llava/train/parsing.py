@@ -99,9 +99,7 @@ def check_contradictions(values: dict[str, Any]) -> None:
     tower = values["unfreeze_mm_vision_tower"]
     grouped = values["group_by_modality_length"]
     rules = {
-        "--bits 4 or 8 freezes the language model: add --lora_enable True to train adapters": (
-            quantized and not lora
-        ),
+        "--bits 4 or 8 freezes the language model: add --lora_enable True to train adapters": (quantized and not lora),
         "--bits 4 or 8 does not go with ZeRO-3, which cannot split such weights: use scripts/zero2.json": (
             quantized and zero3
         ),
@@ -114,9 +112,7 @@ def check_contradictions(values: dict[str, Any]) -> None:
         "--tune_mm_mlp_adapter saves the projector only: --unfreeze_mm_vision_tower trains for nothing": (
             projector_only and tower
         ),
-        "--lora_weight_path has no effect without --lora_enable True": (
-            values["lora_weight_path"] and not lora
-        ),
+        "--lora_weight_path has no effect without --lora_enable True": (values["lora_weight_path"] and not lora),
         "--mm_projector_lr has no effect on a projector that --freeze_mm_mlp_adapter freezes": (
             values["mm_projector_lr"] is not None and frozen_projector
         ),

@@ -1,4 +1,4 @@
-"""The order in which samples are drawn: the same for the same seed and epoch, on every rank and after a resumption."""
+"""The order of samples: the same for the same seed and epoch, on every rank and after a resumption."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class EpochSampler(Sampler[int]):
 class ModalityLengthSampler(EpochSampler):
     """Batches of one modality whose samples have similar lengths, as `--group_by_modality_length` asks for.
 
-    A step that mixes modalities computes its images for few samples, and one that mixes lengths computes padding.
-    Samples of one modality are shuffled, cut into steps, sorted within a step and dealt out to its batches so
+    A step that mixes modalities computes its images for few samples, and one that mixes lengths computes
+    padding. Samples of one modality are shuffled, cut into steps, sorted within a step and dealt out to its batches so
     that all of them cost about the same; then the steps are shuffled. What fills no whole step comes last.
 
     Args:
@@ -76,7 +76,7 @@ class ModalityLengthSampler(EpochSampler):
         return self.batch_size * self.batches_per_step
 
     def _even_steps(self, indices: Tensor) -> Tensor:
-        """Indices [steps * step size] as [steps, step size]: the batches of a step side by side, of even cost."""
+        """Indices [steps * step size] as [steps, step size], a step's batches side by side, of even cost."""
         steps = indices.view(-1, self._step_size)
         by_length = self.lengths[steps].abs().argsort(dim=1, descending=True, stable=True)
         # Dealt like cards, to and fro: rows hold samples of falling length, columns become batches.

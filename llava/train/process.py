@@ -1,0 +1,47 @@
+"""What a training process does at its beginning and at its end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import torch.distributed
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def set_up_logging() -> None:
+    """Log to the terminal: the first process what happens, the others warnings only."""
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format=FORMAT, datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("llava").setLevel(logging.INFO if first else logging.WARNING)
+
+
+def finish_process() -> None:
+    """Stop the threads of the process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def run_and_report(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run `main`; a ValueError, which says what to mend, becomes one line of log in place of a traceback.
+
+    Args:
+        main: the program.
+        argv: its arguments; with LLAVA_DEBUG set in the environment the traceback is shown.
+
+    Returns:
+        The exit code: 0, or 2 for a ValueError.
+    """
+    try:
+        main(argv)
+    except ValueError as error:
+        if os.environ.get("LLAVA_DEBUG"):
+            raise
+        logging.getLogger("llava").error("%s", error)
+        return 2
+    return 0

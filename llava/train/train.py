@@ -1,0 +1,125 @@
+"""Train LLaVA: read the flags, build tokenizer, data and model, train, write.
+
+`main` is the whole run; `llava/train/train_mem.py` and `llava train` call it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoImageProcessor, set_seed
+
+from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.data.dataset import LazySupervisedDataset
+from llava.train.arguments import require_package
+from llava.train.checkpoint import atomic_folder, last_complete_checkpoint
+from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
+from llava.train.parsing import Arguments, parse_args, resolved
+from llava.train.process import finish_process, set_up_logging
+from llava.train.trainer import LLaVATrainer
+
+logger = logging.getLogger(__name__)
+
+RUN_CONFIG_FILE = "train_config.yaml"
+
+
+def main(argv: list[str]) -> None:
+    """Run the training that the flags describe, and leave this process ready to exit.
+
+    Args:
+        argv: LLaVA's and transformers' flags.
+
+    Raises:
+        ValueError: flags, data or checkpoints that do not fit; the culprit is named.
+    """
+    set_up_logging()
+    try:
+        train(parse_args(argv))
+    finally:
+        finish_process()
+
+
+def train(arguments: Arguments) -> LLaVATrainer:
+    """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint."""
+    training = arguments.training
+    set_seed(training.seed)  # a new projector and new adapters are drawn from it
+    training.attn_implementation = training.attn_implementation or best_attention(arguments)
+    config = read_config(arguments)
+    tokenizer = load_tokenizer(arguments)
+    dataset = load_dataset(arguments, tokenizer)
+    model = load_model(arguments, config, tokenizer)
+    log_trainable(model)
+    trainer = LLaVATrainer(
+        kind=run_kind(arguments),
+        model=model,
+        args=training,
+        train_dataset=dataset,
+        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        processing_class=tokenizer,
+    )
+    write_run_config(arguments)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
+    trainer.save_state()
+    trainer.save_model()
+    return trainer
+
+
+def best_attention(arguments: Arguments) -> str:
+    """flash_attention_2 where it is installed and can run (a GPU, 16-bit types), else sdpa."""
+    training = arguments.training
+    if torch.cuda.is_available() and not training.use_cpu and (training.bf16 or training.fp16):
+        try:
+            require_package("flash_attn", "")
+        except ValueError:
+            return "sdpa"
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def load_dataset(arguments: Arguments, tokenizer: Any) -> LazySupervisedDataset:
+    """The conversations to learn from, all checked."""
+    model_args, data_args, training = arguments
+    return LazySupervisedDataset(
+        data_args.data_path,
+        tokenizer,
+        AutoImageProcessor.from_pretrained(model_args.vision_tower, cache_dir=training.cache_dir),
+        version=model_args.version,
+        image_folder=data_args.image_folder,
+        image_aspect_ratio=data_args.image_aspect_ratio,
+        image_grid_pinpoints=data_args.image_grid_pinpoints,
+        mm_use_im_start_end=bool(model_args.mm_use_im_start_end),
+    )
+
+
+def log_trainable(model: Any) -> None:
+    """Say how many weights are trained.
+
+    Raises:
+        ValueError: none is.
+    """
+    counts = count_trainable(model)
+    if not counts:
+        raise ValueError("nothing is trained: the flags freeze the language model and the projector")
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    trained = sum(counts.values())
+    logger.info("training %s of %s weights (%.2f %%): %s", f"{trained:,}", f"{total:,}", 100 * trained / total, parts)
+
+
+def checkpoint_to_resume(training: Any) -> str | None:
+    """The checkpoint that is asked for, else the last complete one in `output_dir`, else None."""
+    checkpoint = training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def write_run_config(arguments: Arguments) -> None:
+    """Write all settings of the run to `output_dir`; `llava train` reads the file."""
+    if arguments.training.should_save:
+        with atomic_folder(Path(arguments.training.output_dir)) as folder:
+            (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(resolved(arguments)), encoding="utf-8")

@@ -1,0 +1,18 @@
+"""LLaVA's entry for launchers: `deepspeed llava/train/train_mem.py --flag value ...`.
+
+The name is LLaVA's: attention that saves memory. flash-attention is used where it is installed and a GPU is there,
+else torch's scaled dot product; `--attn_implementation` overrides.
+"""
+
+import sys
+from pathlib import Path
+
+# In place of this folder, whose modules are not meant to be imported by their bare names.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from llava.train.process import run_and_report  # noqa: E402
+
+if __name__ == "__main__":
+    from llava.train.train import main
+
+    sys.exit(run_and_report(main, sys.argv[1:]))

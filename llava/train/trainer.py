@@ -1,0 +1,173 @@
+"""transformers' Trainer with LLaVA's learning rates, sampling and checkpoint files."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import deepspeed_load_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
+
+from llava.train.arguments import TrainingArguments
+from llava.train.checkpoint import RunKind, load_run, part_of, save_run
+from llava.train.sampler import EpochSampler, ModalityLengthSampler
+
+logger = logging.getLogger(__name__)
+
+STAGING = ".incomplete"
+
+
+def parameter_group_names(
+    model: nn.Module, decayed: Collection[str], has_own_rate: Collection[str] = ()
+) -> dict[tuple[str, bool], list[str]]:
+    """Names of the trained weights, grouped by what the optimizer treats alike.
+
+    Args:
+        model: whose weights with requires_grad are grouped.
+        decayed: names of weights that weight decay is applied to.
+        has_own_rate: parts ("projector", "vision_tower") with a learning rate of their own.
+
+    Returns:
+        (part, decayed) -> names; the part is "base" where there is no own rate. "base" comes first, because the
+        log shows the first group's rate. No group is empty.
+    """
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = part_of(name)
+            key = (part if part in has_own_rate else "base", name in decayed)
+            groups.setdefault(key, []).append(name)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0] != "base", item[0][0], not item[0][1])))
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler the epoch; accelerate does not when a resumed run skips batches on several ranks."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class LLaVATrainer(Trainer):
+    """Trains and saves a LLaVA model.
+
+    Args:
+        kind: what is trained, and so what a checkpoint holds.
+        kwargs: those of transformers' Trainer.
+    """
+
+    if TYPE_CHECKING:  # inherited
+        args: TrainingArguments
+        model: Any
+
+    def __init__(self, *, kind: RunKind, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind = kind
+        self._is_staging = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that the flags ask for, with its own learning rate for projector and vision tower."""
+        model = self.model if model is None else model
+        wanted = {"projector": self.args.mm_projector_lr, "vision_tower": self.args.mm_vision_tower_lr}
+        rates = {part: rate for part, rate in wanted.items() if rate is not None}
+        if self.optimizer is None and rates:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if kwargs.keys() & {"params", "model", "optimizer_dict"}:
+                raise ValueError(f"--optim {self.args.optim} groups weights itself: leave out --mm_projector_lr")
+            self.optimizer_cls_and_kwargs = (cls, {**kwargs, "params": self._parameter_groups(model, rates)})
+        return super().create_optimizer(model)
+
+    def _parameter_groups(self, model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
+        names = parameter_group_names(model, set(self.get_decay_parameter_names(model)), set(rates))
+        parameters = dict(model.named_parameters())
+        return [
+            {
+                "params": [parameters[name] for name in group],
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+                "lr": rates.get(part, self.args.learning_rate),
+            }
+            for (part, decays), group in names.items()
+        ]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = EpochSampler(len(dataset), seed)
+        if self.args.group_by_modality_length:
+            sampler = ModalityLengthSampler(
+                dataset.modality_lengths,
+                batch_size=self.args.train_batch_size,
+                batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
+                seed=seed,
+            )
+        self.remove_callback(_EpochCallback)
+        self.add_callback(_EpochCallback(sampler))
+        return sampler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what this kind of run trains; every rank must call it."""
+        if self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir or self.args.output_dir
+        save_run(self.model, self.kind, folder, writer=self.args.should_save, tokenizer=self.processing_class)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return str(Path(run_dir, STAGING)) if self._is_staging else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write checkpoint-STEP under another name and rename it when all ranks are done."""
+        staging = Path(super()._get_output_dir(trial), STAGING)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was stopped while it wrote
+        self.accelerator.wait_for_everyone()
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for path in staging.iterdir():
+                target = staging.parent / path.name
+                shutil.rmtree(target, ignore_errors=True)
+                path.replace(target)
+            staging.rmdir()
+            rotate_checkpoints(str(staging.parent), self.args.save_total_limit, use_mtime=False)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not (self.is_deepspeed_enabled and self.kind is RunKind.PROJECTOR):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # DeepSpeed would write the frozen language model along with the projector.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_run(self.model if model is None else model, self.kind, resume_from_checkpoint)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not (resume_from_checkpoint and self.is_deepspeed_enabled and self.kind is RunKind.PROJECTOR):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # Not strict: the frozen weights are not in the checkpoint, they are those that the run began with.
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
