@@ -20,7 +20,12 @@ from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 LORA_WEIGHTS = "non_lora_trainables.bin"
 PROJECTOR_WEIGHTS = "mm_projector.bin"
@@ -38,6 +43,7 @@ def load_pretrained_model(
     vision_tower: str | os.PathLike | None = None,
     reduction: ReductionConfig | dict | str | None = None,
     attn_implementation: str | None = None,
+    merge_lora: bool = False,
 ) -> tuple[Any, Any, Any, int]:
     """Open a LLaVA checkpoint for inference.
 
@@ -57,6 +63,8 @@ def load_pretrained_model(
         vision_tower: folder or hub name in place of the config's `mm_vision_tower`.
         reduction: None for what config.json says; else what `ReductionConfig.parse` reads, "none" for all tokens.
         attn_implementation: eager, sdpa or flash_attention_2; default: transformers' choice.
+        merge_lora: add a LoRA folder's weights to the base's. Faster; the sum is rounded to `dtype`, so that answers
+            differ slightly from those that the adapter was trained to give.
 
     Returns:
         tokenizer, model in eval mode, image processor, and the context length in tokens.
@@ -74,7 +82,7 @@ def load_pretrained_model(
     if device_map is not None or load_8bit or load_4bit:
         kwargs["device_map"] = device_map or "auto"
     tower = None if vision_tower is None else os.fspath(vision_tower)
-    checkpoint = _open(folder, model_base, tower, kwargs)
+    checkpoint = _open(folder, model_base, tower, merge_lora, kwargs)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     _match_vocabulary(model, tokenizer)
     if reduction is not None:
@@ -91,11 +99,13 @@ class _Checkpoint:
     tokenizer: Any
 
 
-def _open(folder: Path, model_base: str | os.PathLike | None, tower: str | None, kwargs: dict[str, Any]) -> _Checkpoint:
+def _open(
+    folder: Path, model_base: str | os.PathLike | None, tower: str | None, merge: bool, kwargs: dict[str, Any]
+) -> _Checkpoint:
     """Tell the layout by the files and open it."""
     has_weights = any((folder / name).is_file() for name in _WEIGHTS)
     if (folder / "adapter_config.json").is_file():
-        return _open_lora(folder, model_base, tower, kwargs)
+        return _open_lora(folder, model_base, tower, merge, kwargs)
     if not has_weights and (folder / PROJECTOR_WEIGHTS).is_file():
         return _open_projector(folder, model_base, tower, kwargs)
     if not has_weights:
@@ -121,20 +131,20 @@ def _open(folder: Path, model_base: str | os.PathLike | None, tower: str | None,
 
 
 def _open_lora(
-    folder: Path, model_base: str | os.PathLike | None, tower: str | None, kwargs: dict[str, Any]
+    folder: Path, model_base: str | os.PathLike | None, tower: str | None, merge: bool, kwargs: dict[str, Any]
 ) -> _Checkpoint:
-    """A PEFT adapter and the weights that were trained beside it, merged into their base."""
+    """A PEFT adapter and the weights that were trained beside it, on their base."""
     adapter = _read_json(folder / "adapter_config.json")
     base = model_base or adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
     weights = read_weights(folder / LORA_WEIGHTS)
     model = _open_on_base(folder, base, tower, weights, kwargs)
-    return _Checkpoint(_merge_adapter(model, folder), _tokenizer(folder, base))
+    return _Checkpoint(_add_adapter(model, folder, merge), _tokenizer(folder, base))
 
 
-def _merge_adapter(model: Any, folder: Path) -> Any:
-    """Merge a PEFT adapter into the modules that its weights name.
+def _add_adapter(model: Any, folder: Path, merge: bool) -> Any:
+    """Put a PEFT adapter into the modules that its weights name.
 
     Those names say more than `target_modules`, whose short names match modules of the vision tower too.
 
@@ -151,15 +161,14 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
     raise_for_keys(folder, unexpected=sorted(targets - {name for name, _ in model.named_modules()}))
     config = PeftConfig.from_pretrained(str(folder))
     config.target_modules = sorted(targets)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     result = set_peft_model_state_dict(adapted, weights)
     raise_for_keys(
         folder,
         missing=[key for key in result.missing_keys if ".lora_" in key],
         unexpected=list(result.unexpected_keys),
     )
-    logger.info("merging the LoRA weights of %s", folder)
-    return adapted.merge_and_unload()
+    return adapted.merge_and_unload() if merge else adapted.base_model.model
 
 
 def _open_projector(
@@ -174,7 +183,11 @@ def _open_projector(
 
 
 def _open_on_base(
-    folder: Path, base: str | os.PathLike, tower: str | None, weights: dict[str, Tensor], kwargs: dict[str, Any]
+    folder: Path,
+    base: str | os.PathLike,
+    tower: str | None,
+    weights: dict[str, Tensor],
+    kwargs: dict[str, Any],
 ) -> Any:
     """The base with the configuration of `folder` and the projector weights in `weights`."""
     base_folder = _local_folder(base)
@@ -218,7 +231,7 @@ def _local_folder(path: str | os.PathLike) -> Path:
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(os.fspath(path), allow_patterns=_HUB_PATTERNS))
@@ -243,7 +256,9 @@ def _tokenizer(*folders: str | os.PathLike) -> Any:
         local = _local_folder(folder)
         if any((local / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
             return AutoTokenizer.from_pretrained(local)
-    raise ValueError(f"no tokenizer in {', '.join(map(os.fspath, folders))}: copy that of the language model there")
+    raise ValueError(
+        f"no tokenizer in {', '.join(str(folder) for folder in folders)}: copy that of the language model there"
+    )
 
 
 def _match_vocabulary(model: Any, tokenizer: Any) -> None:

@@ -36,9 +36,7 @@ class LayoutSpec:
 
     def __post_init__(self) -> None:
         if self.merge_type not in ("flat", "spatial", "spatial_unpad"):
-            raise ValueError(
-                f"mm_patch_merge_type={self.merge_type!r}: choose one of flat, spatial, spatial_unpad"
-            )
+            raise ValueError(f"mm_patch_merge_type={self.merge_type!r}: choose one of flat, spatial, spatial_unpad")
 
 
 def image_layout(source: Tensor, mask: Tensor, image_size: tuple[int, int] | None, spec: LayoutSpec) -> Tensor:

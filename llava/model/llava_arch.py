@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,14 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Spliced, plan_splice, splice
-from llava.model.weights import check_loaded, load_into, raise_for_keys, read_weights, strip_prefixes
+from llava.model.weights import (
+    check_loaded,
+    load_into,
+    raise_for_keys,
+    read_weights,
+    strip_prefixes,
+    without_load_report,
+)
 from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 
@@ -46,6 +53,8 @@ class LlavaMetaModel:
     mm_projector: nn.Module
     encoder_reducer: nn.Module | None
     config: Any
+    layers: nn.ModuleList  # the language model's
+    named_parameters: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -75,6 +84,13 @@ class LlavaMetaModel:
         """The vision tower, or None for a bare language model."""
         return self.vision_tower
 
+    def _tower(self) -> VisionTower:
+        if self.vision_tower is None:
+            raise ValueError(
+                "this model has no vision tower: load a LLaVA checkpoint, or call initialize_vision_modules first"
+            )
+        return self.vision_tower
+
     def initialize_vision_modules(self, model_args: Any) -> None:
         """Give a language model its vision tower and projector, or new settings to the ones it has.
 
@@ -93,8 +109,9 @@ class LlavaMetaModel:
         config.use_mm_proj = True
         if self.vision_tower is None:
             self._add_vision_modules()
-            self._to_language_model(self.vision_tower, self.mm_projector)
-            self.get_vision_tower().load_weights()
+            tower = self._tower()
+            self._to_language_model(tower, self.mm_projector)
+            tower.load_weights()
         else:
             self._change_vision_modules(changes)
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
@@ -102,12 +119,15 @@ class LlavaMetaModel:
             self.load_projector(read_weights(adapter), adapter)
 
     def _change_vision_modules(self, changes: dict[str, Any]) -> None:
-        config, tower = self.config, self.get_vision_tower()
+        config, tower = self.config, self._tower()
         if "mm_vision_tower" in changes:
             tower.rename(config.mm_vision_tower)
         tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
         if "mm_projector_type" in changes:
-            logger.warning("mm_projector_type=%s is new to this model: its projector starts anew", config.mm_projector_type)
+            logger.warning(
+                "mm_projector_type=%s is new to this model: its projector starts anew",
+                config.mm_projector_type,
+            )
             self.mm_projector = build_vision_projector(config)
             self._to_language_model(self.mm_projector)
         self._add_newline()
@@ -129,7 +149,7 @@ class LlavaMetaModel:
         own = {k: v for k, v in named.items() if not k.endswith("embed_tokens.weight")}
         needed = {k for k, _ in self.named_parameters() if k.startswith("mm_projector")}
         raise_for_keys(origin, missing=sorted(needed - set(own)))
-        load_into(self, own, origin)
+        load_into(cast(nn.Module, self), own, origin)
 
     def set_reduction(self, value: ReductionConfig | dict | str | None) -> None:
         """Reduce visual tokens with this method from now on, and keep it in the config.
@@ -151,16 +171,15 @@ class LlavaMetaModel:
             The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
             and the reducer's output, for what came from where.
         """
-        assert self.vision_tower is not None
         reducer = self.encoder_reducer
-        vision: VisionFeatures = self.vision_tower(pixels, needs=() if reducer is None else reducer.needs)
+        vision: VisionFeatures = self._tower()(pixels, needs=() if reducer is None else reducer.needs)
         tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
         flat = tokens.features.flatten(0, 1) if tokens.mask is None else tokens.features[tokens.mask]
         return self.mm_projector(flat.to(self._projector_dtype())), tokens
 
     def _projector_dtype(self) -> torch.dtype:
         weight = next(self.mm_projector.parameters(), None)
-        return self.vision_tower.dtype if weight is None else weight.dtype  # type: ignore[union-attr]
+        return self._tower().dtype if weight is None else weight.dtype
 
     def encode_images(self, images: Sequence[Tensor], image_sizes: ImageSizes = None) -> tuple[Tensor, Tensor]:
         """Visual tokens of all images in the order in which they enter the language model.
@@ -174,16 +193,13 @@ class LlavaMetaModel:
         """
         tiles = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         counts = [len(t) for t in tiles]
-        projected, tokens = self.encode_tiles(torch.cat([t.to(self._vision_device()) for t in tiles]))
+        projected, tokens = self.encode_tiles(torch.cat([t.to(self._tower().device) for t in tiles]))
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
             projected = torch.cat([projected, self.image_newline.to(projected.dtype).unsqueeze(0)])
         index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
         return projected[index], torch.tensor([len(layout) for layout in layouts])
-
-    def _vision_device(self) -> torch.device:
-        return next(self.vision_tower.parameters()).device  # type: ignore[union-attr]
 
     def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
         """For each image, indices into the projected tokens, or NEWLINE."""
@@ -203,8 +219,7 @@ class LlavaMetaModel:
         return layouts
 
     def _layout_spec(self) -> LayoutSpec:
-        config, tower = self.config, self.vision_tower
-        assert tower is not None
+        config, tower = self.config, self._tower()
         return LayoutSpec(
             merge_type=getattr(config, "mm_patch_merge_type", "flat"),
             grid=tower.grid,
@@ -246,9 +261,10 @@ class LlavaMetaForCausalLM:
         if vision_tower is not None and getattr(config, "mm_vision_tower", None):
             config.mm_vision_tower, config.mm_vision_config = vision_tower, None
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        with without_load_report():
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         filled = load_into(model, projector_weights or {}, path)
         if check_loaded(info, path, filled):
             model.get_vision_tower().load_weights()
@@ -266,7 +282,7 @@ class LlavaMetaForCausalLM:
         """Reduce visual tokens with this method from now on; see `LlavaMetaModel.set_reduction`."""
         self.get_model().set_reduction(value)
 
-    def forward(  # noqa: D102  (the language model's own, plus images)
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -303,7 +319,11 @@ class LlavaMetaForCausalLM:
             max_length = getattr(self.config, "tokenizer_model_max_length", None)
             spliced = self.splice_images(input_ids, attention_mask, labels, images, image_sizes, max_length=max_length)
             input_ids, inputs_embeds = None, spliced.inputs_embeds
-            attention_mask, position_ids, labels = spliced.attention_mask, spliced.position_ids, spliced.labels
+            attention_mask, position_ids, labels = (
+                spliced.attention_mask,
+                spliced.position_ids,
+                spliced.labels,
+            )
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -377,11 +397,6 @@ class LlavaMetaForCausalLM:
 
     def _visual_tokens(self, pictures: list[Tensor], sizes: ImageSizes) -> tuple[Tensor | None, Tensor]:
         if pictures:
-            if self.get_vision_tower() is None:
-                raise ValueError(
-                    "images were given to a model without a vision tower; load a LLaVA checkpoint, or call "
-                    "initialize_vision_modules first"
-                )
             return self.get_model().encode_images(pictures, sizes)
         none = torch.zeros(0, dtype=torch.int64)
         tower = self.get_vision_tower()

@@ -98,9 +98,7 @@ def plan_splice(
     return SplicePlan(source, source != zero_row, rows(position, 0), rows(image_number, -1))
 
 
-def splice(
-    text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | None, plan: SplicePlan
-) -> Spliced:
+def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | None, plan: SplicePlan) -> Spliced:
     """Gather embeddings and labels as planned.
 
     Args:

@@ -105,13 +105,13 @@ def check_fraction(method: str, option: str, value: object) -> None:
 class Reducer(nn.Module):
     """A method of reduction: an options class, and a `forward` that its site defines."""
 
-    Options: ClassVar[type[Options]] = Options
+    options_class: ClassVar[type[Options]] = Options
     # Names of the VisionFeatures that the method reads besides `features`: keys, queries, cls_query, text.
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: Any = None) -> None:
         super().__init__()
-        self.options = options if options is not None else self.Options()
+        self.options = options if options is not None else self.options_class()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.options))

@@ -37,7 +37,7 @@ class ReductionConfig:
             object.__setattr__(self, site, method)
             if method:
                 options = {k: v for k, v in method.items() if k != "name"}
-                method_class(method["name"], site).Options.parse(method["name"], options)
+                method_class(method["name"], site).options_class.parse(method["name"], options)
 
     @classmethod
     def parse(cls, value: ReductionConfig | Mapping[str, Any] | str | None) -> ReductionConfig:

@@ -41,8 +41,7 @@ def site_of(cls: type[Reducer]) -> str:
 def available() -> dict[str, list[str]]:
     """Names of all methods, by site."""
     return {
-        site: sorted(name for name, cls in _METHODS.items() if issubclass(cls, base))
-        for site, base in SITES.items()
+        site: sorted(name for name, cls in _METHODS.items() if issubclass(cls, base)) for site, base in SITES.items()
     }
 
 
@@ -72,4 +71,4 @@ def build(name: str, **options: object) -> Reducer:
         ValueError: unknown method or option, or a value out of range.
     """
     cls = method_class(name)
-    return cls(cls.Options.parse(name, options))
+    return cls(cls.options_class.parse(name, options))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
 
+from llava.model.weights import without_load_report
 from llava.reduction.base import VisionFeatures
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,10 @@ class VisionTower(nn.Module):
         return hasattr(self.vision_tower.embeddings, "class_embedding")
 
     @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.vision_tower.dtype
 
@@ -151,9 +156,14 @@ class VisionTower(nn.Module):
         """
         name = name_or_path or self.name
         old = self.vision_tower
-        encoder, info = type(old).from_pretrained(
-            name, config=old.config, dtype=old.dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with without_load_report():
+            encoder, info = type(old).from_pretrained(
+                name,
+                config=old.config,
+                dtype=old.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         if wrong:
             raise ValueError(
@@ -201,9 +211,7 @@ class VisionTower(nn.Module):
         drop_cls = self.has_cls and self.select_feature == "patch"
         return hidden[:, 1:] if drop_cls else hidden
 
-    def _project_attention(
-        self, block: nn.Module, hidden: Tensor, needs: frozenset[str], result: VisionFeatures
-    ) -> None:
+    def _project_attention(self, block: Any, hidden: Tensor, needs: frozenset[str], result: VisionFeatures) -> None:
         """Keys and queries of one block for its input `hidden`, [N, 1 + P, C]; the CLS query alone where that will do."""
         normed = block.layer_norm1(hidden)
         if "keys" in needs:

@@ -53,7 +53,8 @@ class PruMerge(EncoderReducer):
         options: see `PruMergeOptions`; default adaptive, release.
     """
 
-    Options = PruMergeOptions
+    options_class = PruMergeOptions
+    options: PruMergeOptions
     needs = frozenset({"keys", "cls_query"})
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
