@@ -68,9 +68,7 @@ class Template:
 
     def __post_init__(self) -> None:
         if not self.answer_close:
-            raise ValueError(
-                f"template {self.name!r}: answer_close is empty, so a model could not learn to stop"
-            )
+            raise ValueError(f"template {self.name!r}: answer_close is empty, so a model could not learn to stop")
         if self.question_close.endswith(" "):
             # A token never ends in a space that a word follows, so such a boundary would cut through a token.
             raise ValueError(
@@ -178,8 +176,7 @@ class Conversation:
         expected = self.roles[len(self.messages) % 2]
         if role != expected:
             raise ValueError(
-                f"turn {len(self.messages)} of a {self.version!r} conversation belongs to {expected!r}, "
-                f"got {role!r}"
+                f"turn {len(self.messages)} of a {self.version!r} conversation belongs to {expected!r}, got {role!r}"
             )
         if text is None and len(self.messages) % 2 == 0:
             raise ValueError("a question cannot be None; only the model's turn may be left open")
@@ -318,7 +315,5 @@ def get_template(name: str) -> Template:
     """
     template = conv_templates.get(name)
     if template is None:
-        raise ValueError(
-            f"unknown conversation template {name!r}; known: {', '.join(sorted(conv_templates))}"
-        )
+        raise ValueError(f"unknown conversation template {name!r}; known: {', '.join(sorted(conv_templates))}")
     return template

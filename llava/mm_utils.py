@@ -76,9 +76,7 @@ def select_best_resolution(original_size: Size, possible_resolutions: Iterable[S
 
     resolutions = [(int(w), int(h)) for w, h in possible_resolutions]
     if not resolutions:
-        raise ValueError(
-            "no resolutions to choose from; set image_grid_pinpoints to a list of (width, height)"
-        )
+        raise ValueError("no resolutions to choose from; set image_grid_pinpoints to a list of (width, height)")
     return max(resolutions, key=merit)
 
 
@@ -203,9 +201,7 @@ def process_anyres_image(
     return torch.cat([_pixels(tile, processor) for tile in [overview, *tiles]])
 
 
-def _process_image(
-    image: Image.Image, processor: Any, aspect_ratio: str | None, model_cfg: Any
-) -> torch.Tensor:
+def _process_image(image: Image.Image, processor: Any, aspect_ratio: str | None, model_cfg: Any) -> torch.Tensor:
     if aspect_ratio == "pad":
         mean = tuple(int(value * 255) for value in processor.image_mean)
         return _pixels(expand2square(image, mean), processor)[0]

@@ -138,9 +138,7 @@ def test_an_item_survives_workers(folder: Path) -> None:
     data = dataset(folder, image_aspect_ratio="pad")
     copied = pickle.loads(pickle.dumps(data))  # noqa: S301
     assert torch.equal(copied[0]["input_ids"], data[0]["input_ids"])
-    loader = DataLoader(
-        data, batch_size=2, num_workers=1, collate_fn=DataCollatorForSupervisedDataset(Letters())
-    )
+    loader = DataLoader(data, batch_size=2, num_workers=1, collate_fn=DataCollatorForSupervisedDataset(Letters()))
     assert [len(batch["images"]) for batch in loader] == [1, 3]
 
 

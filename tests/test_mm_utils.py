@@ -52,25 +52,19 @@ def test_pad_equals_the_release(golden: Path, golden_images: list[Image.Image]) 
     processor = CLIPImageProcessor.from_pretrained(golden / "clip")
     expected = load_file(golden / "cases" / "pixels_pad.safetensors")["pixel_values"].float()
     # The expected pixels went through float16, which is off by at most 1e-3 at their size (below 2.7).
-    torch.testing.assert_close(
-        process_images(golden_images, processor, config("pad")), expected, atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(process_images(golden_images, processor, config("pad")), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("written", [list, str, json.dumps])
-def test_anyres_equals_the_release(
-    golden: Path, golden_images: list[Image.Image], index: int, written: Any
-) -> None:
+def test_anyres_equals_the_release(golden: Path, golden_images: list[Image.Image], index: int, written: Any) -> None:
     processor = CLIPImageProcessor.from_pretrained(golden / "clip")
     checkpoint = golden / "checkpoints" / "llava-v1.6-vicuna-7b" / "config.json"
     pinpoints = written(json.loads(checkpoint.read_text())["image_grid_pinpoints"])
     expected = load_file(golden / "cases" / f"pixels_anyres_{index}.safetensors")["pixel_values"].float()
     pixels = process_images(golden_images[index : index + 1], processor, config("anyres", pinpoints))
     torch.testing.assert_close(pixels[0], expected.reshape(pixels[0].shape), atol=1e-3, rtol=0)
-    across, down = get_anyres_image_grid_shape(
-        golden_images[index].size, pinpoints, get_image_side(processor)
-    )
+    across, down = get_anyres_image_grid_shape(golden_images[index].size, pinpoints, get_image_side(processor))
     assert pixels[0].shape[0] == 1 + across * down
 
 

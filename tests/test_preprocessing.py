@@ -63,9 +63,7 @@ def byte_level_tokenizer(bos: bool, trim_offsets: bool) -> PreTrainedTokenizerFa
     tokenizer.add_special_tokens([*MARKS, "</s>", "<s>", "<pad>"])
     post: Any = processors.ByteLevel(trim_offsets=trim_offsets)
     if bos:
-        start = processors.TemplateProcessing(
-            "<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-        )
+        start = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
         post = processors.Sequence([post, start])
     tokenizer.post_processor = post
     return PreTrainedTokenizerFast(
@@ -120,7 +118,7 @@ class Wrapped:
             raise NotImplementedError("a slow tokenizer has no offsets")
         encoding = self.tokenizer(text, **kwargs)
         if not self.offsets and "offset_mapping" in encoding:
-            encoding["offset_mapping"] = [(start, start) for start, _ in encoding["offset_mapping"]]
+            encoding["offset_mapping"] = [(0, 0) for _ in encoding["offset_mapping"]]
         return encoding
 
     def decode(self, ids: list[int]) -> str:
@@ -148,11 +146,7 @@ conversations = st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, 
 
 
 def turns(rounds: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [
-        {"from": role, "value": text}
-        for pair in rounds
-        for role, text in zip(("human", "gpt"), pair, strict=True)
-    ]
+    return [{"from": role, "value": text} for pair in rounds for role, text in zip(("human", "gpt"), pair, strict=True)]
 
 
 def learned_runs(ids: list[int], labels: list[int]) -> list[list[int]]:
@@ -165,9 +159,7 @@ def check_learned(rounds: list[tuple[str, str]], tokenizer: Any, template: Templ
     ids, labels = preprocess(turns(rounds), tokenizer, template.name, has_image)
     assert ids.dtype == labels.dtype == torch.long
     runs = learned_runs(ids.tolist(), labels.tolist())
-    assert all(
-        label in (IGNORE_INDEX, token) for token, label in zip(ids.tolist(), labels.tolist(), strict=True)
-    )
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids.tolist(), labels.tolist(), strict=True))
     assert len(runs) == len(rounds)
     for run, (_, answer) in zip(runs, rounds, strict=True):
         expected = template.answer_lead + answer + template.answer_close
@@ -229,9 +221,7 @@ def test_labels_decode_to_the_answers_sentencepiece(
 @settings(max_examples=25, deadline=None)
 @given(question=texts, answer=texts.filter(str.strip))
 def test_captions_decode_to_the_caption(tokenizer: str, question: str, answer: str) -> None:
-    check_learned(
-        [(question + "<image>", answer)], TOKENIZERS[tokenizer], get_template("plain"), has_image=True
-    )
+    check_learned([(question + "<image>", answer)], TOKENIZERS[tokenizer], get_template("plain"), has_image=True)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -257,9 +247,7 @@ def test_a_token_never_reaches_from_the_prompt_into_the_answer() -> None:
     tokenizer = TOKENIZERS["qwen"]
     whole = tokenizer("assistant\n\nRed", add_special_tokens=False).tokens()
     assert "ĊĊ" in whole, "the case needs a vocabulary that joins two line breaks"
-    check_learned(
-        [("Which?", "\nRed"), ("Sure?", "\n\nYes")], tokenizer, get_template("qwen"), has_image=False
-    )
+    check_learned([("Which?", "\nRed"), ("Sure?", "\n\nYes")], tokenizer, get_template("qwen"), has_image=False)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +396,14 @@ def test_all_labels_masked_names_the_sample() -> None:
     silent.is_fast, silent.bos_token_id = False, None  # type: ignore[attr-defined]
     with pytest.raises(NoTrainableTokensError, match=r"'x7'.* no token for its answers"):
         preprocess([HUMAN, ANSWER], silent, "v1", True, sample="sample 'x7'")
+
+
+def test_start_token_comes_once() -> None:
+    tokenizer = TOKENIZERS["llama_3"]
+    with_start = build_prompt_ids("Hi", tokenizer, "v1", 0, system="<s>A chat.")
+    assert torch.equal(with_start, build_prompt_ids("Hi", tokenizer, "v1", 0, system="A chat."))
+    assert with_start.tolist().count(tokenizer.bos_token_id) == 1
+    assert tokenizer_image_token("<s><image>", tokenizer) == tokenizer_image_token("<image>", tokenizer)
 
 
 def test_wrong_number_of_images_in_a_question() -> None:

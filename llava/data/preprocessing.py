@@ -112,8 +112,7 @@ def _parse_turns(conversation: Sequence[dict[str, str]], sample: str) -> list[tu
     for index, turn in enumerate(conversation):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
             raise ConversationError(
-                f'{sample}: turn {index} is not {{"from": "{HUMAN}" or "{MODEL}", "value": text}}: '
-                f"{turn!r:.80}"
+                f'{sample}: turn {index} is not {{"from": "{HUMAN}" or "{MODEL}", "value": text}}: {turn!r:.80}'
             )
         if turn["from"] not in (HUMAN, MODEL):
             raise ConversationError(
@@ -193,8 +192,7 @@ def build_rounds(question: str, num_images: int = 1, mm_use_im_start_end: bool =
     count = question.count(DEFAULT_IMAGE_TOKEN)
     if num_images and count not in (0, num_images):
         raise ValueError(
-            f"the question has {count} {DEFAULT_IMAGE_TOKEN} for {num_images} image(s); "
-            "write one for each, or none"
+            f"the question has {count} {DEFAULT_IMAGE_TOKEN} for {num_images} image(s); write one for each, or none"
         )
     if num_images:
         if not count:
@@ -242,9 +240,7 @@ def build_prompt_ids(
     return torch.tensor(ids, dtype=torch.long)
 
 
-def encode_segments(
-    segments: Sequence[Segment], tokenizer: Any, has_image: bool
-) -> tuple[list[int], list[bool]]:
+def encode_segments(segments: Sequence[Segment], tokenizer: Any, has_image: bool) -> tuple[list[int], list[bool]]:
     """Ids of a rendered conversation, and for each whether it is learned.
 
     Args:
