@@ -75,13 +75,14 @@ def parse_rounds(
 
     Args:
         conversation: turns {"from": "human" | "gpt", "value": text}. A first turn that is not the human's is
-            dropped, as LLaVA does. A last question without an answer is kept, with None.
+            dropped, as LLaVA does. A last question without an answer is kept, with None. An empty answer trains
+            the token that ends it.
         template: what the conversation will be written in.
         has_image: `<image>` stands for an image; else it is text like any other.
         sample: what to call the sample in an error.
 
     Raises:
-        ConversationError: malformed, empty or not alternating turns, an empty answer, `<image>` in an
+        ConversationError: malformed or not alternating turns, no turn at all, `<image>` in an
             answer, or what a caption template (plain) has no place for.
         NoTrainableTokensError: no answer at all.
     """
@@ -89,10 +90,8 @@ def parse_rounds(
     values = [value for _, value in turns]
     offset = len(conversation) - len(turns)
     for index, value in enumerate(values[1::2]):
-        where = f"{sample}: turn {offset + 2 * index + 1} (gpt)"
-        if not value.strip():
-            raise ConversationError(f"{where} is an empty answer; fill it in or remove the round")
         if has_image and DEFAULT_IMAGE_TOKEN in value:
+            where = f"{sample}: turn {offset + 2 * index + 1} (gpt)"
             raise ConversationError(f"{where} holds {DEFAULT_IMAGE_TOKEN}; only human turns show images")
     if len(values) < 2:
         raise NoTrainableTokensError(

@@ -81,8 +81,8 @@ def _tiles(count: int, image_size: tuple[int, int] | None, spec: LayoutSpec) -> 
     columns, rows = get_anyres_image_grid_shape(image_size, spec.pinpoints, spec.tile_size)
     if 1 + columns * rows != count:
         raise ValueError(
-            f"an image of size {tuple(image_size)} (width, height) makes 1 + {columns} x {rows} tiles under this model's "
-            f"image_grid_pinpoints, but {count} were given; check image_sizes and the preprocessing"
+            f"an image of size {tuple(image_size)} (width, height) makes 1 + {columns} x {rows} tiles under this "
+            f"model's image_grid_pinpoints, but {count} were given; check image_sizes and the preprocessing"
         )
     return columns, rows
 

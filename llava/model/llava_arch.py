@@ -453,20 +453,20 @@ def match_images(
         ValueError: counts do not match.
     """
     pictures = _image_list(images)
-    sizes = None if image_sizes is None else [_size_pair(size) for size in image_sizes]
-    if sizes is not None and len(sizes) != len(pictures):
-        raise ValueError(f"{len(pictures)} images but {len(sizes)} image_sizes; give one (width, height) an image")
+    sizes = [None] * len(pictures) if image_sizes is None else [_size_pair(size) for size in image_sizes]
+    real = [count > 0 for count in markers for _ in range(max(count, 1))]  # blank images of text-only samples: False
     if len(pictures) == sum(markers):
-        return pictures, sizes
-    if len(pictures) == sum(max(count, 1) for count in markers):
-        real = [count > 0 for count in markers for _ in range(max(count, 1))]
-        sizes = None if sizes is None else [s for s, keep in zip(sizes, real, strict=True) if keep]
-        return [p for p, keep in zip(pictures, real, strict=True) if keep], sizes
-    per_sample = ", ".join(f"sample {i}: {count}" for i, count in enumerate(markers))
-    raise ValueError(
-        f"the batch has {sum(markers)} image markers ({per_sample}) but {len(pictures)} images were given; "
-        "each <image> in a prompt needs one image"
-    )
+        real = [True] * len(pictures)
+    elif len(pictures) != len(real):
+        per_sample = ", ".join(f"sample {i}: {count}" for i, count in enumerate(markers))
+        raise ValueError(
+            f"the batch has {sum(markers)} image markers ({per_sample}) but {len(pictures)} images were given; "
+            "each <image> in a prompt needs one image"
+        )
+    if len(sizes) != len(pictures):
+        raise ValueError(f"{len(pictures)} images but {len(sizes)} image_sizes; give one (width, height) an image")
+    kept = [pair for pair, keep in zip(zip(pictures, sizes, strict=True), real, strict=True) if keep]
+    return [picture for picture, _ in kept], None if image_sizes is None else [size for _, size in kept]
 
 
 def _image_list(images: Images) -> list[Tensor]:

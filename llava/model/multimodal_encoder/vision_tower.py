@@ -88,7 +88,8 @@ class VisionTower(nn.Module):
             if getattr(other, key) != getattr(self.config, key):
                 raise ValueError(
                     f"the vision tower {name!r} has {key}={getattr(other, key)}, this checkpoint was made with "
-                    f"{getattr(self.config, key)}. Another tower needs a new projector: pretrain one on the bare language model"
+                    f"{getattr(self.config, key)}. Another tower needs a new projector: pretrain one on the bare "
+                    "language model"
                 )
         self.name = self.processor_path = name
         self._image_processor = None
@@ -212,7 +213,7 @@ class VisionTower(nn.Module):
         return hidden[:, 1:] if drop_cls else hidden
 
     def _project_attention(self, block: Any, hidden: Tensor, needs: frozenset[str], result: VisionFeatures) -> None:
-        """Keys and queries of one block for its input `hidden`, [N, 1 + P, C]; the CLS query alone where that will do."""
+        """Keys and queries of one block for its input `hidden`, [N, 1 + P, C]; the CLS query alone where it will do."""
         normed = block.layer_norm1(hidden)
         if "keys" in needs:
             result.keys = block.self_attn.k_proj(normed)

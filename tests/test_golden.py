@@ -1,0 +1,119 @@
+"""The released implementations' own inputs and outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava.model.builder import load_pretrained_model
+from llava.reduction import VisionFeatures, build
+
+LOGITS = {"atol": 2e-3, "rtol": 0}
+
+
+def open_checkpoint(golden: Path, name: str, base: str | None = None, **kwargs: Any) -> Any:
+    """The model of a golden checkpoint, in float32."""
+    return load_pretrained_model(
+        golden / "checkpoints" / name,
+        None if base is None else golden / base,
+        device="cpu",
+        dtype=torch.float32,
+        vision_tower=golden / "clip",
+        **kwargs,
+    )[1]
+
+
+def read_case(golden: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    case = golden / "cases" / name
+    return load_file(f"{case}.safetensors"), json.loads(Path(f"{case}.json").read_text(encoding="utf-8"))
+
+
+def pixels(golden: Path, name: str) -> torch.Tensor:
+    return load_file(golden / "cases" / f"{name}.safetensors")["pixel_values"].float()
+
+
+@torch.no_grad()
+def check_answer(model: Any, case: dict[str, torch.Tensor], **inputs: Any) -> torch.Tensor:
+    """Compare logits and greedy tokens; the logits are returned."""
+    logits = model(input_ids=case["input_ids"], **inputs).logits
+    torch.testing.assert_close(logits[0, -16:], case["logits"], **LOGITS)
+    if "generated" in case:
+        tokens = model.generate(case["input_ids"], **inputs, max_new_tokens=12, do_sample=False)
+        assert tokens.tolist() == case["generated"].tolist()
+    return logits
+
+
+@pytest.fixture(scope="module")
+def llava15(golden: Path) -> Any:
+    return open_checkpoint(golden, "llava-v1.5-7b")
+
+
+@pytest.fixture(scope="module")
+def llava16(golden: Path) -> Any:
+    return open_checkpoint(golden, "llava-v1.6-vicuna-7b")
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_llava15(golden: Path, llava15: Any, i: int) -> None:
+    case, _ = read_case(golden, f"llava15_{i}")
+    check_answer(llava15, case, images=pixels(golden, "pixels_pad")[i : i + 1])
+
+
+def test_llava15_train(golden: Path, llava15: Any) -> None:
+    case, _ = read_case(golden, "llava15_train")
+    weight = llava15.get_model().mm_projector[0].weight.requires_grad_(True)
+    batch = {name: case[name] for name in ("input_ids", "attention_mask", "labels")}
+    loss = llava15(**batch, images=pixels(golden, "pixels_pad")).loss
+    (gradient,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(loss.detach(), case["loss"][0], atol=1e-4, rtol=0)
+    expected = case["grad_mm_projector_0_weight"]
+    assert (gradient - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_llava16(golden: Path, llava16: Any, i: int) -> None:
+    case, about = read_case(golden, f"llava16_{i}")
+    inputs = {"images": [pixels(golden, f"pixels_anyres_{i}")], "image_sizes": [about["image_size"]]}
+    logits = check_answer(llava16, case, **inputs)
+    assert logits.shape[1] == about["sequence_length"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [("lora_full_tokens", None), *((f"lora_prumerge_{i}", "prumerge") for i in range(3))],
+)
+def test_lora(golden: Path, name: str, reduction: str | None) -> None:
+    model = open_checkpoint(golden, "llava-v1.5-7b-lora-prunemerge", "vicuna", reduction=reduction)
+    case, about = read_case(golden, name)
+    i = 1 if name == "lora_full_tokens" else int(name[-1])
+    logits = check_answer(model, case, images=pixels(golden, "pixels_pad")[i : i + 1])
+    assert logits.shape[1] == about.get("sequence_length", logits.shape[1])
+
+
+@pytest.mark.parametrize("name", ["adaptive_0", "adaptive_1", "adaptive_2", "fixed_1_8", "fixed_1_4"])
+def test_prumerge_tokens(golden: Path, name: str) -> None:
+    case, about = read_case(golden, f"prumerge_{name}")
+    vision = VisionFeatures(case["features"], keys=case["keys"], queries=case["queries"])
+    tokens = build("prumerge", variant="release", ratio=about.get("ratio"))(vision)
+    assert tokens.counts.tolist() == [about["kept"]] * len(case["features"])
+    torch.testing.assert_close(tokens.features, case["output"], atol=1e-4, rtol=0)
+
+
+def test_prumerge_batches_images_of_different_counts(golden: Path) -> None:
+    cases = [read_case(golden, f"prumerge_adaptive_{i}")[0] for i in range(3)]
+    batch = {name: torch.cat([case[name] for case in cases]) for name in ("features", "keys", "queries")}
+    tokens = build("prumerge")(VisionFeatures(**batch))
+    for i, case in enumerate(cases):
+        torch.testing.assert_close(tokens.features[i][tokens.mask[i]], case["output"][0], atol=1e-4, rtol=0)
+
+
+def test_projector_folder_opens_on_its_base(golden: Path) -> None:
+    model = open_checkpoint(golden, "llava-v1.5-7b-pretrain", "vicuna")
+    saved = torch.load(golden / "checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin", weights_only=True)
+    for name, weight in saved.items():
+        torch.testing.assert_close(model.get_parameter(name), weight.float())
