@@ -200,7 +200,7 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_modality_length: bool = flag(False, "Batches of one modality and similar length.")
 
     def __post_init__(self) -> None:
-        self._check_llava()
+        check_training(self)
         if isinstance(self.report_to, str):
             self.report_to = _split_names(self.report_to)
         if self.warmup_ratio:
@@ -212,25 +212,6 @@ class TrainingArguments(transformers.TrainingArguments):
         if runs_on_cpu(self):
             self._prepare_cpu()
         super().__post_init__()
-
-    def _check_llava(self) -> None:
-        if not self.output_dir:
-            raise ValueError("--output_dir is missing: name a folder for checkpoints and results")
-        if self.mpt_attn_impl is not None:
-            raise ValueError("--mpt_attn_impl belongs to LLaVA's MPT models, which are not supported; leave it out")
-        check_choice("optim", self.optim, tuple(name.value for name in OptimizerNames))
-        check_choice("bits", self.bits, (4, 8, 16))
-        check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
-        check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
-        check_choice("attn_implementation", self.attn_implementation, ATTENTION)
-        check_exists("lora_weight_path", self.lora_weight_path)
-        if self.model_max_length < 1 or self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"--model_max_length {self.model_max_length} --lora_r {self.lora_r} --lora_dropout "
-                f"{self.lora_dropout}: expected at least 1, at least 1, and a number in [0, 1)"
-            )
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"--warmup_ratio {self.warmup_ratio}: expected a number in [0, 1)")
 
     def _rename_checkpointing(self) -> None:
         # An alias that newer transformers warn about: use the new name where there is one.
@@ -252,6 +233,31 @@ class TrainingArguments(transformers.TrainingArguments):
             import deepspeed
 
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def check_training(args: Any) -> None:
+    """Raise a ValueError that names a setting of `TrainingArguments` which no run can have.
+
+    Args:
+        args: the settings as attributes, as given on the command line.
+    """
+    if not args.output_dir:
+        raise ValueError("--output_dir is missing: name a folder for checkpoints and results")
+    if args.mpt_attn_impl is not None:
+        raise ValueError("--mpt_attn_impl belongs to LLaVA's MPT models, which are not supported; leave it out")
+    check_choice("optim", args.optim, tuple(name.value for name in OptimizerNames))
+    check_choice("bits", args.bits, (4, 8, 16))
+    check_choice("quant_type", args.quant_type, ("nf4", "fp4"))
+    check_choice("lora_bias", args.lora_bias, ("none", "all", "lora_only"))
+    check_choice("attn_implementation", args.attn_implementation, ATTENTION)
+    check_exists("lora_weight_path", args.lora_weight_path)
+    if args.model_max_length < 1 or args.lora_r < 1 or not 0 <= args.lora_dropout < 1:
+        raise ValueError(
+            f"--model_max_length {args.model_max_length} --lora_r {args.lora_r} --lora_dropout "
+            f"{args.lora_dropout}: expected at least 1, at least 1, and a number in [0, 1)"
+        )
+    if not 0 <= args.warmup_ratio < 1:
+        raise ValueError(f"--warmup_ratio {args.warmup_ratio}: expected a number in [0, 1)")
 
 
 def runs_on_cpu(args: transformers.TrainingArguments) -> bool:

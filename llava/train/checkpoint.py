@@ -131,7 +131,6 @@ def save_run(model: nn.Module, kind: RunKind, folder: str | Path, *, writer: boo
         written = {path.name for path in staging.iterdir()}
     if kind is RunKind.FULL:
         _remove_stale_weights(folder, written)
-    logger.info("wrote %s", folder)
 
 
 def _projector_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -153,7 +152,8 @@ def _lora_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    model.save_pretrained(folder, state_dict=weights)
+    # Left to itself, PEFT looks up the base model on the hub to see whether its vocabulary has changed.
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     others = {name: weight for name, weight in weights.items() if not _is_adapter(name)}
     torch.save(others, folder / NON_LORA_FILE)
     _write_config(model, folder)
@@ -171,7 +171,10 @@ def _write_full(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def _write_config(model: Any, folder: Path) -> None:
-    config = copy.deepcopy(model.config)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    config.dtype = str(base.dtype).removeprefix("torch.")
     config.use_cache = True  # off during training only
     config.save_pretrained(folder)
 

@@ -104,15 +104,15 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
     Returns:
         The model, or PEFT's wrapper of it where LoRA is trained.
     """
-    model_args, data_args, training = arguments
+    model_args, data_args, training = arguments.model, arguments.data, arguments.training
     model = llava_class_for(config.model_type).from_pretrained(
         model_args.model_name_or_path,
+        config=config,
         cache_dir=training.cache_dir,
         dtype=loading_dtype(arguments),
         attn_implementation=training.attn_implementation,
         **quantization(training),
     )
-    model.config.use_cache = False
     model.get_model().initialize_vision_modules(model_args)
     if model_args.reduction is not None:
         model.set_reduction(model_args.reduction)

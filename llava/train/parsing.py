@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -13,6 +15,7 @@ from llava.train.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
+    check_training,
     require_package,
     zero_stage,
 )
@@ -21,12 +24,21 @@ from llava.train.legacy import translate_legacy
 GROUPS = (ModelArguments, DataArguments, TrainingArguments)
 
 
-class Arguments(NamedTuple):
-    """The three groups of arguments of a run."""
+@dataclass(frozen=True)
+class Arguments:
+    """The settings of a run.
+
+    Attributes:
+        model: what is trained.
+        data: what it is trained on.
+        training: how it is trained.
+        given: flags that differ from their defaults, as they were given.
+    """
 
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
+    given: dict[str, Any]
 
 
 class _Parser(HfArgumentParser):
@@ -49,6 +61,25 @@ def parse_args(argv: list[str]) -> Arguments:
         ValueError: an unknown flag, a value that does not fit, settings that contradict each other, a missing
             file or package.
     """
+    values, given = _parse(argv)
+    return Arguments(
+        ModelArguments(**_values_of(ModelArguments, values)),
+        DataArguments(**_values_of(DataArguments, values)),
+        TrainingArguments(**_values_of(TrainingArguments, values)),
+        given,
+    )
+
+
+def check_args(argv: list[str]) -> None:
+    """Refuse what `parse_args` would refuse, without starting what belongs to a run (process groups, devices)."""
+    values, _ = _parse(argv)
+    ModelArguments(**_values_of(ModelArguments, values))
+    DataArguments(**_values_of(DataArguments, values))
+    check_training(SimpleNamespace(**values))
+
+
+def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All settings by flag name, and those that differ from their defaults; checked against each other."""
     parser = _Parser(GROUPS, allow_abbrev=False, description="Train LLaVA.")
     names = flag_names()
     namespace, unknown = parser.parse_known_args(translate_legacy(argv, names))
@@ -58,11 +89,8 @@ def parse_args(argv: list[str]) -> Arguments:
     values = vars(namespace)
     check_contradictions(values)
     check_packages(values)
-    return Arguments(
-        ModelArguments(**_values_of(ModelArguments, values)),
-        DataArguments(**_values_of(DataArguments, values)),
-        TrainingArguments(**_values_of(TrainingArguments, values)),
-    )
+    given = {k: v for k, v in values.items() if v != parser.get_default(k) and k != "local_rank"}
+    return values, given
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:
@@ -71,7 +99,7 @@ def to_flags(values: dict[str, Any]) -> list[str]:
 
 
 def resolved(arguments: Arguments) -> dict[str, Any]:
-    """All settings of a run by flag name, as plain data."""
+    """All settings of a run by flag name, defaults filled in, as plain data."""
     training = arguments.training.to_dict()
     return {**dataclasses.asdict(arguments.model), **dataclasses.asdict(arguments.data), **training}
 

@@ -18,7 +18,7 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.train.arguments import require_package
 from llava.train.checkpoint import atomic_folder, last_complete_checkpoint
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
-from llava.train.parsing import Arguments, parse_args, resolved
+from llava.train.parsing import Arguments, parse_args
 from llava.train.process import finish_process, set_up_logging
 from llava.train.trainer import LLaVATrainer
 
@@ -82,9 +82,9 @@ def best_attention(arguments: Arguments) -> str:
 
 def load_dataset(arguments: Arguments, tokenizer: Any) -> LazySupervisedDataset:
     """The conversations to learn from, all checked."""
-    model_args, data_args, training = arguments
+    model_args, data_args, training = arguments.model, arguments.data, arguments.training
     return LazySupervisedDataset(
-        data_args.data_path,
+        data_args.data_path or "",
         tokenizer,
         AutoImageProcessor.from_pretrained(model_args.vision_tower, cache_dir=training.cache_dir),
         version=model_args.version,
@@ -119,7 +119,8 @@ def checkpoint_to_resume(training: Any) -> str | None:
 
 
 def write_run_config(arguments: Arguments) -> None:
-    """Write all settings of the run to `output_dir`; `llava train` reads the file."""
+    """Write the run's settings to `output_dir`, in the form that `llava train` reads."""
     if arguments.training.should_save:
+        text = yaml.safe_dump(arguments.given, sort_keys=False)
         with atomic_folder(Path(arguments.training.output_dir)) as folder:
-            (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(resolved(arguments)), encoding="utf-8")
+            (folder / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -121,6 +121,8 @@ class LLaVATrainer(Trainer):
             return
         folder = output_dir or self.args.output_dir
         save_run(self.model, self.kind, folder, writer=self.args.should_save, tokenizer=self.processing_class)
+        if not self._is_staging:
+            logger.info("wrote %s", folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -143,6 +145,7 @@ class LLaVATrainer(Trainer):
                 target = staging.parent / path.name
                 shutil.rmtree(target, ignore_errors=True)
                 path.replace(target)
+                logger.info("wrote %s", target)
             staging.rmdir()
             rotate_checkpoints(str(staging.parent), self.args.save_total_limit, use_mtime=False)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,70 @@
+"""The `llava` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Train LLaVA-style models with fewer visual tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    if debug:
+        os.environ["LLAVA_DEBUG"] = "1"
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("llava").setLevel(logging.INFO)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; its keys are the flags of train_mem.py.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. learning_rate=2e-5 reduction=prumerge num_gpus=2")
+    ] = None,
+) -> None:
+    """Train, as a YAML file says: `llava train configs/prumerge/finetune_lora.yaml output_dir=out num_gpus=8`.
+
+    Besides the flags, the keys num_gpus, hostfile and master_port say how to launch. With `deepspeed` set,
+    DeepSpeed's launcher starts one process for each GPU, as the shell scripts do; else torchrun does where
+    num_gpus is above 1. In a process that a launcher has started (RANK is set), the training runs right there.
+    """
+    from llava.train.launch import train_from_config
+
+    raise typer.Exit(train_from_config(str(config), overrides or []))
+
+
+@app.command()
+def merge(
+    model_path: Annotated[str, typer.Argument(help="LoRA or projector-only folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the full checkpoint.")],
+    model_base: Annotated[str | None, typer.Option(help="Its base; default: the one that the folder names.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="In place of the config's mm_vision_tower.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32; default: the checkpoint's.")] = "auto",
+) -> None:
+    """Write a LoRA or projector-only folder and its base as one full checkpoint."""
+    from llava.train.merge import merge_checkpoint
+
+    merge_checkpoint(model_path, output, model_base=model_base, vision_tower=vision_tower, dtype=dtype)
+
+
+def main() -> None:
+    """Entry point: what a user can mend is shown as one line, and the exit code is 2."""
+    try:
+        app()
+    except ValueError as error:
+        if os.environ.get("LLAVA_DEBUG"):
+            raise
+        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
+        Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
+        sys.exit(2)

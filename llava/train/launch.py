@@ -1,0 +1,79 @@
+"""`llava train`: start the processes of a run that a YAML file describes.
+
+How it runs:
+- Where a launcher has started this process already (torchrun, deepspeed, or Slurm with RANK and WORLD_SIZE set), or
+  one process is enough and `deepspeed` is not set: in this process.
+- With `deepspeed: FILE.json`: by DeepSpeed's launcher, as the shell scripts do, one process for each of `num_gpus`
+  (default: all GPUs) on each machine of `hostfile` (default: this one).
+- Else, with more than one of `num_gpus`: by torchrun, on this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from llava.train.config import LaunchOptions, load_config
+from llava.train.parsing import check_args
+from llava.train.process import choose_accelerator
+
+logger = logging.getLogger(__name__)
+
+ENTRY = Path(__file__).with_name("train_mem.py")
+
+
+def train_from_config(path: str, overrides: list[str]) -> int:
+    """Run the training that a YAML file and `key=value` overrides describe.
+
+    Returns:
+        The exit code of the run.
+
+    Raises:
+        ValueError: settings that do not fit, before any process is started.
+    """
+    flags, options = load_config(path, overrides)
+    choose_accelerator()
+    check_args(flags)
+    command = None if "RANK" in os.environ else launch_command(flags, options)
+    if command is None:
+        from llava.train.train import main
+
+        main(flags)
+        return 0
+    logger.info("starting %s", " ".join(command))
+    return subprocess.run(command, env=_environment(options), check=False).returncode
+
+
+def launch_command(flags: list[str], options: LaunchOptions) -> list[str] | None:
+    """The command that starts all processes, or None where this process is enough.
+
+    Args:
+        flags: of the run.
+        options: how many processes, and where.
+    """
+    processes = options.num_gpus or max(1, torch.cuda.device_count())
+    port = [] if options.master_port is None else ["--master_port", str(options.master_port)]
+    if any(flag.startswith("--deepspeed=") for flag in flags):
+        machines = ["--hostfile", options.hostfile] if options.hostfile else []
+        count = ["--num_gpus", str(processes)] if options.num_gpus or not machines else []
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *machines, *count, *port, str(ENTRY), *flags]
+    if options.hostfile:
+        raise ValueError("hostfile is read by DeepSpeed's launcher: set deepspeed too, e.g. ./scripts/zero2.json")
+    if processes == 1:
+        return None
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*launcher, *port, str(ENTRY), *flags]
+
+
+def _environment(options: LaunchOptions) -> dict[str, str]:
+    """Without a GPU the processes share the cores, where each would take all."""
+    environment = dict(os.environ)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // (options.num_gpus or 1))
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    return environment

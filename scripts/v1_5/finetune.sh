@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Finetune LLaVA-1.5, projector and language model, on instructions. Variables of the environment replace the
+# defaults below, and flags given to this script replace the flags below:
+#
+#   OUTPUT_DIR=./checkpoints/mine bash scripts/v1_5/finetune.sh --num_train_epochs 2
+#
+# LLaVA-1.5 trained on 8 GPUs: keep GPUs x per_device_train_batch_size x gradient_accumulation_steps at 128.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+
+MODEL="${MODEL:-lmsys/vicuna-7b-v1.5}"
+VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
+DATA_PATH="${DATA_PATH:-./playground/data/llava_v1_5_mix665k.json}"
+IMAGE_FOLDER="${IMAGE_FOLDER:-./playground/data}"
+PRETRAIN_MM_MLP_ADAPTER="${PRETRAIN_MM_MLP_ADAPTER:-./checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin}"
+OUTPUT_DIR="${OUTPUT_DIR:-./checkpoints/llava-v1.5-7b}"
+DEEPSPEED_CONFIG="${DEEPSPEED_CONFIG:-$LLAVA_ROOT/scripts/zero3.json}"
+
+"${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
+    --deepspeed "$DEEPSPEED_CONFIG" \
+    --model_name_or_path "$MODEL" \
+    --version v1 \
+    --data_path "$DATA_PATH" \
+    --image_folder "$IMAGE_FOLDER" \
+    --vision_tower "$VISION_TOWER" \
+    --pretrain_mm_mlp_adapter "$PRETRAIN_MM_MLP_ADAPTER" \
+    --mm_projector_type mlp2x_gelu \
+    --mm_vision_select_layer -2 \
+    --mm_use_im_start_end False \
+    --mm_use_im_patch_token False \
+    --image_aspect_ratio pad \
+    --group_by_modality_length True \
+    --bf16 True \
+    --output_dir "$OUTPUT_DIR" \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 16 \
+    --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps 1 \
+    --eval_strategy "no" \
+    --save_strategy "steps" \
+    --save_steps 50000 \
+    --save_total_limit 1 \
+    --learning_rate 2e-5 \
+    --weight_decay 0. \
+    --warmup_ratio 0.03 \
+    --lr_scheduler_type "cosine" \
+    --logging_steps 1 \
+    --tf32 True \
+    --model_max_length 2048 \
+    --gradient_checkpointing True \
+    --dataloader_num_workers 4 \
+    --lazy_preprocess True \
+    --report_to none \
+    ${REDUCTION_FLAG[@]+"${REDUCTION_FLAG[@]}"} \
+    "$@"
