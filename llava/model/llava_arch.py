@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -21,6 +23,7 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
     IMAGE_TOKEN_INDEX,
 )
+from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, size_pair
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -38,9 +41,6 @@ from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
-
-Images = Tensor | Sequence[Tensor] | None
-ImageSizes = Sequence[tuple[int, int]] | Tensor | None
 
 
 class LlavaMetaModel:
@@ -148,7 +148,8 @@ class LlavaMetaModel:
         # LLaVA writes the embeddings of new marker tokens into the same file; initialize_vision_tokenizer reads them.
         own = {k: v for k, v in named.items() if not k.endswith("embed_tokens.weight")}
         needed = {k for k, _ in self.named_parameters() if k.startswith("mm_projector")}
-        raise_for_keys(origin, missing=sorted(needed - set(own)))
+        known = {*needed, "image_newline"}
+        raise_for_keys(origin, missing=sorted(needed - set(own)), unexpected=sorted(set(own) - known))
         load_into(cast(nn.Module, self), own, origin)
 
     def set_reduction(self, value: ReductionConfig | dict | str | None) -> None:
@@ -211,7 +212,7 @@ class LlavaMetaModel:
         packed = mask.flatten().cumsum(0) - 1
         layouts, start = [], 0
         for i, count in enumerate(counts):
-            size = None if image_sizes is None else _size_pair(image_sizes[i])
+            size = None if image_sizes is None else size_pair(image_sizes[i])
             rows = slice(start, start + count)
             local = image_layout(source[rows], mask[rows], size, spec)
             layouts.append(torch.where(local == NEWLINE, NEWLINE, packed[local + start * m]))
@@ -257,7 +258,7 @@ class LlavaMetaForCausalLM:
         """
         config = kwargs.pop("config", None)
         if config is None:
-            config = cls.config_class.from_pretrained(path)  # type: ignore[attr-defined]
+            config = cls._read_config(path)
         if vision_tower is not None and getattr(config, "mm_vision_tower", None):
             config.mm_vision_tower, config.mm_vision_config = vision_tower, None
         wants_info = kwargs.pop("output_loading_info", False)
@@ -269,6 +270,25 @@ class LlavaMetaForCausalLM:
         if check_loaded(info, path, filled):
             model.get_vision_tower().load_weights()
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model as transformers does, under LLaVA's names, whatever names it was read under."""
+        # What transformers undoes in writing: left alone, the renamings that this model's reading needed.
+        self._weight_conversions = get_model_conversion_mapping(
+            self, hf_quantizer=getattr(self, "hf_quantizer", None), add_legacy=False
+        )
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _read_config(cls, path: str) -> Any:
+        """The config of a checkpoint of this class, or of its bare language model."""
+        from llava.model.language_model import llava_class_for
+
+        raw, _ = PreTrainedConfig.get_config_dict(path)
+        if llava_class_for(raw.get("model_type", "")) is not cls:
+            raise ValueError(f"{path} is a {raw.get('model_type')!r} model, {cls.__name__} can't open it")
+        own = {key: value for key, value in raw.items() if key != "model_type"}
+        return cls.config_class.from_dict(own)
 
     def get_model(self) -> Any:
         """The inner model, as LLaVA calls it."""
@@ -410,7 +430,7 @@ class LlavaMetaForCausalLM:
     @torch.no_grad()
     def count_visual_tokens(self, images: Images, image_sizes: ImageSizes = None) -> list[tuple[int, int]]:
         """For each image, its visual tokens without and with the model's reduction."""
-        pictures = _image_list(images)
+        pictures = image_list(images)
         model = self.get_model()
         tower = model.get_vision_tower()
         tiles = [image.shape[0] if image.ndim == 4 else 1 for image in pictures]
@@ -437,55 +457,6 @@ class LlavaMetaForCausalLM:
         if model_args.mm_use_im_start_end and adapter is not None:
             trained = {k: v for k, v in read_weights(adapter).items() if k.endswith("embed_tokens.weight")}
             load_into(self.get_model(), trained, adapter, prefix="model.")
-
-
-def match_images(
-    markers: list[int], images: Images, image_sizes: ImageSizes
-) -> tuple[list[Tensor], list[tuple[int, int]] | None]:
-    """The images that markers stand for, with their sizes.
-
-    Args:
-        markers: for each sample, how many image markers its ids hold.
-        images: as for `LlavaMetaForCausalLM.forward`.
-        image_sizes: one pair (width, height) for each of `images`, or None.
-
-    Raises:
-        ValueError: counts do not match.
-    """
-    pictures = _image_list(images)
-    sizes = [None] * len(pictures) if image_sizes is None else [_size_pair(size) for size in image_sizes]
-    real = [count > 0 for count in markers for _ in range(max(count, 1))]  # blank images of text-only samples: False
-    if len(pictures) == sum(markers):
-        real = [True] * len(pictures)
-    elif len(pictures) != len(real):
-        per_sample = ", ".join(f"sample {i}: {count}" for i, count in enumerate(markers))
-        raise ValueError(
-            f"the batch has {sum(markers)} image markers ({per_sample}) but {len(pictures)} images were given; "
-            "each <image> in a prompt needs one image"
-        )
-    if len(sizes) != len(pictures):
-        raise ValueError(f"{len(pictures)} images but {len(sizes)} image_sizes; give one (width, height) an image")
-    kept = [pair for pair, keep in zip(zip(pictures, sizes, strict=True), real, strict=True) if keep]
-    return [picture for picture, _ in kept], None if image_sizes is None else [size for _, size in kept]
-
-
-def _image_list(images: Images) -> list[Tensor]:
-    if images is None:
-        return []
-    if isinstance(images, Tensor) and images.ndim not in (4, 5):
-        raise ValueError(
-            f"images of shape {tuple(images.shape)}: expected [N, 3, H, W] or [N, tiles, 3, H, W], or a list of images"
-        )
-    pictures = list(images)
-    for i, picture in enumerate(pictures):
-        if picture.ndim not in (3, 4) or picture.shape[-3] != 3:
-            raise ValueError(f"image {i} has shape {tuple(picture.shape)}: expected [3, H, W] or [tiles, 3, H, W]")
-    return pictures
-
-
-def _size_pair(size: Any) -> tuple[int, int]:
-    width, height = (int(side) for side in size)
-    return width, height
 
 
 def _vision_settings(model_args: Any, config: Any) -> dict[str, Any]:

@@ -139,8 +139,8 @@ def raise_for_keys(
     if parts:
         raise ValueError(
             f"the weights of {origin} do not fit the model that its config describes; " + "; ".join(parts) + ". Check "
-            "that weights and config.json belong together, and that model_base and vision_tower are the ones it was "
-            "trained with"
+            "that weights and config belong together: mm_projector_type, vision tower and language model must be those "
+            "they were trained with"
         )
 
 
