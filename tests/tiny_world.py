@@ -52,7 +52,7 @@ class TinyWorld:
     def images(self) -> Path:
         return self.root / "images"
 
-    def flags(self, output_dir: Path, **settings: object) -> list[str]:
+    def flags(self, output_dir: Path, /, **settings: object) -> list[str]:
         """A short run's command line; a setting of None leaves the flag out."""
         values = {
             "model_name_or_path": self.llm,

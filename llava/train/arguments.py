@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
@@ -200,9 +201,10 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_modality_length: bool = flag(False, "Batches of one modality and similar length.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.report_to, list):
+            self.report_to = ",".join(self.report_to)
         check_training(self)
-        if isinstance(self.report_to, str):
-            self.report_to = _split_names(self.report_to)
+        self.report_to = split_names(self.report_to or "none")
         if self.warmup_ratio:
             self.warmup_steps = self.warmup_steps or self.warmup_ratio
         self._rename_checkpointing()
@@ -249,6 +251,8 @@ def check_training(args: Any) -> None:
     check_choice("bits", args.bits, (4, 8, 16))
     check_choice("quant_type", args.quant_type, ("nf4", "fp4"))
     check_choice("lora_bias", args.lora_bias, ("none", "all", "lora_only"))
+    for tracker in split_names(args.report_to or "none"):
+        check_choice("report_to", tracker, ("none", "all", *sorted(INTEGRATION_TO_CALLBACK)))
     check_choice("attn_implementation", args.attn_implementation, ATTENTION)
     check_exists("lora_weight_path", args.lora_weight_path)
     if args.model_max_length < 1 or args.lora_r < 1 or not 0 <= args.lora_dropout < 1:
@@ -299,6 +303,7 @@ def zero_stage(deepspeed: str | dict | None) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def _split_names(text: str) -> list[str]:
+def split_names(text: str) -> list[str]:
+    """Names separated by commas, or a JSON list of them."""
     names = json.loads(text) if text.startswith("[") else text.split(",")
     return [name.strip() for name in names]

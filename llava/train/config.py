@@ -132,5 +132,6 @@ def _merge_reduction(base: Any, new: Any) -> Any:
 def _flag_value(key: str, value: Any) -> Any:
     if key == "reduction" and value is not None:
         reduction = ReductionConfig.parse(value)
-        return json.dumps(reduction.to_dict()) if reduction else "none"
+        if not isinstance(value, str):
+            return json.dumps(reduction.to_dict()) if reduction else "none"
     return json.dumps(value) if isinstance(value, (dict, list)) else value

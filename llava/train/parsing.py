@@ -17,6 +17,7 @@ from llava.train.arguments import (
     TrainingArguments,
     check_training,
     require_package,
+    split_names,
     zero_stage,
 )
 from llava.train.legacy import translate_legacy
@@ -169,7 +170,7 @@ def check_packages(values: dict[str, Any]) -> None:
     if values["attn_implementation"] == "flash_attention_2":
         require_package("flash_attn", "--attn_implementation flash_attention_2")
     for tracker in ("wandb", "tensorboard"):
-        if tracker in (values["report_to"] or ""):
+        if tracker in split_names(values["report_to"] or ""):
             require_package(tracker, f"--report_to {tracker}")
 
 
