@@ -45,7 +45,7 @@ def image_layout(source: Tensor, mask: Tensor, image_size: tuple[int, int] | Non
     Flat: tile after tile, each in its own order. Spatial: the first tile in its own order, then the tokens of the
     others in raster order over the enlarged picture, then their aggregates (`source` -1), tile by tile. With unpad,
     tokens on the border that only pads the picture are dropped, and a newline token ends each row that still holds a
-    token, the row of aggregates included.
+    token, the row of aggregates included. A picture thinner than a patch has newlines only.
 
     Args:
         source: [T, M] int64, the patch each token came from, -1 for an aggregate.
@@ -111,7 +111,10 @@ def _raster(
     width = max(columns * w, source.numel()) + 1
     position, index = (y * width + x)[keep], tokens[keep]
     if image_size is not None:
-        ends = torch.unique(y[keep]) * width + width - 1
+        ends = torch.unique(y[keep])
+        if left == right:  # of a picture thinner than a patch, LLaVA keeps the newlines
+            ends = torch.cat([torch.arange(top, bottom), ends])
+        ends = ends * width + width - 1
         position = torch.cat([position, ends])
         index = torch.cat([index, torch.full_like(ends, NEWLINE)])
     return index[position.argsort()]
