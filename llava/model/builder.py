@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.language_model import llava_class_for
+from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.weights import raise_for_keys, read_weights, strip_prefixes
 from llava.reduction.config import ReductionConfig
 
@@ -73,7 +74,7 @@ def load_pretrained_model(
         ValueError: nothing to open, a base is missing, or weights do not fit; files and keys are named.
     """
     del model_name
-    folder = _local_folder(model_path)
+    folder = local_folder(model_path)
     kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
@@ -190,7 +191,7 @@ def _open_on_base(
     kwargs: dict[str, Any],
 ) -> Any:
     """The base with the configuration of `folder` and the projector weights in `weights`."""
-    base_folder = _local_folder(base)
+    base_folder = local_folder(base)
     cls, config = _llava_config(folder)
     embeddings = {k: v for k, v in weights.items() if k.endswith("embed_tokens.weight")}
     vocabulary = config.vocab_size
@@ -226,7 +227,7 @@ def _llava_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
     return cls, cls.config_class.from_dict({k: v for k, v in raw.items() if k != "model_type"})
 
 
-def _local_folder(path: str | os.PathLike) -> Path:
+def local_folder(path: str | os.PathLike) -> Path:
     """The folder itself, or where the hub's copy lies."""
     if Path(path).is_dir():
         return Path(path)
@@ -253,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _tokenizer(*folders: str | os.PathLike) -> Any:
     """The tokenizer of the first folder that has one."""
     for folder in folders:
-        local = _local_folder(folder)
+        local = local_folder(folder)
         if any((local / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
             return AutoTokenizer.from_pretrained(local)
     raise ValueError(
@@ -275,7 +276,7 @@ def _match_vocabulary(model: Any, tokenizer: Any) -> None:
 def _image_processor(model: Any, folder: Path) -> Any:
     """The checkpoint's own image processor where it has one, else the vision tower's."""
     tower = model.get_vision_tower()
-    if (folder / "preprocessor_config.json").is_file():
+    if processor_settings(folder):
         tower.processor_path = str(folder)
     return tower.image_processor
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
+from llava.model.multimodal_encoder.processor import load_image_processor
 from llava.model.weights import without_load_report
 from llava.reduction.base import VisionFeatures
 
@@ -141,7 +142,7 @@ class VisionTower(nn.Module):
         """
         if self._image_processor is None:
             try:
-                self._image_processor = AutoImageProcessor.from_pretrained(self.processor_path)
+                self._image_processor = load_image_processor(self.processor_path)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"no image processor (preprocessor_config.json) at {self.processor_path!r}; pass the folder "

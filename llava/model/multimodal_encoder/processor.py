@@ -1,0 +1,63 @@
+"""Image processors: where a folder keeps its settings, and one that makes a single tile of an image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
+
+_SETTINGS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+)
+
+
+def processor_settings(folder: str | Path) -> dict[str, Any]:
+    """The image processor's settings that a folder holds, as plain JSON data; empty if it holds none.
+
+    They lie in preprocessor_config.json, or within processor_config.json, as transformers 5 writes them.
+
+    Raises:
+        ValueError: not valid JSON.
+    """
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = Path(folder) / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
+            ) from error
+        settings = content if key is None else content.get(key)
+        if settings:
+            return settings
+    return {}
+
+
+def load_image_processor(name_or_path: str) -> Any:
+    """transformers' image processor of a folder or hub name, as one that makes one tile of one image.
+
+    llava-hf's processors pad and cut into tiles themselves; here `llava.mm_utils` does that, with a tower's own
+    processor for each tile, so theirs become CLIP's or SigLIP's with the same settings.
+
+    Raises:
+        OSError, ValueError: as `AutoImageProcessor.from_pretrained`.
+    """
+    processor = AutoImageProcessor.from_pretrained(name_or_path)
+    if not type(processor).__name__.startswith(("LlavaImageProcessor", "LlavaNextImageProcessor")):
+        return processor
+    settings = {name: getattr(processor, name) for name in _SETTINGS}
+    if processor.do_center_crop:
+        return CLIPImageProcessorPil(do_center_crop=True, crop_size=processor.crop_size, **settings)
+    return SiglipImageProcessorPil(**settings)
