@@ -46,9 +46,10 @@ def nearest_neighbours(keys: Tensor, kept: Tensor, k: int) -> Tensor:
         [N, M, k] int64, indices of patches.
     """
     p, c = keys.shape[1:]
-    # Dividing by the length of the kept patch's own key would not change the order along its row.
-    normed = torch.nn.functional.normalize(keys, dim=2)
     centres = keys.gather(1, kept.unsqueeze(-1).expand(-1, -1, c))
-    similarity = centres @ normed.transpose(1, 2)
+    # Cosines up to the length of the kept patch's own key, which does not change the order along its row. Scaling the
+    # products, not the keys, spares a pass over all keys.
+    lengths = torch.linalg.vector_norm(keys, dim=2, dtype=torch.promote_types(keys.dtype, torch.float32))
+    similarity = (centres @ keys.transpose(1, 2)) / lengths.clamp(min=1e-12).unsqueeze(1)
     similarity.scatter_(2, kept.unsqueeze(-1), float("-inf"))
     return similarity.topk(min(k, p - 1), dim=2, sorted=False).indices

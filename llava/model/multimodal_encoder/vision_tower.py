@@ -206,14 +206,14 @@ class VisionTower(nn.Module):
                 states[i + 1] = hidden
         result = VisionFeatures(self._select(states[self.num_blocks]), grid=self.grid)
         if attends:
-            self._project_attention(blocks[last], states[last], needs, result)
+            self.project_attention(blocks[last], states[last], needs, result)
         return result
 
     def _select(self, hidden: Tensor) -> Tensor:
         drop_cls = self.has_cls and self.select_feature == "patch"
         return hidden[:, 1:] if drop_cls else hidden
 
-    def _project_attention(self, block: Any, hidden: Tensor, needs: frozenset[str], result: VisionFeatures) -> None:
+    def project_attention(self, block: Any, hidden: Tensor, needs: frozenset[str], result: VisionFeatures) -> None:
         """Keys and queries of one block for its input `hidden`, [N, 1 + P, C]; the CLS query alone where it will do."""
         normed = block.layer_norm1(hidden)
         if "keys" in needs:

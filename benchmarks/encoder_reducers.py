@@ -1,0 +1,97 @@
+"""What an encoder-side reducer costs, as a share of the vision tower's forward.
+
+    python benchmarks/encoder_reducers.py [--batch 8] [--repeats 5] [--device cuda --dtype bfloat16]
+
+The tower is CLIP-L/336 with random weights. Both are timed in one run, by turns; what counts as the reducer's cost is
+all that is not done without it: the last block's layer norm, its key and query projections, and the reducer.
+The tower's forward is that of all tokens, as LLaVA runs it without reduction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import CLIPVisionConfig
+
+from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.reduction import VisionFeatures, build
+
+METHODS = {
+    "prumerge adaptive": ("prumerge", {}),
+    "prumerge 1/8": ("prumerge", {"ratio": 1 / 8}),
+    "prumerge 1/4": ("prumerge", {"ratio": 1 / 4}),
+}
+
+
+def clip_large_336() -> CLIPVisionConfig:
+    """The encoder of openai/clip-vit-large-patch14-336."""
+    return CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    tower = VisionTower(clip_large_336(), "clip").eval().to(args.device, dtype)
+    pixels = torch.randn(args.batch, 3, tower.image_size, tower.image_size, device=args.device, dtype=dtype)
+    block = tower.vision_tower.encoder.layers[-1]
+    features = tower(pixels).features
+    # The input of the last block is the selected hidden state with CLS in front.
+    hidden = torch.nn.functional.pad(features, (0, 0, 1, 0)).normal_()
+    hidden[:, 1:] = features
+
+    def cost_of(name: str, options: dict[str, object]) -> Callable[[], object]:
+        reducer = build(name, **options)
+
+        def run() -> object:
+            vision = VisionFeatures(features, grid=tower.grid)
+            tower.project_attention(block, hidden, reducer.needs, vision)
+            return reducer(vision)
+
+        return run
+
+    runs = {label: cost_of(*method) for label, method in METHODS.items()}
+    times: dict[str, list[float]] = {label: [] for label in ["tower", *runs]}
+    for run in runs.values():
+        run()
+    for _ in range(args.repeats):
+        times["tower"].append(seconds(lambda: tower(pixels), args.device))
+        for label, run in runs.items():
+            times[label] += [seconds(run, args.device) for _ in range(5)]
+    forward = statistics.median(times["tower"])
+    print(f"CLIP-L/336, batch {args.batch}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads")
+    print(f"{'tower forward':20s} {forward * 1e3:10.1f} ms")
+    for label, run in runs.items():
+        own = statistics.median(times[label])
+        kept = run().counts.float().mean().item()
+        print(f"{label:20s} {own * 1e3:10.1f} ms   {own / forward:7.3%} of the tower   {kept:6.1f} tokens kept")
+
+
+if __name__ == "__main__":
+    main()
