@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from typer.testing import CliRunner
 
+from llava.cli import app
 from llava.conversation import conv_templates, get_template
 from llava.data.preprocessing import build_prompt, build_prompt_ids
 from llava.mm_utils import process_images
@@ -265,3 +267,15 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
         convert(source, tmp_path / "new")
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def test_command(tmp_path: Path) -> None:
+    source = save_ours(tmp_path / "ours")
+    arguments = ["convert", str(source), str(tmp_path / "hf"), "--dtype", "bfloat16", "--template", "llava_v1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+    assert "curious human" in AutoProcessor.from_pretrained(tmp_path / "hf").chat_template
+    for wrong, message in ((["--dtype", "int3"], "dtype 'int3'"), (["--template", "v9"], "template 'v9'")):
+        failed = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "no"), *wrong])
+        assert message in str(failed.exception) and not (tmp_path / "no").exists()

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<pad>"
 _TEMPLATES = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "qwen", "qwen3": "qwen"}
+_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROW_MULTIPLE = 64  # llava-hf pads the vocabulary to this, for the speed of matrix products
 
 
@@ -100,6 +101,17 @@ def convert(
     return folder
 
 
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of this name; None for "auto".
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
 def _config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -152,6 +164,8 @@ def _write_hf(
 ) -> None:
     anyres = _check_expressible(model.config, drop_reduction)
     model.set_reduction(None)
+    prompt = get_template(template or _TEMPLATES[_language_config_class(model.config).model_type])
+    chat = chat_template(prompt, bool(getattr(model.config, "mm_use_im_start_end", False)))
     kept = _kept_settings(model.config, tokenizer)
     tokens = [AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)]
     tokenizer.add_tokens(tokens, special_tokens=True)
@@ -163,8 +177,6 @@ def _write_hf(
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     config.save_pretrained(folder)
     _generation_config(model, config.pad_token_id).save_pretrained(folder)
-    name = template or _TEMPLATES[config.text_config.model_type]
-    chat = chat_template(get_template(name), bool(getattr(model.config, "mm_use_im_start_end", False)))
     _write_processor(folder, model, tokenizer, processor, config, chat)
     _copy_sentencepiece(tokenizer, folder)
 
