@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ def test_the_method_of_the_contributing_page(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None
-    exec(
-        compile(re.sub(r"^   ", "", code.group(1), flags=re.MULTILINE), "CONTRIBUTING.md", "exec"), {"__name__": "page"}
-    )
+    module = ModuleType("contributing_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = re.sub(r"^   ", "", code.group(1), flags=re.MULTILINE)
+    exec(compile(source, "CONTRIBUTING.md", "exec"), module.__dict__)
     assert "brightest" in available()["encoder"]
     features = torch.arange(8.0).view(1, 8, 1)
     tokens = build("brightest", ratio=0.5)(VisionFeatures(features))
