@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_flash_attn_2_available
 
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model import LlavaLlamaForCausalLM, llava_class_for
@@ -211,6 +212,12 @@ def test_weights_that_do_not_fit_are_listed(world: TinyWorld, tmp_path: Path, ch
     edit_weights(folder, change)
     with pytest.raises(ValueError, match=message):
         open_model(folder)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_flash_attention_that_is_not_there(world: TinyWorld) -> None:
+    with pytest.raises(ValueError, match=r"needs a GPU and flash-attn: pip install 'llava\[flash\]'"):
+        open_model(world.llm, attn_implementation="flash_attention_2")
 
 
 def test_folders_that_are_no_checkpoint(world: TinyWorld, tmp_path: Path) -> None:

@@ -245,6 +245,12 @@ def test_unknown_projectors(kind: str, message: str) -> None:
         tiny_model(mm_projector_type=kind)
 
 
+def test_cls_has_no_place_on_a_grid() -> None:
+    model = tiny_model(anyres=True, mm_vision_select_feature="cls_patch")
+    with pytest.raises(ValueError, match="keeps CLS among them"):
+        model(input_ids=ROWS[1].unsqueeze(0), images=pictures(True)[:1], image_sizes=SIZES[:1])
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp3x_gelu"])
 @torch.no_grad()
 def test_projector_types(kind: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.language_model import llava_class_for
@@ -77,6 +78,11 @@ def load_pretrained_model(
     folder = local_folder(model_path)
     kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
     if attn_implementation is not None:
+        if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+            raise ValueError(
+                "attn_implementation='flash_attention_2' needs a GPU and flash-attn: pip install 'llava[flash]', "
+                "or use 'sdpa'"
+            )
         kwargs["attn_implementation"] = attn_implementation
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = _quantization(load_4bit, dtype)

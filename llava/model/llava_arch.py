@@ -221,8 +221,14 @@ class LlavaMetaModel:
 
     def _layout_spec(self) -> LayoutSpec:
         config, tower = self.config, self._tower()
+        merge_type = getattr(config, "mm_patch_merge_type", "flat")
+        if merge_type != "flat" and tower.has_cls and tower.select_feature == "cls_patch":
+            raise ValueError(
+                f"mm_patch_merge_type={merge_type} puts patches on a grid, and mm_vision_select_feature=cls_patch "
+                "keeps CLS among them; set it to patch"
+            )
         return LayoutSpec(
-            merge_type=getattr(config, "mm_patch_merge_type", "flat"),
+            merge_type=merge_type,
             grid=tower.grid,
             tile_size=tower.image_size,
             pinpoints=getattr(config, "image_grid_pinpoints", None),

@@ -54,7 +54,9 @@ def load_image_processor(name_or_path: str) -> Any:
     Raises:
         OSError, ValueError: as `AutoImageProcessor.from_pretrained`.
     """
-    processor = AutoImageProcessor.from_pretrained(name_or_path)
+    # PIL's resizing is what LLaVA was trained with; torchvision's, which transformers prefers where it is installed,
+    # gives slightly other pixels.
+    processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
     if not type(processor).__name__.startswith(("LlavaImageProcessor", "LlavaNextImageProcessor")):
         return processor
     settings = {name: getattr(processor, name) for name in _SETTINGS}
