@@ -19,7 +19,7 @@ from llava.train.arguments import require_package
 from llava.train.checkpoint import atomic_folder, last_complete_checkpoint
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.parsing import Arguments, parse_args
-from llava.train.process import finish_process, set_up_logging
+from llava.train.process import set_up_logging
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ RUN_CONFIG_FILE = "train_config.yaml"
 
 
 def main(argv: list[str]) -> None:
-    """Run the training that the flags describe, and leave this process ready to exit.
+    """Run the training that the flags describe.
 
     Args:
         argv: LLaVA's and transformers' flags.
@@ -37,10 +37,7 @@ def main(argv: list[str]) -> None:
         ValueError: flags, data or checkpoints that do not fit; the culprit is named.
     """
     set_up_logging()
-    try:
-        train(parse_args(argv))
-    finally:
-        finish_process()
+    train(parse_args(argv))
 
 
 def train(arguments: Arguments) -> LLaVATrainer:

@@ -10,10 +10,10 @@ from pathlib import Path
 # In place of this folder, whose modules are not meant to be imported by their bare names.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from llava.train.process import choose_accelerator, run_and_report  # noqa: E402
+from llava.train.process import choose_accelerator, leave, run_and_report  # noqa: E402
 
 if __name__ == "__main__":
     choose_accelerator()
     from llava.train.train import main
 
-    sys.exit(run_and_report(main, sys.argv[1:]))
+    leave(run_and_report(main, sys.argv[1:]))
