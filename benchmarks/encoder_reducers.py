@@ -24,6 +24,8 @@ METHODS = {
     "prumerge adaptive": ("prumerge", {}),
     "prumerge 1/8": ("prumerge", {"ratio": 1 / 8}),
     "prumerge 1/4": ("prumerge", {"ratio": 1 / 4}),
+    "prumerge_plus adaptive": ("prumerge_plus", {}),
+    "prumerge_plus 1/8": ("prumerge_plus", {"ratio": 1 / 8}),
 }
 
 
@@ -86,11 +88,11 @@ def main() -> None:
             times[label] += [seconds(run, args.device) for _ in range(5)]
     forward = statistics.median(times["tower"])
     print(f"CLIP-L/336, batch {args.batch}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads")
-    print(f"{'tower forward':20s} {forward * 1e3:10.1f} ms")
+    print(f"{'tower forward':24s} {forward * 1e3:10.1f} ms")
     for label, run in runs.items():
         own = statistics.median(times[label])
         kept = run().counts.float().mean().item()
-        print(f"{label:20s} {own * 1e3:10.1f} ms   {own / forward:7.3%} of the tower   {kept:6.1f} tokens kept")
+        print(f"{label:24s} {own * 1e3:10.1f} ms   {own / forward:7.3%} of the tower   {kept:6.1f} tokens kept")
 
 
 if __name__ == "__main__":

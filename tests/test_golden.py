@@ -85,7 +85,11 @@ def test_llava16(golden: Path, llava16: Any, i: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reduction"),
-    [("lora_full_tokens", None), *((f"lora_prumerge_{i}", "prumerge") for i in range(3))],
+    [
+        ("lora_full_tokens", None),
+        *((f"lora_prumerge_{i}", "prumerge") for i in range(3)),
+        *((f"lora_prumerge_plus_{i}", "prumerge_plus") for i in range(3)),
+    ],
 )
 def test_lora(golden: Path, name: str, reduction: str | None) -> None:
     model = open_checkpoint(golden, "llava-v1.5-7b-lora-prunemerge", "vicuna", reduction=reduction)
@@ -96,18 +100,20 @@ def test_lora(golden: Path, name: str, reduction: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["adaptive_0", "adaptive_1", "adaptive_2", "fixed_1_8", "fixed_1_4"])
-def test_prumerge_tokens(golden: Path, name: str) -> None:
-    case, about = read_case(golden, f"prumerge_{name}")
+@pytest.mark.parametrize("method", ["prumerge", "prumerge_plus"])
+def test_prumerge_tokens(golden: Path, method: str, name: str) -> None:
+    case, about = read_case(golden, f"{method}_{name}")
     vision = VisionFeatures(case["features"], keys=case["keys"], queries=case["queries"])
-    tokens = build("prumerge", variant="release", ratio=about.get("ratio"))(vision)
+    tokens = build(method, variant="release", ratio=about.get("ratio"))(vision)
     assert tokens.counts.tolist() == [about["kept"]] * len(case["features"])
     torch.testing.assert_close(tokens.features, case["output"], atol=1e-4, rtol=0)
 
 
-def test_prumerge_batches_images_of_different_counts(golden: Path) -> None:
-    cases = [read_case(golden, f"prumerge_adaptive_{i}")[0] for i in range(3)]
+@pytest.mark.parametrize("method", ["prumerge", "prumerge_plus"])
+def test_prumerge_batches_images_of_different_counts(golden: Path, method: str) -> None:
+    cases = [read_case(golden, f"{method}_adaptive_{i}")[0] for i in range(3)]
     batch = {name: torch.cat([case[name] for case in cases]) for name in ("features", "keys", "queries")}
-    tokens = build("prumerge")(VisionFeatures(**batch))
+    tokens = build(method)(VisionFeatures(**batch))
     for i, case in enumerate(cases):
         torch.testing.assert_close(tokens.features[i][tokens.mask[i]], case["output"][0], atol=1e-4, rtol=0)
 

@@ -52,10 +52,15 @@ def test_parse(value: Any, expected: dict[str, Any]) -> None:
     [
         ("prunemerge", "unknown reduction method 'prunemerge'; known methods are: encoder: .*prumerge"),
         ({"name": "PruMerge"}, "unknown reduction method 'PruMerge'"),
-        ({"encoder": {"name": "prumerge", "rato": 0.5}}, "has no option 'rato'; it has: variant, ratio, neighbours"),
+        (
+            {"encoder": {"name": "prumerge", "rato": 0.5}},
+            "has no option 'rato'; it has: ratio, tokens, variant, neighbours",
+        ),
         ({"encoder": {"name": "prumerge", "ratio": 1.5}}, r"ratio=1.5 must be a number above 0"),
         ({"encoder": {"name": "prumerge", "ratio": "half"}}, r"ratio='half' must be a number"),
         ({"encoder": {"name": "prumerge", "variant": "fast"}}, "variant='fast' is not known; choose one of: .*release"),
+        ({"encoder": {"name": "prumerge", "tokens": 0}}, "tokens=0 must be a whole number, 1 or more"),
+        ({"encoder": {"name": "prumerge", "tokens": 9, "ratio": 0.5}}, "ratio and tokens both say how many"),
         ({"encoder": {"name": "prumerge", "neighbours": -1}}, "neighbours=-1 must be a whole number"),
         ({"encoder": {"ratio": 0.5}}, "expected a method's name or a mapping with the key 'name'"),
         ({"tower": {"name": "prumerge"}}, "unknown site tower; the sites are: encoder, projector, decoder"),
@@ -92,61 +97,124 @@ def test_set_reduction_is_kept_in_the_config() -> None:
     assert model.get_model().encoder_reducer is None
 
 
-def slow_prumerge(vision: VisionFeatures, ratio: float | None, neighbours: int) -> list[torch.Tensor]:
-    """PruMerge's release, image by image and patch by patch."""
-    images = []
-    for y, keys, queries in zip(vision.features, vision.keys, vision.queries, strict=True):
-        p, c = y.shape
-        # In float32 like the method, so that scores which tie there tie here.
-        attention = torch.softmax(queries[0] @ keys.T / math.sqrt(c), dim=0, dtype=torch.float32)[1:]
-        if ratio is None:
-            q1, q3 = np.percentile(attention.numpy(), [25, 75])
-            count = max(1, int((attention > q3 + 1.5 * (q3 - q1)).sum()))
-        else:
-            count = max(1, int(p * ratio))
-        kept = sorted(range(p), key=lambda i: (-attention[i].item(), i))[:count]
-        tokens = []
-        for i in kept:
-            cosine = torch.nn.functional.cosine_similarity(keys[1 + i], keys[1:], dim=1, eps=1e-12)
-            others = sorted((j for j in range(p) if j != i), key=lambda j: -cosine[j].item())[:neighbours]
-            tokens.append(y[i] + sum((attention[j] * y[j] for j in others), torch.zeros(c, dtype=y.dtype)))
-        rest = [attention[j] * y[j] for j in range(p) if j not in kept]
-        tokens.append(sum(rest, torch.zeros(c, dtype=y.dtype)))
-        images.append(torch.stack(tokens))
-    return images
+def slow_attention(keys: torch.Tensor, queries: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention of CLS to the patches, head by head, [P] float32 like the method's, so that ties are the same."""
+    width = keys.shape[1] // heads
+    parts = [slice(h * width, (h + 1) * width) for h in range(heads)]
+    rows = [torch.softmax(queries[0, c] @ keys[:, c].T / math.sqrt(width), 0, dtype=torch.float32) for c in parts]
+    return torch.stack(rows).mean(dim=0)[1:]
 
 
-@settings(max_examples=60, deadline=None)
+def slow_selection(method: str, variant: str, attention: torch.Tensor, options: dict[str, Any]) -> list[int]:
+    """Patches to keep, by the rules of the method, one after the other."""
+    p = len(attention)
+    ratio, tokens = options.get("ratio"), options.get("tokens")
+    ranked = sorted(range(p), key=lambda i: (-attention[i].item(), i))
+    if ratio is None and tokens is None:
+        q1, q3 = np.percentile(attention.numpy(), [25, 75])
+        count = max(1, int((attention > q3 + 1.5 * (q3 - q1)).sum()))
+    else:
+        count = max(1, int(p * ratio)) if tokens is None else min(tokens, p)
+    kept = ranked[:count]
+    if method == "prumerge":
+        return kept
+    rest = [i for i in range(p) if i not in kept]
+    if variant == "paper":
+        wanted = min(count, len(rest))
+        return kept + [rest[(2 * i + 1) * len(rest) // (2 * wanted)] for i in range(wanted)]
+    if ratio is None and tokens is None:
+        step = max(1, p // count // 3)
+        return kept + [i for i in range(0, p - 1, step) if i not in kept]
+    step = int(1 / ratio) if tokens is None else max(1, p // tokens)
+    return kept + list(range(step // 2, p - 1, step))
+
+
+def slow_merge(
+    variant: str, y: torch.Tensor, attention: torch.Tensor, keys: torch.Tensor, kept: list[int], neighbours: int
+) -> torch.Tensor:
+    """Merge patch by patch."""
+    p, c = y.shape
+    # As the release takes the complement: kept ones become 0, sort, drop as many as were kept.
+    pruned = sorted(0 if i in kept else i for i in range(p))[len(kept) :]
+
+    def weighted(patches: list[int]) -> torch.Tensor:
+        return sum((attention[j] * y[j] for j in patches), torch.zeros(c, dtype=y.dtype))
+
+    tokens = []
+    for slot, i in enumerate(kept):
+        cosine = torch.nn.functional.cosine_similarity(keys[i], keys, dim=1, eps=1e-12)
+        others = kept[:slot] + kept[slot + 1 :] + pruned if variant == "release" else pruned
+        nearest = sorted(others, key=lambda j: -cosine[j].item())[: min(neighbours, p - 1)]
+        own = y[i] if variant == "release" or not nearest else 0 * y[i]
+        tokens.append(own + weighted(nearest))
+    return torch.stack([*tokens, weighted(pruned)] if variant == "release" else tokens)
+
+
+BUDGETS = st.one_of(
+    st.just({}),
+    st.builds(lambda r: {"ratio": r}, st.floats(0.01, 1.0)),
+    st.builds(lambda t: {"tokens": t}, st.integers(1, 50)),
+)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
+    method=st.sampled_from(["prumerge", "prumerge_plus"]),
+    variant=st.sampled_from(["release", "paper"]),
     images=st.integers(1, 4),
     patches=st.integers(2, 40),
-    width=st.integers(2, 12),
-    ratio=st.one_of(st.none(), st.floats(0.01, 1.0)),
-    neighbours=st.integers(0, 40),
+    heads=st.integers(1, 3),
+    budget=BUDGETS,
+    neighbours=st.integers(1, 40),
     spread=st.sampled_from([0.0, 0.3, 3.0, 30.0]),  # 0: all attention equal; 30: one spike
     seed=st.integers(0, 10_000),
 )
 def test_prumerge_equals_the_loop(
-    images: int, patches: int, width: int, ratio: float | None, neighbours: int, spread: float, seed: int
+    method: str,
+    variant: str,
+    images: int,
+    patches: int,
+    heads: int,
+    budget: dict[str, Any],
+    neighbours: int,
+    spread: float,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows: int) -> torch.Tensor:
-        return torch.randn(images, rows, width, generator=generator, dtype=torch.float64)
+        return torch.randn(images, rows, 4 * heads, generator=generator, dtype=torch.float64)
 
-    vision = VisionFeatures(draw(patches), keys=draw(1 + patches), queries=spread * draw(1 + patches))
-    tokens = build("prumerge", ratio=ratio, neighbours=neighbours)(vision)
+    y, keys, queries = draw(patches), draw(1 + patches), spread * draw(1 + patches)
+    reducer = build(method, variant=variant, neighbours=neighbours, **budget)
+    tokens = reducer(VisionFeatures(y, keys=keys, queries=queries, num_heads=heads))
     assert tokens.mask is not None
     assert tokens.source is not None
-    for i, expected in enumerate(slow_prumerge(vision, ratio, neighbours)):
+    for i in range(images):
+        attention = slow_attention(keys[i], queries[i], 1 if variant == "release" else heads)
+        kept = slow_selection(method, variant, attention, budget)
+        expected = slow_merge(variant, y[i], attention, keys[i, 1:], kept, neighbours)
         real = tokens.mask[i]
         assert real.tolist() == sorted(real.tolist(), reverse=True)  # real tokens come first
         torch.testing.assert_close(tokens.features[i][real], expected, atol=1e-5, rtol=0)
         assert not tokens.features[i][~real].any()
-        source = tokens.source[i][real].tolist()
-        assert source[-1] == -1
-        assert len(set(source)) == len(source)
+        assert tokens.source[i][real].tolist() == kept + [-1] * (variant == "release")
         assert (tokens.source[i][~real] == -1).all()
+
+
+@pytest.mark.parametrize("variant", ["release", "paper"])
+@pytest.mark.parametrize("method", ["prumerge", "prumerge_plus"])
+@pytest.mark.parametrize("budget", [{}, {"ratio": 0.3}, {"tokens": 5}, {"ratio": 1.0}], ids=str)
+def test_without_merging_patches_stay_as_they_are(method: str, variant: str, budget: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, keys, queries = (torch.randn(3, n, 8, generator=generator) for n in (20, 21, 21))
+    tokens = build(method, variant=variant, neighbours=0, **budget)(VisionFeatures(y, keys=keys, queries=3 * queries))
+    for i in range(3):
+        attention = slow_attention(keys[i], 3 * queries[i], 1)
+        kept = sorted(set(slow_selection(method, variant, attention, budget)))
+        assert tokens.source[i][tokens.mask[i]].tolist() == kept
+        assert torch.equal(tokens.features[i][tokens.mask[i]], y[i][kept])
+        assert not tokens.features[i][~tokens.mask[i]].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -27,6 +27,7 @@ class VisionFeatures:
         keys: [N, 1 + P, C], output of the last block's key projection, CLS first (no CLS row for a tower without it).
         queries: [N, 1 + P, C], the same for the queries; a reducer that needs `cls_query` reads row 0 only and
             may be handed [N, 1, C].
+        num_heads: heads of the tower's attention, into which keys and queries are divided.
         hidden_states: block number -> [N, P, C], output of that many blocks, without CLS.
         text: [N, E], the embedding of the text that goes with each image.
     """
@@ -35,6 +36,7 @@ class VisionFeatures:
     grid: tuple[int, int] | None = None
     keys: Tensor | None = None
     queries: Tensor | None = None
+    num_heads: int = 1
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     text: Tensor | None = None
 

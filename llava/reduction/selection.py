@@ -5,8 +5,45 @@ Shapes: N images, P patches, M kept tokens, C vision width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from llava.reduction.base import Options, check_fraction
+
+
+@dataclass(kw_only=True)
+class BudgetOptions(Options):
+    """How many patches to keep: as many as are outliers (neither option), a fraction, or a number."""
+
+    ratio: float | None = None  # fraction of the patches, int(P * ratio) of them
+    tokens: int | None = None  # number of patches; aggregates that a method appends come on top
+
+    def validate(self, method: str) -> None:
+        check_fraction(method, "ratio", self.ratio)
+        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 1):
+            raise ValueError(f"method '{method}': tokens={self.tokens!r} must be a whole number, 1 or more, or null")
+        if self.ratio is not None and self.tokens is not None:
+            raise ValueError(f"method '{method}': ratio and tokens both say how many patches to keep; leave one out")
+
+    def fixed_count(self, patches: int) -> int | None:
+        """Patches to keep of `patches`, at least 1; None where the count is adaptive."""
+        if self.tokens is not None:
+            return min(self.tokens, patches)
+        return None if self.ratio is None else max(1, int(patches * self.ratio))
+
+
+def kept_counts(descending: Tensor, options: BudgetOptions) -> Tensor:
+    """Patches to keep of each image, [N] int64.
+
+    Args:
+        descending: [N, P] float32 scores, each row sorted from the highest.
+        options: the budget; without one, the outliers are kept.
+    """
+    n, p = descending.shape
+    fixed = options.fixed_count(p)
+    return outlier_counts(descending) if fixed is None else torch.full((n,), fixed, device=descending.device)
 
 
 def outlier_counts(descending: Tensor) -> Tensor:
@@ -34,22 +71,43 @@ def _quantile(descending: Tensor, q: float) -> Tensor:
     return torch.lerp(descending[:, low : low + 1], descending[:, high : high + 1], position - low)
 
 
-def nearest_neighbours(keys: Tensor, kept: Tensor, k: int) -> Tensor:
-    """For each kept patch, the k patches whose keys have the highest cosine with its own, itself excluded.
+def uniform_positions(count: int, length: int) -> Tensor:
+    """The middles of `count` equal parts of 0, 1, ..., length - 1: [count] int64, distinct if count <= length."""
+    return (2 * torch.arange(count) + 1) * length // (2 * count)
+
+
+def nearest_neighbours(
+    keys: Tensor, kept: Tensor, k: int, excluded: Tensor | None = None, repeated: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For each kept patch, the k patches whose keys have the highest cosine with its own, itself left out.
 
     Args:
         keys: [N, P, C].
         kept: [N, M] int64, indices of patches.
         k: neighbours a patch; cut to P - 1.
+        excluded: [N, P] bool, patches that are nobody's neighbour; None: there are none.
+        repeated: [N, M] bool, slots whose patch stands in `kept` before. Each is a candidate of its own beside the
+            patch; None: there are none.
 
     Returns:
-        [N, M, k] int64, indices of patches.
+        Indices of patches [N, M, k] int64, and whether each is a neighbour [N, M, k] bool: False where there are fewer
+        than k candidates.
     """
+    n, m = kept.shape
     p, c = keys.shape[1:]
     centres = keys.gather(1, kept.unsqueeze(-1).expand(-1, -1, c))
-    # Cosines up to the length of the kept patch's own key, which does not change the order along its row. Scaling the
-    # products, not the keys, spares a pass over all keys.
+    # The length of the kept patch's own key does not change the order along its row. Scaling the products, not the
+    # keys, spares a pass over all keys.
     lengths = torch.linalg.vector_norm(keys, dim=2, dtype=torch.promote_types(keys.dtype, torch.float32))
     similarity = (centres @ keys.transpose(1, 2)) / lengths.clamp(min=1e-12).unsqueeze(1)
+    columns = torch.arange(p, device=kept.device).expand(n, p)
+    if repeated is not None:
+        again = similarity.gather(2, kept.unsqueeze(1).expand(-1, m, -1))
+        again.masked_fill_(~repeated.unsqueeze(1), float("-inf"))
     similarity.scatter_(2, kept.unsqueeze(-1), float("-inf"))
-    return similarity.topk(min(k, p - 1), dim=2, sorted=False).indices
+    if excluded is not None:
+        similarity.masked_fill_(excluded.unsqueeze(1), float("-inf"))
+    if repeated is not None:
+        similarity, columns = torch.cat([similarity, again], dim=2), torch.cat([columns, kept], dim=1)
+    best = similarity.topk(min(k, p - 1), dim=2, sorted=False)
+    return columns.unsqueeze(1).expand(-1, m, -1).gather(2, best.indices), best.values.isfinite()

@@ -216,6 +216,7 @@ class VisionTower(nn.Module):
     def project_attention(self, block: Any, hidden: Tensor, needs: frozenset[str], result: VisionFeatures) -> None:
         """Keys and queries of one block for its input `hidden`, [N, 1 + P, C]; the CLS query alone where it will do."""
         normed = block.layer_norm1(hidden)
+        result.num_heads = self.config.num_attention_heads
         if "keys" in needs:
             result.keys = block.self_attn.k_proj(normed)
         if "queries" in needs:

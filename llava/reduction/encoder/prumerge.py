@@ -1,7 +1,7 @@
 """PruMerge: keep the patches that CLS attends to most, and merge into each its nearest neighbours.
 
 Paper: LLaVA-PruMerge, https://arxiv.org/abs/2403.15388, sections 3.2 and 3.3.
-Shapes: N images, P patches, M kept tokens, C vision width, K neighbours.
+Shapes: N images, P patches, M slots for kept patches, C vision width, H heads.
 """
 
 from __future__ import annotations
@@ -10,47 +10,65 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from llava.reduction.base import (
-    EncoderReducer,
-    Options,
-    VisionFeatures,
-    VisualTokens,
-    check_choice,
-    check_fraction,
-)
+from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens, check_choice
 from llava.reduction.registry import register
-from llava.reduction.selection import nearest_neighbours, outlier_counts
+from llava.reduction.selection import BudgetOptions, kept_counts, nearest_neighbours
 
 
 @dataclass(kw_only=True)
-class PruMergeOptions(Options):
-    """Options of `prumerge`."""
+class PruMergeOptions(BudgetOptions):
+    """Options of `prumerge` and `prumerge_plus`."""
 
-    variant: str = "release"  # what the authors' code computes
-    ratio: float | None = None  # fraction of the patches to keep; None: adaptive, the outliers of the attention
-    neighbours: int = 32  # patches merged into each kept one
+    variant: str = "release"  # "release": what the authors' code computes; "paper": what their equations say
+    neighbours: int = 32  # patches merged into each kept one; 0 prunes only
 
     def validate(self, method: str) -> None:
-        check_choice(method, "variant", self.variant, ("release",))
-        check_fraction(method, "ratio", self.ratio)
+        super().validate(method)
+        check_choice(method, "variant", self.variant, ("release", "paper"))
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
             raise ValueError(f"method '{method}': neighbours={self.neighbours!r} must be a whole number, 0 or more")
 
 
+@dataclass
+class Selection:
+    """Patches to keep.
+
+    Attributes:
+        kept: [N, M] int64, indices of patches; the first `counts` of each row are real.
+        counts: [N] int64.
+        repeated: [N, M] bool, slots whose patch stands in the row before; None: there are none.
+    """
+
+    kept: Tensor
+    counts: Tensor
+    repeated: Tensor | None = None
+
+    def real(self) -> Tensor:
+        """[N, M] bool, slots that hold a patch."""
+        return torch.arange(self.kept.shape[1], device=self.kept.device) < self.counts.unsqueeze(1)
+
+    def is_kept(self, patches: int) -> Tensor:
+        """[N, P] bool, patches that some slot holds."""
+        times = torch.zeros(len(self.kept), patches, dtype=torch.int64, device=self.kept.device)
+        return times.scatter_add_(1, self.kept, self.real().long()) > 0
+
+
 @register("prumerge")
 class PruMerge(EncoderReducer):
-    """Keep the patches whose CLS attention is an outlier, merge neighbours by key similarity, add one rest token.
+    """Keep the patches whose CLS attention is an outlier, and merge into each its neighbours by key similarity.
 
-    Attention is one softmax over CLS and patches at full width (one head, scale C^-0.5) in the last block. With
-    `ratio` unset an image keeps as many patches as lie above Q3 + 1.5 IQR of its own attention; with `ratio`, the
-    int(P * ratio) highest. To each kept patch the attention-weighted sum of its neighbours is added, and one token
-    more holds the attention-weighted sum of all pruned patches. Order: by falling attention, the rest token last.
+    An image keeps as many patches as lie above Q3 + 1.5 IQR of its own attention (one, where none does), or as the
+    budget says, by falling attention.
 
-    An image without an outlier keeps its one highest patch (the release fails there).
+    - release: attention is one softmax at full width, as if CLIP had one head. To each kept patch the
+      attention-weighted sum of its neighbours among all other patches is added, and one token more, the last, holds
+      the attention-weighted sum of all pruned patches.
+    - paper: attention is the mean over heads. Each kept patch becomes the attention-weighted sum of its neighbours
+      among the pruned patches (itself, where nothing was pruned); no further token.
 
-    Args:
-        options: see `PruMergeOptions`; default adaptive, release.
+    With neighbours=0 nothing is merged or appended, and the kept patches stay in raster order.
     """
 
     options_class = PruMergeOptions
@@ -58,22 +76,28 @@ class PruMerge(EncoderReducer):
     needs = frozenset({"keys", "cls_query"})
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
-        """[N, P, C] to [N, max M + 1, C]; `source` is the kept patch, -1 for the rest token."""
-        attention, keys = cls_attention(vision)
+        """[N, P, C] to [N, M, C], with a token more where one is appended; its `source` is -1."""
+        is_release = self.options.variant == "release"
+        attention, keys = cls_attention(vision, heads=1 if is_release else vision.num_heads)
+        selection = self.select(attention)
+        if self.options.neighbours == 0:
+            return prune(vision.features, selection)
+        merge = merge_release if is_release else merge_paper
+        return merge(vision.features, attention, keys, selection, self.options.neighbours)
+
+    def select(self, attention: Tensor) -> Selection:
+        """The patches to keep, for attention [N, P]."""
         ranked, order = attention.sort(dim=1, descending=True, stable=True)
-        counts = self._counts(ranked)
-        kept = order[:, : int(counts.max())]
-        return merge(vision.features, attention, keys, kept, counts, self.options.neighbours)
-
-    def _counts(self, ranked: Tensor) -> Tensor:
-        if self.options.ratio is None:
-            return outlier_counts(ranked)
-        n, p = ranked.shape
-        return torch.full((n,), max(1, int(p * self.options.ratio)), device=ranked.device)
+        counts = kept_counts(ranked, self.options)
+        return Selection(order[:, : int(counts.max())], counts)
 
 
-def cls_attention(vision: VisionFeatures) -> tuple[Tensor, Tensor]:
-    """Attention that CLS pays the patches, all channels as one head.
+def cls_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tensor]:
+    """Attention that CLS pays the patches, the mean over heads.
+
+    Args:
+        vision: with keys and queries.
+        heads: into which the channels are divided.
 
     Returns:
         attention [N, P] float32, whose sum is below 1 by what CLS pays itself; keys of the patches [N, P, C].
@@ -81,7 +105,7 @@ def cls_attention(vision: VisionFeatures) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the tower handed on no keys or queries, or has no CLS.
     """
-    p, c = vision.features.shape[1:]
+    n, p, c = vision.features.shape
     if vision.keys is None or vision.queries is None:
         raise ValueError("prumerge reads the keys and the CLS query of the tower's last block; pass keys= and queries=")
     if vision.keys.shape[1] != p + 1:
@@ -89,33 +113,80 @@ def cls_attention(vision: VisionFeatures) -> tuple[Tensor, Tensor]:
             f"prumerge ranks patches by the attention of CLS, and this vision tower has none: keys of shape "
             f"{tuple(vision.keys.shape)} for {p} patches. Use a CLIP tower, or a method that does without CLS"
         )
-    logits = torch.einsum("nc,npc->np", vision.queries[:, 0], vision.keys) * c**-0.5
-    return logits.softmax(dim=1, dtype=torch.float32)[:, 1:], vision.keys[:, 1:]
+    width = c // heads
+    query = vision.queries[:, 0].view(n, heads, width)
+    logits = torch.einsum("nhc,nphc->nhp", query, vision.keys.unflatten(2, (heads, width))) * width**-0.5
+    return logits.softmax(dim=2, dtype=torch.float32).mean(dim=1)[:, 1:], vision.keys[:, 1:]
 
 
-def merge(
-    features: Tensor, attention: Tensor, keys: Tensor, kept: Tensor, counts: Tensor, neighbours: int
+def prune(features: Tensor, selection: Selection) -> VisualTokens:
+    """The selected patches as they are, each once, in raster order."""
+    p = features.shape[1]
+    is_kept = selection.is_kept(p)
+    counts = is_kept.sum(dim=1)
+    patch = torch.arange(p, device=features.device).expand_as(is_kept)
+    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : int(counts.max())]
+    mask = source < p
+    tokens = features.gather(1, source.clamp(max=p - 1).unsqueeze(-1).expand(-1, -1, features.shape[2]))
+    return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
+
+
+def merge_release(
+    features: Tensor, attention: Tensor, keys: Tensor, selection: Selection, neighbours: int
 ) -> VisualTokens:
-    """Merge neighbours into the kept patches and append the rest token, as one product with a [M + 1, P] matrix.
+    """Add to each kept patch its neighbours and append the sum of the pruned: one product with [N, M + 1, P].
 
     Args:
         features: [N, P, C] patches.
         attention: [N, P] float32 weights.
         keys: [N, P, C] keys that similarity is measured on.
-        kept: [N, M] int64, kept patches, the first `counts` of each row real.
-        counts: [N] int64, kept patches an image.
+        selection: the kept patches.
         neighbours: patches merged into each kept one.
     """
-    n, m = kept.shape
-    slot = torch.arange(m + 1, device=kept.device)
-    real = slot < counts.unsqueeze(1)  # [N, M + 1]: this slot holds a kept patch
-    weights = attention.new_zeros(n, m + 1, features.shape[1])
-    nearest = nearest_neighbours(keys, kept, neighbours)
-    weights[:, :m].scatter_(2, nearest, attention.unsqueeze(1).expand(-1, m, -1).gather(2, nearest))
-    weights[:, :m].scatter_(2, kept.unsqueeze(-1), 1.0)
+    kept, real = selection.kept, pad(selection.real(), (0, 1))
+    pruned, dropped = _pruned(attention, selection)
+    nearest, is_neighbour = nearest_neighbours(keys, kept, neighbours, dropped, selection.repeated)
+    weights = _neighbour_weights(attention, nearest, is_neighbour, rows=kept.shape[1] + 1)
+    weights[:, :-1].scatter_add_(2, kept.unsqueeze(-1), torch.ones_like(weights[:, :-1, :1]))
     weights.mul_(real.unsqueeze(-1))
-    pruned = torch.ones_like(attention).scatter_add_(1, kept, -real[:, :m].to(attention.dtype))
-    rest = counts.view(n, 1, 1).expand(-1, 1, weights.shape[2])
-    weights.scatter_(1, rest, (attention * pruned).unsqueeze(1))
-    source = torch.nn.functional.pad(kept, (0, 1), value=-1).masked_fill(~real, -1)
-    return VisualTokens(weights.to(features.dtype) @ features, slot <= counts.unsqueeze(1), source)
+    last = selection.counts.view(-1, 1, 1).expand(-1, 1, weights.shape[2])
+    weights.scatter_(1, last, (attention * pruned).unsqueeze(1))
+    source = pad(kept, (0, 1)).masked_fill(~real, -1)
+    mask = torch.arange(kept.shape[1] + 1, device=kept.device) <= selection.counts.unsqueeze(1)
+    return VisualTokens(weights.to(features.dtype) @ features, mask, source)
+
+
+def merge_paper(
+    features: Tensor, attention: Tensor, keys: Tensor, selection: Selection, neighbours: int
+) -> VisualTokens:
+    """Replace each kept patch by the sum of its neighbours among the pruned; arguments as for `merge_release`."""
+    kept, real = selection.kept, selection.real()
+    pruned, _ = _pruned(attention, selection)
+    nearest, is_neighbour = nearest_neighbours(keys, kept, neighbours, excluded=~pruned)
+    weights = _neighbour_weights(attention, nearest, is_neighbour, rows=kept.shape[1])
+    alone = ~is_neighbour.any(dim=2, keepdim=True)
+    weights.scatter_add_(2, kept.unsqueeze(-1), alone.to(weights.dtype)).mul_(real.unsqueeze(-1))
+    return VisualTokens(weights.to(features.dtype) @ features, real, kept.masked_fill(~real, -1))
+
+
+def _neighbour_weights(attention: Tensor, nearest: Tensor, is_neighbour: Tensor, rows: int) -> Tensor:
+    """[N, rows, P]: the attention to each slot's neighbours, added up where a patch is one twice."""
+    n, m, _ = nearest.shape
+    weights = attention.new_zeros(n, rows, attention.shape[1])
+    values = attention.unsqueeze(1).expand(-1, m, -1).gather(2, nearest) * is_neighbour
+    weights[:, :m].scatter_add_(2, nearest, values)
+    return weights
+
+
+def _pruned(attention: Tensor, selection: Selection) -> tuple[Tensor, Tensor | None]:
+    """Patches whose attention the rest token sums [N, P] bool, and those that are neither kept nor pruned.
+
+    The release takes the complement by dropping as many patches as there are slots, repeated ones included, from a
+    list where the kept stand first: for each repetition, one patch too many, from the top left on.
+    """
+    is_kept = selection.is_kept(attention.shape[1])
+    if selection.repeated is None:
+        return ~is_kept, None
+    number = (~is_kept).cumsum(dim=1)  # of the patches that are not kept, 1, 2, ...
+    dropped = ~is_kept & (number <= selection.repeated.sum(dim=1, keepdim=True))
+    return ~is_kept & ~dropped, dropped
