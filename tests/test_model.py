@@ -11,7 +11,26 @@ from llava.mm_utils import get_anyres_image_grid_shape
 from tests.tiny_models import BACKBONES, PINPOINTS, SIDE, pad, prompt, tiny_model
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
-REDUCTIONS = ("none", "prumerge", {"name": "prumerge", "ratio": 0.25})
+REDUCTIONS = (
+    "none",
+    "prumerge",
+    {"name": "prumerge", "ratio": 0.25},
+    {"name": "prumerge", "variant": "paper"},
+    "prumerge_plus",
+    {"name": "prumerge_plus", "tokens": 4},
+    {"name": "prumerge_plus", "variant": "paper", "ratio": 0.25},
+    {"name": "sequential", "ratio": 0.5},
+    {"name": "spatial", "rows": 2, "columns": 3},
+    {"name": "random", "tokens": 5},
+)
+# Keeping everything, without merging.
+EVERYTHING = (
+    {"name": "prumerge", "ratio": 1.0, "neighbours": 0},
+    {"name": "prumerge_plus", "ratio": 1.0, "neighbours": 0},
+    {"name": "sequential", "ratio": 1.0},
+    {"name": "spatial", "rows": 4, "columns": 4},
+    {"name": "random", "ratio": 1.0},
+)
 # Two images, one image, text only, a tall image, a wide image.
 ROWS = [
     prompt(4, "image", 3, "image", 5, seed=1),
@@ -60,6 +79,18 @@ def test_a_sample_does_not_depend_on_its_batch(anyres: bool, side: str, reductio
         torch.testing.assert_close(row, logits, **CLOSE)
         expected = model.generate(**single, max_new_tokens=6, do_sample=False, eos_token_id=None)
         assert tokens[i].tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("reduction", EVERYTHING, ids=str)
+@pytest.mark.parametrize("anyres", [False, True], ids=["flat", "anyres"])
+@torch.no_grad()
+def test_keeping_everything_is_the_baseline(anyres: bool, reduction: Any) -> None:
+    model = tiny_model(anyres=anyres)
+    ids, mask = pad(ROWS, "right")
+    inputs = {"input_ids": ids, "attention_mask": mask, "images": pictures(anyres), "image_sizes": SIZES}
+    expected = model(**inputs).logits
+    model.set_reduction(reduction)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

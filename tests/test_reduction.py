@@ -244,3 +244,64 @@ def test_prumerge_passes_gradients_to_a_trained_tower() -> None:
     build("prumerge")(VisionFeatures(features, keys=keys, queries=keys)).features.sum().backward()
     assert features.grad is not None
     assert features.grad.abs().sum() > 0
+
+
+GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@settings(max_examples=80, deadline=None)
+@given(grid=GRIDS, name=st.sampled_from(["sequential", "spatial", "random"]), data=st.data())
+def test_samplers_keep_what_their_names_say(grid: tuple[int, int], name: str, data: st.DataObject) -> None:
+    h, w = grid
+    count = data.draw(st.integers(1, h * w))
+    features = torch.arange(float(h * w)).view(1, -1, 1).expand(2, -1, 3)
+    tokens = build(name, tokens=count)(VisionFeatures(features, grid=grid))
+    assert tokens.source is not None
+    kept = tokens.source[0].tolist()
+    assert kept == sorted(set(kept))
+    assert tokens.features[1, :, 0].tolist() == kept
+    assert len(kept) <= count
+    if name == "sequential":
+        assert kept == list(range(count))
+    if name == "random":
+        assert len(kept) == count
+    if name == "spatial":
+        rows, columns = {i // w for i in kept}, {i % w for i in kept}
+        assert kept == [y * w + x for y in sorted(rows) for x in sorted(columns)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 6), (5, 8), (8, 5), (7, 5), (5, 7), (4, 4)])
+def test_spatial_grids_of_the_papers_ablation(rows: int, columns: int) -> None:
+    tokens = build("spatial", rows=rows, columns=columns)(VisionFeatures(torch.zeros(1, 24 * 24, 2), grid=(24, 24)))
+    assert tokens.source is not None
+    kept = tokens.source[0]
+    for positions, count in ((kept // 24, rows), (kept % 24, columns)):
+        places = positions.unique()
+        assert len(places) == count
+        gaps = places.diff()
+        assert gaps.max() - gaps.min() <= 1
+        assert abs(int(places[0]) - int(23 - places[-1])) <= 1  # as far from one border as from the other
+
+
+def test_random_is_seeded() -> None:
+    vision = VisionFeatures(torch.zeros(1, 100, 2), grid=(10, 10))
+    first, again, other = (build("random", tokens=30, seed=seed)(vision).source for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sequential", {}, "'sequential' has no adaptive count"),
+        ("random", {}, "'random' has no adaptive count"),
+        ("spatial", {"rows": 3}, "rows and columns go together"),
+        ("spatial", {"rows": 3, "columns": 0}, "columns=0 must be a whole number"),
+        ("spatial", {"rows": 3, "columns": 3, "tokens": 9}, "leave out ratio and tokens"),
+    ],
+)
+def test_samplers_say_what_is_wrong(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, **options)
+    with pytest.raises(ValueError, match="do not fit the tower's grid of 2 x 2"):
+        build("spatial", rows=3, columns=1)(VisionFeatures(torch.zeros(1, 4, 2), grid=(2, 2)))
