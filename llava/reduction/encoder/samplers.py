@@ -1,6 +1,6 @@
 """Baselines that choose patches without looking at them: sequential, spatial and random.
 
-Paper: the ablation of LLaVA-PruMerge, https://arxiv.org/abs/2403.15388, section 4.5.
+Paper: the ablation of LLaVA-PruMerge, https://arxiv.org/abs/2403.15388, section 4.4.1.
 Shapes: N images, P patches, M kept tokens, C vision width; h x w the grid of patches.
 """
 
