@@ -1,0 +1,153 @@
+"""Two processes on the CPU with ZeRO-2 and ZeRO-3, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llava.model.builder import load_pretrained_model
+from llava.train.parsing import parse_args
+from llava.train.train import train
+from tests.tiny_world import ROOT, SIDE, TinyWorld, make_tiny_world, run_command
+
+pytest.importorskip("deepspeed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles an extension with g++"),
+]
+
+LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "version": "v1"}
+SCRIPTS = {"projector": "pretrain.sh", "lora": "finetune_lora.sh", "full": "finetune.sh"}
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return make_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(world: TinyWorld) -> Path:
+    """Folder of a projector, trained in this process."""
+    folder = world.root / "pretrained"
+    train(parse_args(world.flags(folder, tune_mm_mlp_adapter=True, version="plain", data_path=world.captions)))
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def settings_of(kind: str, world: TinyWorld, pretrained: Path, **changes: Any) -> dict[str, Any]:
+    kinds = {
+        "projector": {"tune_mm_mlp_adapter": True, "version": "plain", "data_path": world.captions},
+        "lora": {**LORA, "reduction": "prumerge"},
+        "full": {"version": "v1"},
+    }
+    common = {"pretrain_mm_mlp_adapter": pretrained / "mm_projector.bin", "dataloader_num_workers": 0}
+    common |= {"group_by_modality_length": False, "save_total_limit": 2}
+    return {**kinds[kind], **common, "max_steps": STEPS, "bf16": True, **changes}
+
+
+def launch_script(kind: str, folder: Path, stage: int, world: TinyWorld, **settings: Any) -> None:
+    """By the shell script, with flags that override its own."""
+    config = str(ROOT / f"scripts/zero{stage}.json")
+    command = ["bash", f"scripts/v1_5/{SCRIPTS[kind]}", *world.flags(folder, **settings)]
+    check(command, DEEPSPEED_CONFIG=config, NUM_GPUS="2", MASTER_PORT=str(free_port()))
+
+
+def launch_yaml(folder: Path, stage: int, world: TinyWorld, **settings: Any) -> None:
+    """By `llava train`."""
+    file = folder.parent / f"{folder.name}.yaml"
+    flags = dict(flag[2:].split("=", 1) for flag in world.flags(folder, **settings))
+    file.write_text(json.dumps(flags))  # JSON is YAML
+    overrides = [f"deepspeed=scripts/zero{stage}.json", "num_gpus=2", f"master_port={free_port()}"]
+    check([str(Path(sys.executable).with_name("llava")), "train", str(file), *overrides])
+
+
+def check(command: list[str], **environment: str) -> None:
+    result = run_command(command, **environment)
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+
+
+def logits(folder: Path, base: Path | None = None) -> Tensor:
+    base_path = None if base is None else str(base)
+    _, model, _, _ = load_pretrained_model(str(folder), base_path, device="cpu", dtype=torch.float32, reduction="none")
+    pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[1, 50, -200, 60, 61]]), images=pixels).logits[0, -1]
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weight_files(folder: Path, kind: str) -> dict[str, Tensor]:
+    if kind == "full":
+        return load_file(folder / "model.safetensors")
+    if kind == "projector":
+        return torch.load(folder / "mm_projector.bin", weights_only=True)
+    others = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    return {**load_file(folder / "adapter_model.safetensors"), **others}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "way"),
+    [
+        ("projector", 2, "script"),
+        ("projector", 3, "yaml"),
+        ("lora", 2, "yaml"),
+        ("lora", 3, "script"),
+        ("full", 3, "script"),
+    ],
+)
+def test_two_processes(kind: str, stage: int, way: str, world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
+    """Exit code 0; the first loss is that of one process; what is written opens and answers otherwise."""
+    folder = tmp_path / "run"
+    settings = settings_of(kind, world, pretrained)
+    if way == "script":
+        launch_script(kind, folder, stage, world, **settings)
+    else:
+        launch_yaml(folder, stage, world, **settings)
+
+    alone = tmp_path / "alone"
+    train(parse_args(world.flags(alone, **{**settings, "per_device_train_batch_size": 4, "max_steps": 1})))
+    assert losses(folder)[0] == pytest.approx(losses(alone)[0], rel=0.02)
+    weights = weight_files(folder, kind)
+    assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in weight_files(alone, kind).items()}
+    base = None if kind == "full" else world.llm
+    assert not torch.allclose(logits(folder, base), logits(pretrained, world.llm), atol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("projector", 2), ("lora", 3)])
+def test_resuming(kind: str, stage: int, world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
+    """A run that finds a checkpoint goes on from it and ends like one that was not interrupted."""
+    settings = settings_of(kind, world, pretrained, max_steps=4, save_strategy="steps", save_steps=3)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch_script(kind, whole, stage, world, **settings)
+    assert set(weight_files(whole / "checkpoint-3", kind)) == set(weight_files(whole, kind))
+    shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
+    launch_script(kind, parts, stage, world, **settings)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
+    assert torch.allclose(logits(parts, world.llm), logits(whole, world.llm), atol=1e-2)
+
+
+def test_an_error_in_one_line(world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
+    settings = settings_of("projector", world, pretrained, version="nosuch")
+    command = ["bash", "scripts/v1_5/pretrain.sh", *world.flags(tmp_path, **settings)]
+    result = run_command(command, NUM_GPUS="1", MASTER_PORT=str(free_port()))
+    assert result.returncode == 2
+    assert "unknown conversation template 'nosuch'" in result.stderr
+    assert "Traceback" not in result.stderr
