@@ -40,8 +40,48 @@ def train(
     num_gpus is above 1. In a process that a launcher has started (RANK is set), the training runs right there.
     """
     from llava.train.launch import train_from_config
+    from llava.train.process import leave
 
-    raise typer.Exit(train_from_config(str(config), overrides or []))
+    leave(train_from_config(str(config), overrides or []))
+
+
+@app.command("eval")
+def evaluate(
+    model_path: Annotated[str, typer.Argument(help="Checkpoint of any layout: a folder or hub name.")],
+    question_file: Annotated[Path, typer.Option(help="LLaVA's JSON lines: question_id, image, text.")],
+    answers_file: Annotated[Path, typer.Option(help="Where the answers go, as JSON lines.")],
+    image_folder: Annotated[str, typer.Option(help="Folder that image names start from.")] = "",
+    model_base: Annotated[str | None, typer.Option(help="Base of a LoRA or projector-only folder.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="In place of the config's mm_vision_tower.")] = None,
+    reduction: Annotated[
+        str | None, typer.Option(help="A method's name, JSON or none; default: the checkpoint's own.")
+    ] = None,
+    conv_mode: Annotated[str, typer.Option(help="Prompt template.")] = "vicuna_v1",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    num_beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Questions that are answered at once.")] = 8,
+) -> None:
+    """Answer a file of questions about images, as LLaVA's model_vqa does."""
+    from llava.eval import model_vqa
+
+    options = model_vqa.VqaOptions(
+        image_folder=image_folder,
+        conv_mode=conv_mode,
+        temperature=temperature,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    model_vqa.evaluate(
+        model_path,
+        question_file,
+        answers_file,
+        model_base=model_base,
+        vision_tower=vision_tower,
+        reduction=reduction,
+        options=options,
+    )
 
 
 @app.command()

@@ -1,0 +1,132 @@
+"""The `llava` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from llava import cli
+from llava.model.builder import load_pretrained_model
+from llava.train import launch
+from llava.train.config import LaunchOptions
+from llava.train.launch import ENTRY, launch_command
+from llava.train.parsing import parse_args
+from llava.train.train import train
+from tests.tiny_world import SIDE, TinyWorld, make_tiny_world, run_command, run_python
+
+LLAVA = str(Path(sys.executable).with_name("llava"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return make_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def recipe(world: TinyWorld, folder: Path, **settings: object) -> Path:
+    file = folder / "recipe.yaml"
+    flags = dict(flag[2:].split("=", 1) for flag in world.flags(folder / "out", **settings))
+    file.write_text(json.dumps(flags))
+    return file
+
+
+def test_the_help_lists_commands_that_exist() -> None:
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("train", "eval", "merge", "convert"):
+        assert command in result.output
+        assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+
+
+def test_train_in_this_process(world: TinyWorld, tmp_path: Path) -> None:
+    file = recipe(world, tmp_path, tune_mm_mlp_adapter=True, version="plain", data_path=world.captions)
+    result = run_command([LLAVA, "train", str(file), "max_steps=1", "num_gpus=1"])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "mm_projector.bin").is_file()
+    assert "training 1,856 of" in result.stderr
+
+
+@pytest.mark.slow
+def test_train_under_torchrun_without_deepspeed(world: TinyWorld, tmp_path: Path) -> None:
+    file = recipe(world, tmp_path, lora_enable=True, lora_r=2, max_steps=1)
+    result = run_command([LLAVA, "train", str(file), "num_gpus=2"])
+    assert result.returncode == 0, result.stderr
+    alone = tmp_path / "alone"
+    train(parse_args(world.flags(alone, lora_enable=True, lora_r=2, max_steps=1, per_device_train_batch_size=4)))
+    first = [
+        json.loads((f / "trainer_state.json").read_text())["log_history"][0]["loss"] for f in (tmp_path / "out", alone)
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+def test_an_error_is_one_line(world: TinyWorld, tmp_path: Path) -> None:
+    file = recipe(world, tmp_path, version="nosuch")
+    result = run_command([LLAVA, "train", str(file)])
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: unknown conversation template 'nosuch'; known: ")
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in run_command([LLAVA, "--debug", "train", str(file)]).stderr
+
+
+def test_a_wrong_key_is_found_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("lernin_rate: 1\n")
+    monkeypatch.setattr(launch.subprocess, "run", lambda *args, **kwargs: pytest.fail("started"))
+    with pytest.raises(ValueError, match="did you mean learning_rate"):
+        launch.train_from_config(str(file), [])
+
+
+def test_how_a_run_is_launched() -> None:
+    python = sys.executable
+    assert launch_command(["--bf16=True"], LaunchOptions(num_gpus=1)) is None
+    with_torchrun = launch_command(["--bf16=True"], LaunchOptions(num_gpus=2, master_port=1234))
+    torchrun = [python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "1234"]
+    assert with_torchrun == [*torchrun, str(ENTRY), "--bf16=True"]
+    flags = ["--deepspeed=scripts/zero2.json"]
+    one = launch_command(flags, LaunchOptions(num_gpus=1))
+    assert one == [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(ENTRY), *flags]
+    many = launch_command(flags, LaunchOptions(hostfile="hosts"))
+    assert many == [python, "-m", "deepspeed.launcher.runner", "--hostfile", "hosts", str(ENTRY), *flags]
+    with pytest.raises(ValueError, match="hostfile is read by DeepSpeed's launcher"):
+        launch_command([], LaunchOptions(hostfile="hosts"))
+
+
+def test_merge_writes_a_full_checkpoint(world: TinyWorld, tmp_path: Path) -> None:
+    train(parse_args(world.flags(tmp_path / "lora", lora_enable=True, lora_r=2, reduction="prumerge")))
+    result = CliRunner().invoke(cli.app, ["merge", str(tmp_path / "lora"), str(tmp_path / "full")])
+    assert result.exit_code == 0, result.exception
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    assert not any("lora" in name for name in weights)
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    answers = []
+    for folder in ("lora", "full"):
+        _, model, _, _ = load_pretrained_model(str(tmp_path / folder), device="cpu", dtype=torch.float32)
+        assert model.config.reduction == {"encoder": {"name": "prumerge"}}
+        with torch.no_grad():
+            answers.append(model(input_ids=torch.tensor([[1, -200, 60]]), images=pixels).logits)
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="dtype 'int4': expected one of"):
+        CliRunner().invoke(cli.app, ["merge", "a", "b", "--dtype", "int4"], catch_exceptions=False)
+
+
+def test_eval_answers_questions(world: TinyWorld, tmp_path: Path) -> None:
+    train(parse_args(world.flags(tmp_path / "run", max_steps=1)))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 0, "image": "red.png", "text": "What color?"}) + "\n")
+    answers = tmp_path / "answers.jsonl"
+    options = ["--question-file", str(questions), "--answers-file", str(answers), "--max-new-tokens", "2"]
+    command = ["eval", str(tmp_path / "run"), *options, "--image-folder", str(world.images)]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.exception
+    assert json.loads(answers.read_text())["question_id"] == 0
+
+
+def test_the_command_starts_quickly() -> None:
+    """Asking for help must not import torch."""
+    result = run_python("-c", "import sys, llava.cli; sys.exit('torch' in sys.modules)")
+    assert result.returncode == 0
