@@ -139,7 +139,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
 
     An item is a dict of `input_ids` and `labels` (LongTensor [S]), `images` (a tensor for each, in the order
     of their `<image>`: [3, H, W], or tiles [T, 3, H, W] with anyres), `image_sizes` ((width, height) in
-    pixels), `text` (the questions without `<image>`, a line each) and `id`.
+    pixels), `text` (what a reducer that reads it is given, without `<image>`) and `id`.
 
     Args:
         data_path: a file, a list of files, or a comma-separated string of files.
@@ -150,6 +150,8 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         image_aspect_ratio: None or "square", "pad", "anyres"; see `llava.mm_utils.process_images`.
         image_grid_pinpoints: resolutions for anyres.
         mm_use_im_start_end: surround images by `<im_start>` and `<im_end>`.
+        text: what `text` holds: "question", the human's words, a line a turn; or "conversation", all of the prompt
+            with system prompt and answers.
 
     Raises:
         ValueError: see `read_samples` and `check_sample`; also an unknown template or image_aspect_ratio, and
@@ -167,7 +169,11 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         image_aspect_ratio: str | None = None,
         image_grid_pinpoints: str | Sequence[Sequence[int]] | None = None,
         mm_use_im_start_end: bool = False,
+        text: str = "question",
     ) -> None:
+        if text not in ("question", "conversation"):
+            raise ValueError(f"text={text!r}: choose question or conversation")
+        self.text = text
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.version = version
@@ -253,8 +259,15 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
             "labels": labels,
             "images": [self._process(image) for image in images],
             "image_sizes": [image.size for image in images],
-            "text": _questions(sample["conversations"], bool(files)),
+            "text": self._text(sample["conversations"], bool(files)),
         }
+
+    def _text(self, conversation: Sequence[dict[str, str]], has_image: bool) -> str:
+        if self.text == "question":
+            return _questions(conversation, has_image)
+        template = get_template(self.version)
+        segments = template.render(parse_rounds(conversation, template, has_image))
+        return "".join(segment.text for segment in segments).replace(DEFAULT_IMAGE_TOKEN, "")
 
     def _open(self, file: str, name: str) -> Image.Image:
         try:

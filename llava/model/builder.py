@@ -97,6 +97,7 @@ def load_pretrained_model(
     if "device_map" not in kwargs:
         model.to(device or _best_device())
     model.eval()
+    model.tokenizer = tokenizer
     return tokenizer, model, _image_processor(model, folder), context_length(model.config)
 
 

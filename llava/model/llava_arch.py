@@ -23,13 +23,15 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
     IMAGE_TOKEN_INDEX,
 )
+from llava.data.prompt_text import question_of_ids
 from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, size_pair
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Spliced, plan_splice, splice
 from llava.model.weights import (
+    VISION_TOWER_PREFIX,
     check_loaded,
     load_into,
     raise_for_keys,
@@ -37,10 +39,14 @@ from llava.model.weights import (
     strip_prefixes,
     without_load_report,
 )
-from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.base import Reducer, VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
+
+
+# Where TRIM's release has what `ClipText` holds.
+RELEASED_NAMES = {r"vision_tower\.vision_tower\.visual_projection": "vision_tower.text_tower.visual_projection"}
 
 
 class LlavaMetaModel:
@@ -66,12 +72,13 @@ class LlavaMetaModel:
 
     def _add_vision_modules(self) -> None:
         config = self.config
-        self.vision_tower = build_vision_tower(config)
+        reducer = ReductionConfig.of_model(config).build("encoder")
+        self.vision_tower = build_vision_tower(config, with_text=reads_text(reducer))
         self.vision_tower.requires_grad_(False)
         config.mm_hidden_size = self.vision_tower.hidden_size
         self.mm_projector = build_vision_projector(config)
         self._add_newline()
-        self.encoder_reducer = ReductionConfig.of_model(config).build("encoder")
+        self.encoder_reducer = reducer
 
     def _add_newline(self) -> None:
         """Learned token that ends the rows of an unpadded picture."""
@@ -159,14 +166,21 @@ class LlavaMetaModel:
             value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction.
         """
         reduction = ReductionConfig.parse(value)
+        reducer = reduction.build("encoder")
+        if reads_text(reducer) and self.vision_tower is not None and self.vision_tower.text_tower is None:
+            add_text_tower(self.vision_tower, self.config)
+            self._to_language_model(self.vision_tower)
+            own = {name for name, _ in self.vision_tower.named_parameters() if name.startswith("text_tower.")}
+            self.vision_tower.load_weights(own)
         self.config.reduction = reduction.to_dict()
-        self.encoder_reducer = reduction.build("encoder")
+        self.encoder_reducer = reducer
 
-    def encode_tiles(self, pixels: Tensor) -> tuple[Tensor, VisualTokens]:
+    def encode_tiles(self, pixels: Tensor, text: Tensor | None = None) -> tuple[Tensor, VisualTokens]:
         """Tower, reducer and projector.
 
         Args:
             pixels: [T, 3, H, W].
+            text: [T, E], embedding of the text that goes with each tile, for a reducer that reads it.
 
         Returns:
             The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
@@ -174,6 +188,7 @@ class LlavaMetaModel:
         """
         reducer = self.encoder_reducer
         vision: VisionFeatures = self._tower()(pixels, needs=() if reducer is None else reducer.needs)
+        vision.text = text
         tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
         flat = tokens.features.flatten(0, 1) if tokens.mask is None else tokens.features[tokens.mask]
         return self.mm_projector(flat.to(self._projector_dtype())), tokens
@@ -182,25 +197,43 @@ class LlavaMetaModel:
         weight = next(self.mm_projector.parameters(), None)
         return self._tower().dtype if weight is None else weight.dtype
 
-    def encode_images(self, images: Sequence[Tensor], image_sizes: ImageSizes = None) -> tuple[Tensor, Tensor]:
+    def encode_images(
+        self, images: Sequence[Tensor], image_sizes: ImageSizes = None, texts: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Visual tokens of all images in the order in which they enter the language model.
 
         Args:
             images: N tensors [3, H, W] or [tiles, 3, H, W].
             image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
+            texts: N texts, one for each image, for a reducer that reads them.
 
         Returns:
             Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
         """
         tiles = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         counts = [len(t) for t in tiles]
-        projected, tokens = self.encode_tiles(torch.cat([t.to(self._tower().device) for t in tiles]))
+        tower = self._tower()
+        text = self._embed_texts(texts, counts) if reads_text(self.encoder_reducer) else None
+        projected, tokens = self.encode_tiles(torch.cat([t.to(tower.device) for t in tiles]), text)
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
             projected = torch.cat([projected, self.image_newline.to(projected.dtype).unsqueeze(0)])
         index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
         return projected[index], torch.tensor([len(layout) for layout in layouts])
+
+    def _embed_texts(self, texts: Sequence[str] | None, counts: list[int]) -> Tensor:
+        """Embedding of the text of each tile, [T, E]; `counts` tiles an image."""
+        tower = self._tower()
+        if texts is None:
+            raise ValueError(
+                "this model's reduction reads the prompt's text: pass texts=[...], one for each sample of the batch"
+            )
+        assert tower.text_tower is not None
+        distinct = list(dict.fromkeys(texts))  # images of one sample share its text
+        embeds = tower.text_tower.embed_texts(distinct, tower.name)
+        rows = torch.tensor([distinct.index(text) for text in texts]).repeat_interleave(torch.tensor(counts))
+        return embeds[rows.to(embeds.device)]
 
     def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
         """For each image, indices into the projected tokens, or NEWLINE."""
@@ -235,12 +268,18 @@ class LlavaMetaModel:
         )
 
 
+def reads_text(reducer: nn.Module | None) -> bool:
+    """Whether a reducer compares images with the prompt's text."""
+    return isinstance(reducer, Reducer) and "text" in reducer.needs
+
+
 class LlavaMetaForCausalLM:
     """Mixin for the model with its head: splices images into the text, before the language model's own forward."""
 
     config: Any
     training: bool
     device: torch.device
+    tokenizer: Any = None  # set by load_pretrained_model; finds the question in a prompt where no texts are given
 
     @classmethod
     def from_pretrained(
@@ -268,13 +307,15 @@ class LlavaMetaForCausalLM:
         if vision_tower is not None and getattr(config, "mm_vision_tower", None):
             config.mm_vision_tower, config.mm_vision_config = vision_tower, None
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("key_mapping", RELEASED_NAMES)
         with without_load_report():
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         filled = load_into(model, projector_weights or {}, path)
-        if check_loaded(info, path, filled):
-            model.get_vision_tower().load_weights()
+        missing = check_loaded(info, path, filled)
+        if missing:
+            model.get_vision_tower().load_weights({key.removeprefix(VISION_TOWER_PREFIX) for key in missing})
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -331,7 +372,8 @@ class LlavaMetaForCausalLM:
                 [3, H, W] or [tiles, 3, H, W]. LLaVA's own collator sends a blank image for a text-only sample; one
                 for every such sample is understood, and left out.
             image_sizes: N pairs (width, height) in pixels, for anyres.
-            texts: B texts that a text-guided reducer reads.
+            texts: B texts for a reducer that reads them (trim). Without them the question is read off the prompt,
+                where the model was opened with its tokenizer.
 
         Returns:
             transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
@@ -343,7 +385,9 @@ class LlavaMetaForCausalLM:
         cached = past_key_values is not None and past_key_values.get_seq_length() > 0
         if inputs_embeds is None and input_ids is not None and not cached:
             max_length = getattr(self.config, "tokenizer_model_max_length", None)
-            spliced = self.splice_images(input_ids, attention_mask, labels, images, image_sizes, max_length=max_length)
+            spliced = self.splice_images(
+                input_ids, attention_mask, labels, images, image_sizes, texts, max_length=max_length
+            )
             input_ids, inputs_embeds = None, spliced.inputs_embeds
             attention_mask, position_ids, labels = (
                 spliced.attention_mask,
@@ -383,7 +427,7 @@ class LlavaMetaForCausalLM:
         if inputs is None:
             return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         kwargs.pop("position_ids", None)  # they follow from the mask
-        spliced = self.splice_images(inputs, attention_mask, None, images, image_sizes, left=True)
+        spliced = self.splice_images(inputs, attention_mask, None, images, image_sizes, texts, left=True)
         return super().generate(  # type: ignore[misc]
             inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
         )
@@ -395,6 +439,7 @@ class LlavaMetaForCausalLM:
         labels: Tensor | None = None,
         images: Images = None,
         image_sizes: ImageSizes = None,
+        texts: Sequence[str] | None = None,
         *,
         left: bool | None = None,
         max_length: int | None = None,
@@ -409,7 +454,8 @@ class LlavaMetaForCausalLM:
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         markers = ((input_ids == IMAGE_TOKEN_INDEX) & mask).sum(dim=1).tolist()
         pictures, sizes = match_images(markers, images, image_sizes)
-        visual, lengths = self._visual_tokens(pictures, sizes)
+        texts = self._texts_of_images(texts, input_ids, mask, markers) if pictures else None
+        visual, lengths = self._visual_tokens(pictures, sizes, texts)
         if left is None:
             side = getattr(self.config, "tokenizer_padding_side", "right")
             left = side == "left" or not bool(mask[:, 0].all())
@@ -421,9 +467,25 @@ class LlavaMetaForCausalLM:
             visual = None
         return splice(text_embeds, visual, labels, plan)
 
-    def _visual_tokens(self, pictures: list[Tensor], sizes: ImageSizes) -> tuple[Tensor | None, Tensor]:
+    def _texts_of_images(
+        self, texts: Sequence[str] | None, input_ids: Tensor, mask: Tensor, markers: list[int]
+    ) -> list[str] | None:
+        """For each image the text of its sample, where the reducer reads one; by default the prompt's question."""
+        if not reads_text(self.get_model().encoder_reducer):
+            return None
+        if texts is None:
+            if self.tokenizer is None:
+                return None
+            texts = [question_of_ids(ids[real], self.tokenizer) for ids, real in zip(input_ids, mask, strict=True)]
+        if len(texts) != len(markers):
+            raise ValueError(f"{len(texts)} texts for {len(markers)} samples; give one text a sample")
+        return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
+
+    def _visual_tokens(
+        self, pictures: list[Tensor], sizes: ImageSizes, texts: list[str] | None
+    ) -> tuple[Tensor | None, Tensor]:
         if pictures:
-            return self.get_model().encode_images(pictures, sizes)
+            return self.get_model().encode_images(pictures, sizes, texts)
         none = torch.zeros(0, dtype=torch.int64)
         tower = self.get_vision_tower()
         if not self.training or tower is None:
@@ -431,18 +493,20 @@ class LlavaMetaForCausalLM:
         # Every rank must run the same modules and have a gradient for the same weights, or ZeRO and DDP wait for
         # ever: a batch without images encodes a blank one, whose tokens are multiplied by zero.
         blank = torch.zeros(3, tower.image_size, tower.image_size, device=self.device)
-        return self.get_model().encode_images([blank])[0], none
+        return self.get_model().encode_images([blank], texts=[""])[0], none
 
     @torch.no_grad()
-    def count_visual_tokens(self, images: Images, image_sizes: ImageSizes = None) -> list[tuple[int, int]]:
-        """For each image, its visual tokens without and with the model's reduction."""
+    def count_visual_tokens(
+        self, images: Images, image_sizes: ImageSizes = None, texts: Sequence[str] | None = None
+    ) -> list[tuple[int, int]]:
+        """For each image, its visual tokens without and with the model's reduction; `texts` has one for each image."""
         pictures = image_list(images)
         model = self.get_model()
         tower = model.get_vision_tower()
         tiles = [image.shape[0] if image.ndim == 4 else 1 for image in pictures]
         full = VisualTokens(torch.empty(sum(tiles), tower.num_patches, 0))
         before = [len(layout) for layout in model._layouts(full, tiles, image_sizes)]
-        after = model.encode_images(pictures, image_sizes)[1].tolist()
+        after = model.encode_images(pictures, image_sizes, texts)[1].tolist()
         return list(zip(before, after, strict=True))
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:

@@ -29,7 +29,8 @@ class VisionFeatures:
             may be handed [N, 1, C].
         num_heads: heads of the tower's attention, into which keys and queries are divided.
         hidden_states: block number -> [N, P, C], output of that many blocks, without CLS.
-        text: [N, E], the embedding of the text that goes with each image.
+        patch_embeds: [N, P, E], the patches in the space that CLIP shares between images and texts.
+        text: [N, E], the embedding there of the text that goes with each image.
     """
 
     features: Tensor
@@ -38,6 +39,7 @@ class VisionFeatures:
     queries: Tensor | None = None
     num_heads: int = 1
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
+    patch_embeds: Tensor | None = None
     text: Tensor | None = None
 
 
@@ -108,7 +110,7 @@ class Reducer(nn.Module):
     """A method of reduction: an options class, and a `forward` that its site defines."""
 
     options_class: ClassVar[type[Options]] = Options
-    # Names of the VisionFeatures that the method reads besides `features`: keys, queries, cls_query, text.
+    # What the method reads besides `features`: keys, queries, cls_query, patch_embeds, text.
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: Any = None) -> None:

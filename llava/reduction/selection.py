@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava.reduction.base import Options, check_fraction
+from llava.reduction.base import Options, VisualTokens, check_fraction
 
 
 @dataclass(kw_only=True)
@@ -69,6 +69,17 @@ def _quantile(descending: Tensor, q: float) -> Tensor:
     low = int(position)
     high = min(low + 1, descending.shape[1] - 1)
     return torch.lerp(descending[:, low : low + 1], descending[:, high : high + 1], position - low)
+
+
+def take_in_raster_order(features: Tensor, is_kept: Tensor) -> VisualTokens:
+    """The patches of `features` [N, P, C] that `is_kept` [N, P] bool marks, as they are."""
+    n, p, c = features.shape
+    counts = is_kept.sum(dim=1)
+    patch = torch.arange(p, device=features.device).expand(n, p)
+    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : int(counts.max())]
+    mask = source < p
+    tokens = features.gather(1, source.clamp(max=p - 1).unsqueeze(-1).expand(-1, -1, c))
+    return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
 
 
 def uniform_positions(count: int, length: int) -> Tensor:

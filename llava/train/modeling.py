@@ -108,6 +108,7 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
     model = llava_class_for(config.model_type).from_pretrained(
         model_args.model_name_or_path,
         config=config,
+        vision_tower=model_args.vision_tower,
         cache_dir=training.cache_dir,
         dtype=loading_dtype(arguments),
         attn_implementation=training.attn_implementation,

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoImageProcessor, set_seed
+from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
+from llava.model.multimodal_encoder.processor import load_image_processor
+from llava.reduction.config import ReductionConfig
 from llava.train.arguments import require_package
 from llava.train.checkpoint import atomic_folder, last_complete_checkpoint
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
@@ -47,7 +49,7 @@ def train(arguments: Arguments) -> LLaVATrainer:
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     config = read_config(arguments)
     tokenizer = load_tokenizer(arguments)
-    dataset = load_dataset(arguments, tokenizer)
+    dataset = load_dataset(arguments, config, tokenizer)
     model = load_model(arguments, config, tokenizer)
     log_trainable(model)
     trainer = LLaVATrainer(
@@ -77,18 +79,21 @@ def best_attention(arguments: Arguments) -> str:
     return "sdpa"
 
 
-def load_dataset(arguments: Arguments, tokenizer: Any) -> LazySupervisedDataset:
+def load_dataset(arguments: Arguments, config: Any, tokenizer: Any) -> LazySupervisedDataset:
     """The conversations to learn from, all checked."""
     model_args, data_args, training = arguments.model, arguments.data, arguments.training
+    asked = model_args.reduction
+    reduction = ReductionConfig.of_model(config) if asked is None else ReductionConfig.parse(asked)
     return LazySupervisedDataset(
         data_args.data_path or "",
         tokenizer,
-        AutoImageProcessor.from_pretrained(model_args.vision_tower, cache_dir=training.cache_dir),
+        load_image_processor(model_args.vision_tower or config.mm_vision_tower, training.cache_dir),
         version=model_args.version,
         image_folder=data_args.image_folder,
         image_aspect_ratio=data_args.image_aspect_ratio,
         image_grid_pinpoints=data_args.image_grid_pinpoints,
         mm_use_im_start_end=bool(model_args.mm_use_im_start_end),
+        text=reduction.encoder.get("text", "question"),
     )
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, CLIPTextConfig, PreTrainedConfig
 
 from llava.model.multimodal_encoder.vision_tower import VisionTower, resolve_vision_config
 
 
-def build_vision_tower(config: Any) -> VisionTower:
+def build_vision_tower(config: Any, with_text: bool = False) -> VisionTower:
     """The tower of `config.mm_vision_tower`, without its weights.
+
+    Args:
+        config: of the model.
+        with_text: build CLIP's text tower beside the image encoder.
 
     The encoder's own configuration is kept in `config.mm_vision_config`, so that a checkpoint that holds the tower's
     weights opens without the tower's folder.
@@ -20,12 +24,23 @@ def build_vision_tower(config: Any) -> VisionTower:
     # The attention backend is the whole model's; without one the encoder picks its own.
     if getattr(config, "_attn_implementation", None) is not None:
         encoder_config._attn_implementation = config._attn_implementation
-    return VisionTower(
+    tower = VisionTower(
         encoder_config,
         name=config.mm_vision_tower,
         select_layer=getattr(config, "mm_vision_select_layer", -2),
         select_feature=getattr(config, "mm_vision_select_feature", "patch"),
     )
+    if with_text:
+        add_text_tower(tower, config)
+    return tower
+
+
+def add_text_tower(tower: VisionTower, config: Any) -> None:
+    """Build CLIP's text tower, without its weights, as `config.mm_text_config` or the tower's folder says."""
+    kept = getattr(config, "mm_text_config", None)
+    tower.add_text_tower(None if kept is None else CLIPTextConfig.from_dict(kept))
+    if tower.text_tower is not None:
+        config.mm_text_config = tower.text_tower.config.to_dict()
 
 
 def _encoder_config(config: Any) -> PreTrainedConfig:

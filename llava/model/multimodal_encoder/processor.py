@@ -45,7 +45,7 @@ def processor_settings(folder: str | Path) -> dict[str, Any]:
     return {}
 
 
-def load_image_processor(name_or_path: str) -> Any:
+def load_image_processor(name_or_path: str, cache_dir: str | None = None) -> Any:
     """transformers' image processor of a folder or hub name, as one that makes one tile of one image.
 
     llava-hf's processors pad and cut into tiles themselves; here `llava.mm_utils` does that, with a tower's own
@@ -56,7 +56,7 @@ def load_image_processor(name_or_path: str) -> Any:
     """
     # PIL's resizing is what LLaVA was trained with; torchvision's, which transformers prefers where it is installed,
     # gives slightly other pixels.
-    processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", cache_dir=cache_dir)
     if not type(processor).__name__.startswith(("LlavaImageProcessor", "LlavaNextImageProcessor")):
         return processor
     settings = {name: getattr(processor, name) for name in _SETTINGS}

@@ -6,15 +6,17 @@ Shapes: N images, P patches, C vision width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, CLIPTextConfig, PreTrainedConfig
 
+from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
 from llava.model.multimodal_encoder.processor import load_image_processor
-from llava.model.weights import without_load_report
+from llava.model.weights import raise_for_keys, without_load_report
 from llava.reduction.base import VisionFeatures
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class VisionTower(nn.Module):
         self.name = name
         self.processor_path = name  # a checkpoint may bring an image processor of its own
         self.vision_tower = AutoModel.from_config(config)
+        self.text_tower: ClipText | None = None  # only for reducers that read a text
         self.select(select_layer, select_feature)
         self._image_processor: Any = None
 
@@ -94,6 +97,11 @@ class VisionTower(nn.Module):
                 )
         self.name = self.processor_path = name
         self._image_processor = None
+
+    def add_text_tower(self, config: CLIPTextConfig | None = None) -> None:
+        """Make room for CLIP's text tower, by default that of the folder or hub name of this tower."""
+        self.text_tower = ClipText(config or resolve_text_config(self.name), self.hidden_size)
+        self.text_tower.requires_grad_(False)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -150,14 +158,27 @@ class VisionTower(nn.Module):
                 ) from error
         return self._image_processor
 
-    def load_weights(self, name_or_path: str | None = None) -> None:
-        """Read the encoder's weights from `name_or_path`, by default `self.name`, and freeze them.
+    def load_weights(self, missing: Collection[str] | None = None) -> None:
+        """Read weights from the folder or hub name of this tower, and freeze them.
+
+        Args:
+            missing: names of the weights that a checkpoint lacked; None: all of them.
 
         Raises:
-            ValueError: the folder's encoder has other shapes than this one, or lacks weights.
+            ValueError: the folder's models have other shapes than these, or a checkpoint holds part of one.
         """
-        name = name_or_path or self.name
-        old = self.vision_tower
+        parts: dict[str, Callable[[], None]] = {"vision_tower": self._load_encoder}
+        if self.text_tower is not None:
+            parts["text_tower"] = partial(self.text_tower.load_weights, self.name)
+        for part, load in parts.items():
+            own = {name for name, _ in self.named_parameters() if name.startswith(f"{part}.")}
+            lacking = own if missing is None else own & set(missing)
+            raise_for_keys("the checkpoint", missing=sorted(lacking) if lacking != own else [])
+            if lacking:
+                load()
+
+    def _load_encoder(self) -> None:
+        name, old = self.name, self.vision_tower
         with without_load_report():
             encoder, info = type(old).from_pretrained(
                 name,
@@ -207,6 +228,10 @@ class VisionTower(nn.Module):
         result = VisionFeatures(self._select(states[self.num_blocks]), grid=self.grid)
         if attends:
             self.project_attention(blocks[last], states[last], needs, result)
+        if "patch_embeds" in needs:
+            if self.text_tower is None:
+                raise ValueError("the vision tower was built without CLIP's text tower; see add_text_tower")
+            result.patch_embeds = self.text_tower.embed_patches(result.features, encoder.post_layernorm)
         return result
 
     def _select(self, hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens, check_choice
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetOptions, kept_counts, nearest_neighbours
+from llava.reduction.selection import BudgetOptions, kept_counts, nearest_neighbours, take_in_raster_order
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ class PruMerge(EncoderReducer):
         attention, keys = cls_attention(vision, heads=1 if is_release else vision.num_heads)
         selection = self.select(attention)
         if self.options.neighbours == 0:
-            return prune(vision.features, selection)
+            return take_in_raster_order(vision.features, selection.is_kept(attention.shape[1]))
         merge = merge_release if is_release else merge_paper
         return merge(vision.features, attention, keys, selection, self.options.neighbours)
 
@@ -117,18 +117,6 @@ def cls_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tensor]:
     query = vision.queries[:, 0].view(n, heads, width)
     logits = torch.einsum("nhc,nphc->nhp", query, vision.keys.unflatten(2, (heads, width))) * width**-0.5
     return logits.softmax(dim=2, dtype=torch.float32).mean(dim=1)[:, 1:], vision.keys[:, 1:]
-
-
-def prune(features: Tensor, selection: Selection) -> VisualTokens:
-    """The selected patches as they are, each once, in raster order."""
-    p = features.shape[1]
-    is_kept = selection.is_kept(p)
-    counts = is_kept.sum(dim=1)
-    patch = torch.arange(p, device=features.device).expand_as(is_kept)
-    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : int(counts.max())]
-    mask = source < p
-    tokens = features.gather(1, source.clamp(max=p - 1).unsqueeze(-1).expand(-1, -1, features.shape[2]))
-    return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
 
 
 def merge_release(
