@@ -194,6 +194,15 @@ def test_a_missing_package_names_its_extra(
         check_args(world.flags(tmp_path, **settings))
 
 
+def test_a_setting_without_effect_warns(world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    zero2, offload = (str(ROOT / f"scripts/{name}.json") for name in ("zero2", "zero3_offload"))
+    check_args(world.flags(tmp_path, deepspeed=zero2))
+    check_args(world.flags(tmp_path, deepspeed=offload, max_grad_norm=0.5))
+    assert not caplog.text
+    check_args(world.flags(tmp_path, deepspeed=zero2, max_grad_norm=0.5))
+    assert "--max_grad_norm 0.5 has no effect" in caplog.text
+
+
 def test_legacy_flags_are_translated(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     optimizer = ["--optim", "adamw_hf", "a", "b"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from llava.model.builder import load_pretrained_model
 from llava.train.checkpoint import (
@@ -298,6 +299,36 @@ def test_marker_tokens_are_learned_and_kept(world: TinyWorld, tmp_path: Path) ->
     others = torch.load(tmp_path / "l" / "non_lora_trainables.bin", weights_only=True)
     assert others["base_model.model.model.embed_tokens.weight"].shape[0] == 259 + 2
     assert logits(tmp_path / "l", world.llm).shape == (259 + 2,)
+
+
+def test_biases_are_kept_beside_the_adapters(world: TinyWorld, tmp_path: Path) -> None:
+    shutil.copytree(world.llm, tmp_path / "qwen")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=259, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    settings = {**LORA, "lora_bias": "all", "model_name_or_path": tmp_path / "qwen"}
+    trainer = run(world, tmp_path / "lora", **settings, save_strategy="steps", save_steps=1)
+    name = "model.layers.0.self_attn.q_proj"
+    others = torch.load(tmp_path / "lora" / "non_lora_trainables.bin", weights_only=True)
+    bias = others[f"base_model.model.{name}.bias"]
+    assert bias.any()
+    _, model, _, _ = load_pretrained_model(str(tmp_path / "lora"), device="cpu", dtype=torch.float32, merge_lora=True)
+    assert torch.equal(model.get_parameter(f"{name}.bias"), bias)
+    load_run(trainer.model, RunKind.LORA, tmp_path / "lora" / "checkpoint-1")
+    assert not torch.equal(trainer.model.get_parameter(f"base_model.model.{name}.base_layer.bias"), bias)
+
+
+def test_tied_embeddings_are_written_once(world: TinyWorld, tmp_path: Path) -> None:
+    shutil.copytree(world.llm, tmp_path / "qwen")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=259, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    trainer = run(world, tmp_path / "run", model_name_or_path=tmp_path / "qwen")
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    assert torch.equal(weights["model.embed_tokens.weight"], trainer.model.lm_head.weight)
+    load_run(trainer.model, RunKind.FULL, tmp_path / "run")
 
 
 def test_a_trained_tower_is_kept(world: TinyWorld, tmp_path: Path) -> None:

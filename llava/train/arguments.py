@@ -278,28 +278,33 @@ def set_single_process_env() -> None:
         os.environ.setdefault("MASTER_PORT", "0")
 
 
-def zero_stage(deepspeed: str | dict | None) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for; 0 without one.
+def read_deepspeed_config(deepspeed: str | dict) -> dict[str, Any]:
+    """A DeepSpeed configuration.
 
     Args:
         deepspeed: path of a JSON file, JSON text, or its content.
 
     Raises:
-        ValueError: the file is missing or no JSON.
+        ValueError: the file is missing or no JSON object.
     """
-    if not deepspeed:
-        return 0
-    config = deepspeed
-    if isinstance(config, str):
-        if not config.lstrip().startswith("{"):
-            check_exists("deepspeed", config)
-            config = Path(config).read_text(encoding="utf-8")
+    config: Any = deepspeed
+    if isinstance(deepspeed, str):
+        text = deepspeed
+        if not text.lstrip().startswith("{"):
+            check_exists("deepspeed", deepspeed)
+            text = Path(deepspeed).read_text(encoding="utf-8")
         try:
-            config = json.loads(config)
+            config = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"--deepspeed {deepspeed}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"--deepspeed {deepspeed}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def zero_stage(deepspeed: str | dict | None) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for; 0 without one."""
+    config = read_deepspeed_config(deepspeed) if deepspeed else {}
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 

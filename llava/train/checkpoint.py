@@ -68,7 +68,8 @@ def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
     Raises:
         ValueError: a weight has no elements: it is a slice that could not be gathered.
     """
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # tied weights stay one tensor under two names, and are written once
     for name, parameter in parameters:
         with _whole(parameter):
             if not keep:
@@ -78,7 +79,9 @@ def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
                     f"{name} has shape {tuple(parameter.shape)}: ZeRO-3 keeps it in slices, and they could not "
                     "be gathered; it is not written, because it would load as an empty weight"
                 )
-            weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+            if id(parameter) not in copies:
+                copies[id(parameter)] = parameter.detach().to("cpu", copy=True).contiguous()
+            weights[name] = copies[id(parameter)]
     return weights
 
 
@@ -147,14 +150,20 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name
 
 
+def _base_name(name: str) -> str:
+    """Name of a weight without the layer that PEFT puts around it, as it is in the base model."""
+    return name.replace(".base_layer.", ".")
+
+
 def _lora_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in model.named_parameters() if _is_adapter(n) or p.requires_grad]
 
 
 def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    adapters = {name: weight for name, weight in weights.items() if _is_adapter(name)}
     # Left to itself, PEFT looks up the base model on the hub to see whether its vocabulary has changed.
-    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-    others = {name: weight for name, weight in weights.items() if not _is_adapter(name)}
+    model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
+    others = {_base_name(name): weight for name, weight in weights.items() if not _is_adapter(name)}
     torch.save(others, folder / NON_LORA_FILE)
     _write_config(model, folder)
 
@@ -238,9 +247,10 @@ def _fill(
     origin: object,
     required: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    known = dict(model.named_parameters())
-    missing = [name for name, p in known.items() if p.requires_grad and required(name) and name not in weights]
-    raise_for_keys(origin, missing=missing)
+    own = {_base_name(name): name for name, _ in model.named_parameters()}
+    weights = {own.get(name, name): weight for name, weight in weights.items()}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    raise_for_keys(origin, missing=[name for name in trained if required(name) and name not in weights])
     load_into(model, weights, origin)
 
 

@@ -215,7 +215,8 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
     """Wrap the model in PEFT, with adapters on all linear layers of the language model's blocks."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = [name for name, _ in model.named_parameters() if part_of(name) != "language_model" or name in trained]
     if training.bits != 16:
         checkpointing = bool(training.gradient_checkpointing)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
@@ -230,8 +231,8 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for name in trained:  # PEFT freezes all but its adapters
-        model.get_parameter(name).requires_grad_(True)
+    for name in others:  # PEFT freezes all but its adapters, and trains all biases where lora_bias says "all"
+        model.get_parameter(name).requires_grad_(name in trained)
     if training.lora_weight_path:
         load_adapter(adapted, training.lora_weight_path)
     return adapted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ from llava.train.arguments import (
     ModelArguments,
     TrainingArguments,
     check_training,
+    read_deepspeed_config,
     require_package,
     split_names,
     zero_stage,
 )
 from llava.train.legacy import translate_legacy
+
+logger = logging.getLogger(__name__)
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments)
 
@@ -90,6 +94,7 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     values = vars(namespace)
     check_contradictions(values)
     check_packages(values)
+    warn_of_unused(values)
     given = {k: v for k, v in values.items() if v != parser.get_default(k) and k != "local_rank"}
     return values, given
 
@@ -159,6 +164,18 @@ def check_contradictions(values: dict[str, Any]) -> None:
     for message, broken in rules.items():
         if broken:
             raise ValueError(message)
+
+
+def warn_of_unused(values: dict[str, Any]) -> None:
+    """Log a warning for a setting that has no effect."""
+    norm, config = values["max_grad_norm"], values["deepspeed"]
+    unusual = norm != TrainingArguments.max_grad_norm
+    if config and unusual and "gradient_clipping" not in read_deepspeed_config(config):
+        logger.warning(
+            '--max_grad_norm %s has no effect: %s has no "gradient_clipping"; add "gradient_clipping": "auto"',
+            norm,
+            config,
+        )
 
 
 def check_packages(values: dict[str, Any]) -> None:

@@ -18,6 +18,9 @@ NOISE = (
     ".*is_gradient_checkpointing. is deprecated.*",
     ".*torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor). is deprecated.*",
 )
+# ZeRO-3 hooks into the inputs and outputs of modules, and cannot look into this class; it sees the tensors where
+# they enter and leave the modules inside, which hold all the weights.
+DEEPSPEED_NOISE = "A module has unknown inputs or outputs type (<class 'llava.reduction.base."
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -25,6 +28,7 @@ def set_up_logging() -> None:
     """Log to the terminal: the first process what happens, the others warnings only."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message, FutureWarning)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: DEEPSPEED_NOISE not in record.getMessage())
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format=FORMAT, datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("llava").setLevel(logging.INFO if first else logging.WARNING)
