@@ -292,8 +292,23 @@ def test_projector_types(kind: str) -> None:
 def test_prumerge_needs_cls() -> None:
     model = tiny_model(tower="siglip")
     model.set_reduction("prumerge")
-    with pytest.raises(ValueError, match="this vision tower has none"):
+    with pytest.raises(ValueError, match=r"this vision tower has none: .*or the option attention=received"):
         model(input_ids=ROWS[1].unsqueeze(0), images=pictures(False)[:1])
+
+
+@pytest.mark.parametrize("variant", ["release", "paper"])
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@torch.no_grad()
+def test_attention_received_does_without_cls(tower: str, name: str, variant: str) -> None:
+    model = tiny_model(tower=tower)
+    full = model(input_ids=ROWS[1].unsqueeze(0), images=pictures(False)[:1]).logits
+    model.set_reduction({"name": name, "variant": variant, "attention": "received"})
+    ids, mask = pad(ROWS, "right")
+    batch = model(input_ids=ids, attention_mask=mask, images=pictures(False)).logits
+    single = model(**alone(pictures(False), 1)).logits[0]
+    assert len(single) < full.shape[1]
+    torch.testing.assert_close(batch[1, : len(single)], single, **CLOSE)
 
 
 @torch.no_grad()

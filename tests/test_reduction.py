@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llava.reduction import ReductionConfig, VisionFeatures, available, build
 from llava.reduction.base import EncoderReducer
+from llava.reduction.encoder.prumerge import received_attention
 from llava.reduction.registry import register
 from tests.tiny_models import tiny_model
 
@@ -54,7 +55,7 @@ def test_parse(value: Any, expected: dict[str, Any]) -> None:
         ({"name": "PruMerge"}, "unknown reduction method 'PruMerge'"),
         (
             {"encoder": {"name": "prumerge", "rato": 0.5}},
-            "has no option 'rato'; it has: ratio, tokens, variant, neighbours",
+            "has no option 'rato'; it has: ratio, tokens, variant, neighbours, attention",
         ),
         ({"encoder": {"name": "prumerge", "ratio": 1.5}}, r"ratio=1.5 must be a number above 0"),
         ({"encoder": {"name": "prumerge", "ratio": "half"}}, r"ratio='half' must be a number"),
@@ -103,6 +104,30 @@ def slow_attention(keys: torch.Tensor, queries: torch.Tensor, heads: int) -> tor
     parts = [slice(h * width, (h + 1) * width) for h in range(heads)]
     rows = [torch.softmax(queries[0, c] @ keys[:, c].T / math.sqrt(width), 0, dtype=torch.float32) for c in parts]
     return torch.stack(rows).mean(dim=0)[1:]
+
+
+def slow_received(keys: torch.Tensor, queries: torch.Tensor, heads: int) -> torch.Tensor:
+    """Mean attention that each row of keys receives, query by query and head by head."""
+    width = keys.shape[1] // heads
+    parts = [slice(h * width, (h + 1) * width) for h in range(heads)]
+    return torch.stack(
+        [torch.softmax(q[c] @ keys[:, c].T / math.sqrt(width), 0, dtype=torch.float32) for q in queries for c in parts]
+    ).mean(dim=0)
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_received(has_cls: bool, heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, keys, queries = (torch.randn(2, 10 + n, 6, generator=generator) for n in (0, has_cls, has_cls))
+    vision = VisionFeatures(y, keys=keys, queries=queries, num_heads=heads)
+    attention, patch_keys = received_attention(vision, heads)
+    for i in range(2):
+        expected = slow_received(keys[i], queries[i], heads)[int(has_cls) :]
+        torch.testing.assert_close(attention[i], expected, atol=1e-5, rtol=0)
+    assert torch.equal(patch_keys, keys[:, int(has_cls) :])
+    with pytest.raises(ValueError, match=r"attention=received needs all queries: \(2, 1, 6\)"):
+        received_attention(VisionFeatures(y, keys=keys, queries=queries[:, :1]), heads)
 
 
 def slow_selection(method: str, variant: str, attention: torch.Tensor, options: dict[str, Any]) -> list[int]:

@@ -110,12 +110,15 @@ class Reducer(nn.Module):
     """A method of reduction: an options class, and a `forward` that its site defines."""
 
     options_class: ClassVar[type[Options]] = Options
-    # What the method reads besides `features`: keys, queries, cls_query, patch_embeds, text.
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: Any = None) -> None:
         super().__init__()
         self.options = options if options is not None else self.options_class()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the method reads besides `features`: keys, queries, cls_query, patch_embeds, text."""
+        return frozenset()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.options))

@@ -23,10 +23,12 @@ class PruMergeOptions(BudgetOptions):
 
     variant: str = "release"  # "release": what the authors' code computes; "paper": what their equations say
     neighbours: int = 32  # patches merged into each kept one; 0 prunes only
+    attention: str = "cls"  # "cls": what CLS pays a patch; "received": the mean that a patch receives, without CLS too
 
     def validate(self, method: str) -> None:
         super().validate(method)
         check_choice(method, "variant", self.variant, ("release", "paper"))
+        check_choice(method, "attention", self.attention, ("cls", "received"))
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
             raise ValueError(f"method '{method}': neighbours={self.neighbours!r} must be a whole number, 0 or more")
 
@@ -73,12 +75,16 @@ class PruMerge(EncoderReducer):
 
     options_class = PruMergeOptions
     options: PruMergeOptions
-    needs = frozenset({"keys", "cls_query"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"keys", "cls_query" if self.options.attention == "cls" else "queries"})
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C], with a token more where one is appended; its `source` is -1."""
         is_release = self.options.variant == "release"
-        attention, keys = cls_attention(vision, heads=1 if is_release else vision.num_heads)
+        score = cls_attention if self.options.attention == "cls" else received_attention
+        attention, keys = score(vision, 1 if is_release else vision.num_heads)
         selection = self.select(attention)
         if self.options.neighbours == 0:
             return take_in_raster_order(vision.features, selection.is_kept(attention.shape[1]))
@@ -105,18 +111,44 @@ def cls_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the tower handed on no keys or queries, or has no CLS.
     """
-    n, p, c = vision.features.shape
-    if vision.keys is None or vision.queries is None:
-        raise ValueError("prumerge reads the keys and the CLS query of the tower's last block; pass keys= and queries=")
-    if vision.keys.shape[1] != p + 1:
+    p = vision.features.shape[1]
+    queries, keys = _projections(vision)
+    if keys.shape[1] != p + 1:
         raise ValueError(
             f"prumerge ranks patches by the attention of CLS, and this vision tower has none: keys of shape "
-            f"{tuple(vision.keys.shape)} for {p} patches. Use a CLIP tower, or a method that does without CLS"
+            f"{tuple(keys.shape)} for {p} patches. Use a CLIP tower, or the option attention=received"
         )
-    width = c // heads
-    query = vision.queries[:, 0].view(n, heads, width)
-    logits = torch.einsum("nhc,nphc->nhp", query, vision.keys.unflatten(2, (heads, width))) * width**-0.5
-    return logits.softmax(dim=2, dtype=torch.float32).mean(dim=1)[:, 1:], vision.keys[:, 1:]
+    return _mean_attention(queries[:, :1], keys, heads)[:, 1:], keys[:, 1:]
+
+
+def received_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tensor]:
+    """Attention that each patch receives, the mean over all queries and heads; results as for `cls_attention`.
+
+    Raises:
+        ValueError: the tower handed on no keys or not all queries.
+    """
+    queries, keys = _projections(vision)
+    if queries.shape != keys.shape:
+        raise ValueError(f"attention=received needs all queries: {tuple(queries.shape)} for keys {tuple(keys.shape)}")
+    first = keys.shape[1] - vision.features.shape[1]  # 1 where there is a CLS
+    return _mean_attention(queries, keys, heads)[:, first:], keys[:, first:]
+
+
+def _projections(vision: VisionFeatures) -> tuple[Tensor, Tensor]:
+    if vision.keys is None or vision.queries is None:
+        raise ValueError("prumerge reads keys and queries of the tower's last block; pass keys= and queries=")
+    return vision.queries, vision.keys
+
+
+def _mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """Softmax attention [N, S] float32 of queries [N, Q, C] to keys [N, S, C], the mean over queries and heads."""
+    width = keys.shape[2] // heads
+    total = keys.new_zeros(())
+    for head in range(heads):  # one map at a time, for what all heads take in memory
+        part = slice(head * width, (head + 1) * width)
+        logits = queries[:, :, part] @ keys[:, :, part].transpose(1, 2) * width**-0.5
+        total = total + logits.softmax(dim=2, dtype=torch.float32).mean(dim=1)
+    return total / heads
 
 
 def merge_release(

@@ -44,7 +44,10 @@ class Trim(EncoderReducer):
 
     options_class = TrimOptions
     options: TrimOptions
-    needs = frozenset({"patch_embeds", "text"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"patch_embeds", "text"})
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C]; the last token of an image is the mean of the rest, its `source` -1."""
