@@ -7,7 +7,7 @@
 #   MASTER_PORT   port at which the processes meet, where another run uses 29500
 
 LLAVA_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [[ -z "${VIRTUAL_ENV:-}" && -z "${CONDA_PREFIX:-}" && -f "$LLAVA_ROOT/.venv/bin/activate" ]]; then
+if [[ -z "${VIRTUAL_ENV:-}" && ! -x "${CONDA_PREFIX:-}/bin/deepspeed" && -f "$LLAVA_ROOT/.venv/bin/activate" ]]; then
     # shellcheck disable=SC1091
     source "$LLAVA_ROOT/.venv/bin/activate"
 fi

@@ -369,8 +369,8 @@ def test_a_checkpoint_that_was_not_finished_is_not_resumed(world: TinyWorld, tmp
 
 
 def test_old_checkpoints_are_removed(world: TinyWorld, tmp_path: Path) -> None:
-    run(world, tmp_path, **PROJECTOR, save_strategy="steps", save_steps=1, max_steps=4, save_total_limit=2)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["checkpoint-3", "checkpoint-4"]
+    run(world, tmp_path, **PROJECTOR, save_strategy="steps", save_steps=2, max_steps=7, save_total_limit=2)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_accumulating_gradients_equals_a_larger_batch(world: TinyWorld, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import deepspeed_load_checkpoint
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
+from llava.reduction.base import EncoderReducer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
+from llava.train.statistics import VisualTokenMeter
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,14 @@ class _EpochCallback(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
+class _OnScheduleCallback(TrainerCallback):
+    """Leaves out the checkpoint that transformers adds at the end: the result itself is written right after it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.save_strategy == SaveStrategy.STEPS and state.global_step % state.save_steps != 0:
+            control.should_save = False
+
+
 class LLaVATrainer(Trainer):
     """Trains and saves a LLaVA model.
 
@@ -70,8 +80,17 @@ class LLaVATrainer(Trainer):
 
     def __init__(self, *, kind: RunKind, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.add_callback(_OnScheduleCallback)
         self.kind = kind
         self._is_staging = False
+        reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer)]
+        self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the visual tokens that were kept since the last time."""
+        for meter in self._meters:
+            logs.update(meter.read())
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the flags ask for, with its own learning rate for projector and vision tower."""
