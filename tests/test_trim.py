@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
+from transformers import AutoTokenizer
 
 from llava.conversation import conv_templates
 from llava.data import build_prompt_ids
@@ -20,7 +20,7 @@ from llava.model.language_model import LlavaLlamaForCausalLM
 from llava.reduction import VisionFeatures, build
 from tests.test_golden import check_answer, open_checkpoint, pixels, read_case
 from tests.tiny_models import pad, prompt
-from tests.tiny_world import SIDE, TinyWorld, make_tiny_world
+from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 
 TEMPLATES = sorted(set(conv_templates) - {"plain", "v0_plain"})
 
@@ -116,19 +116,8 @@ def test_trim_without_a_text_says_so() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    """With a CLIP that can read: letters are its words."""
     world = make_tiny_world(tmp_path_factory.mktemp("world"))
-    letters = [chr(ord("a") + i) for i in range(26)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *"01234567"]
-    vocabulary = {word: i for i, word in enumerate([*words, "!!", "?</w>", "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
-    tokenizer.save_pretrained(world.clip)
-    clip = CLIPModel.from_pretrained(world.clip)
-    clip.config.text_config.eos_token_id = tokenizer.eos_token_id
-    for weight in clip.text_model.parameters():
-        if weight.ndim > 1:
-            weight.data.normal_(std=0.5)  # else all texts look alike
-    clip.save_pretrained(world.clip)
+    make_readable(world.clip)
     return world
 
 

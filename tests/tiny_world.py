@@ -16,6 +16,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -105,6 +106,21 @@ def make_tiny_world(root: Path) -> TinyWorld:
     CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size).save_pretrained(world.clip)
     _write_data(world)
     return world
+
+
+def make_readable(folder: Path) -> None:
+    """Give the CLIP in `folder` a tokenizer, whose words are letters, and texts that it can tell apart."""
+    letters = [chr(ord("a") + i) for i in range(26)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *"01234567"]
+    vocabulary = {word: i for i, word in enumerate([*words, "!!", "?</w>", "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    tokenizer.save_pretrained(folder)
+    clip = CLIPModel.from_pretrained(folder)
+    clip.config.text_config.eos_token_id = tokenizer.eos_token_id
+    for weight in clip.text_model.parameters():
+        if weight.ndim > 1:
+            weight.data.normal_(std=0.5)  # else all texts look alike
+    clip.save_pretrained(folder)
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:
