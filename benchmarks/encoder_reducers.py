@@ -3,8 +3,9 @@
     python benchmarks/encoder_reducers.py [--batch 8] [--repeats 5] [--device cuda --dtype bfloat16]
 
 The tower is CLIP-L/336 with random weights. Both are timed in one run, by turns; what counts as the reducer's cost is
-all that is not done without it: the last block's layer norm, its key and query projections, and the reducer.
-The tower's forward is that of all tokens, as LLaVA runs it without reduction.
+all that is not done without it: the last block's layer norm, its key and query projections or CLIP's visual projection,
+and the reducer. TRIM's text tower, which runs once a sample, is timed apart. The tower's forward is that of all tokens,
+as it runs without reduction.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import CLIPVisionConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.reduction import VisionFeatures, build
+from llava.reduction import VisionFeatures, VisualTokens, build
 
 METHODS = {
     "prumerge adaptive": ("prumerge", {}),
@@ -26,6 +27,12 @@ METHODS = {
     "prumerge 1/4": ("prumerge", {"ratio": 1 / 4}),
     "prumerge_plus adaptive": ("prumerge_plus", {}),
     "prumerge_plus 1/8": ("prumerge_plus", {"ratio": 1 / 8}),
+    "prumerge 1/4, paper": ("prumerge", {"ratio": 1 / 4, "variant": "paper"}),
+    "prumerge_plus 1/8, paper": ("prumerge_plus", {"ratio": 1 / 8, "variant": "paper"}),
+    "trim 1/4": ("trim", {"ratio": 1 / 4}),
+    "trim 1/4, paper": ("trim", {"ratio": 1 / 4, "variant": "paper"}),
+    "spatial 12 x 12": ("spatial", {"rows": 12, "columns": 12}),
+    "random 1/4": ("random", {"ratio": 1 / 4}),
 }
 
 
@@ -60,7 +67,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    tower = VisionTower(clip_large_336(), "clip").eval().to(args.device, dtype)
+    tower = VisionTower(clip_large_336(), "clip")
+    tower.add_text_tower(CLIPTextConfig(hidden_size=768, num_attention_heads=12, projection_dim=768))
+    tower.eval().to(args.device, dtype)
     pixels = torch.randn(args.batch, 3, tower.image_size, tower.image_size, device=args.device, dtype=dtype)
     block = tower.vision_tower.encoder.layers[-1]
     features = tower(pixels).features
@@ -73,12 +82,19 @@ def main() -> None:
 
         def run() -> object:
             vision = VisionFeatures(features, grid=tower.grid)
-            tower.project_attention(block, hidden, reducer.needs, vision)
+            if reducer.needs & {"keys", "queries", "cls_query"}:
+                tower.project_attention(block, hidden, reducer.needs, vision)
+            if "patch_embeds" in reducer.needs:
+                vision.text = text
+                vision.patch_embeds = tower.text_tower.embed_patches(features, tower.vision_tower.post_layernorm)
             return reducer(vision)
 
         return run
 
-    runs = {label: cost_of(*method) for label, method in METHODS.items()}
+    text = torch.randn(args.batch, 768, device=args.device, dtype=dtype)
+    ids = torch.full((args.batch, 77), 49407, device=args.device)
+    runs: dict[str, Callable[[], object]] = {label: cost_of(*method) for label, method in METHODS.items()}
+    runs["trim's text tower"] = lambda: tower.text_tower.text_model(input_ids=ids)
     times: dict[str, list[float]] = {label: [] for label in ["tower", *runs]}
     for run in runs.values():
         run()
@@ -91,8 +107,9 @@ def main() -> None:
     print(f"{'tower forward':24s} {forward * 1e3:10.1f} ms")
     for label, run in runs.items():
         own = statistics.median(times[label])
-        kept = run().counts.float().mean().item()
-        print(f"{label:24s} {own * 1e3:10.1f} ms   {own / forward:7.3%} of the tower   {kept:6.1f} tokens kept")
+        result = run()
+        kept = f"{result.counts.float().mean().item():6.1f} tokens kept" if isinstance(result, VisualTokens) else ""
+        print(f"{label:24s} {own * 1e3:10.1f} ms   {own / forward:7.3%} of the tower   {kept}")
 
 
 if __name__ == "__main__":

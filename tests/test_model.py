@@ -139,9 +139,9 @@ def test_beams_and_sampling_in_a_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["none", "prumerge"])
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
 @torch.no_grad()
-def test_half_precision(dtype: torch.dtype, reduction: str) -> None:
+def test_half_precision(dtype: torch.dtype, reduction: Any) -> None:
     model = tiny_model().to(dtype)
     model.set_reduction(reduction)
     ids, mask = pad(ROWS, "right")

@@ -67,11 +67,11 @@ class Trim(EncoderReducer):
                 "trim compares patches with a text: pass patch_embeds= and text=, or call the model with texts=[...], "
                 "one for each sample"
             )
-        patches, text = vision.patch_embeds.float(), vision.text.float().unsqueeze(2)
+        product = (vision.patch_embeds @ vision.text.unsqueeze(2).to(vision.patch_embeds.dtype)).squeeze(2).float()
         if self.options.variant == "release":
-            return (-(patches @ text).squeeze(2)).softmax(dim=1)
-        cosine = torch.nn.functional.normalize(patches, dim=2) @ torch.nn.functional.normalize(text, dim=1)
-        return cosine.squeeze(2).softmax(dim=1)
+            return (-product).softmax(dim=1)
+        lengths = vision.patch_embeds.norm(dim=2) * vision.text.norm(dim=1, keepdim=True)
+        return (product / lengths.float().clamp(min=1e-12)).softmax(dim=1)
 
 
 def append_mean(tokens: VisualTokens, features: Tensor, rest: Tensor) -> VisualTokens:
