@@ -126,6 +126,22 @@ def test_eval_answers_questions(world: TinyWorld, tmp_path: Path) -> None:
     assert json.loads(answers.read_text())["question_id"] == 0
 
 
+def test_a_process_with_gloo_leaves_in_order(tmp_path: Path) -> None:
+    """It has run its exit handlers, has written its output, and ends with the code it was given."""
+    program = """
+import atexit, os, sys, torch
+from llava.train.process import leave
+atexit.register(lambda: open(sys.argv[1], "w").write("handled"))
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1] + ".store", rank=0, world_size=1)
+torch.distributed.all_gather_into_tensor(torch.zeros(4), torch.ones(4), async_op=True)
+sys.stdout.write("written")
+leave(3)
+"""
+    result = run_python("-c", program, tmp_path / "file")
+    assert (result.returncode, result.stdout) == (3, "written"), result.stderr
+    assert (tmp_path / "file").read_text() == "handled"
+
+
 def test_the_command_starts_quickly() -> None:
     """Asking for help must not import torch."""
     result = run_python("-c", "import sys, llava.cli; sys.exit('torch' in sys.modules)")
