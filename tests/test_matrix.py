@@ -1,0 +1,122 @@
+"""Every encoder method, every kind of budget: alone and in a batch, trained and asked, in two precisions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llava.model.language_model import LlavaLlamaForCausalLM
+from llava.reduction import VisionFeatures, available, build
+from tests.tiny_models import pad, prompt
+from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
+
+ADAPTIVE = ("prumerge", "prumerge_plus", "trim")
+VARIANTS = {"prumerge": ("release", "paper"), "prumerge_plus": ("release", "paper"), "trim": ("release", "paper")}
+BUDGETS: dict[str, dict[str, Any]] = {"adaptive": {}, "fixed": {"ratio": 0.3}, "tokens": {"tokens": 5}}
+CASES = [
+    pytest.param({"name": name, **({"variant": variant} if variant else {}), **budget}, id=f"{name}-{variant}-{kind}")
+    for name in available()["encoder"]
+    for variant in VARIANTS.get(name, (None,))
+    for kind, budget in BUDGETS.items()
+    if kind != "adaptive" or name in ADAPTIVE
+]
+# Batches of one sample, of three alike, and of three that differ: two images, none, one.
+ROWS = {
+    "one": [prompt(3, "image", 4)],
+    "three": [prompt(3, "image", 4, seed=i) for i in range(3)],
+    "ragged": [prompt("image", 3, "image", 2), prompt(4), prompt(1, "image", 6)],
+}
+TEXTS = ["a red bus", "no image here", "something quite different"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    world: TinyWorld = make_tiny_world(tmp_path_factory.mktemp("world"))
+    make_readable(world.clip)
+    torch.manual_seed(0)
+    model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
+    args = {"vision_tower": str(world.clip), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
+    model.get_model().initialize_vision_modules(type("Args", (), args))
+    return model
+
+
+def inputs_of(rows: list[torch.Tensor], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Keyword arguments of each row by itself."""
+    generator = torch.Generator().manual_seed(1)
+    single = []
+    for row, text in zip(rows, TEXTS, strict=False):
+        images = torch.randn(int((row < 0).sum()), 3, SIDE, SIDE, generator=generator).to(dtype)
+        single.append({"input_ids": row.unsqueeze(0), "images": list(images), "texts": [text]})
+    return single
+
+
+def batch_of(single: list[dict[str, Any]]) -> dict[str, Any]:
+    ids, mask = pad([one["input_ids"][0] for one in single], "right")
+    images = [image for one in single for image in one["images"]]
+    return {"input_ids": ids, "attention_mask": mask, "images": images, "texts": [one["texts"][0] for one in single]}
+
+
+@pytest.mark.parametrize("reduction", CASES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_sample_is_the_same_alone_and_in_a_batch(model: Any, rows: str, reduction: dict[str, Any]) -> None:
+    model.float().eval().set_reduction(reduction)
+    single = inputs_of(ROWS[rows], torch.float32)
+    batch = batch_of(single)
+    ask = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        logits = model(**batch).logits
+        tokens = model.generate(batch.pop("input_ids"), **batch, **ask)
+        for i, one in enumerate(single):
+            alone = model(**one).logits[0]
+            torch.testing.assert_close(logits[i, : len(alone)], alone, atol=1e-4, rtol=0)
+            expected = model.generate(one.pop("input_ids"), **one, **ask)
+            assert tokens[i].tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", CASES)
+def test_gradients_reach_projector_and_language_model(
+    model: Any, reduction: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model.to(dtype).train().set_reduction(reduction)
+    model.zero_grad()
+    batch = batch_of(inputs_of(ROWS["ragged"], dtype))
+    labels = (
+        batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100).masked_fill(batch["input_ids"] < 0, -100)
+    )
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("vision_tower" not in name)
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    assert model.get_model().mm_projector[0].weight.grad.abs().sum() > 0
+    assert model.get_model().layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reduction", CASES)
+@torch.no_grad()
+def test_bfloat16_answers(model: Any, reduction: dict[str, Any]) -> None:
+    model.to(torch.bfloat16).eval().set_reduction(reduction)
+    batch = batch_of(inputs_of(ROWS["ragged"], torch.bfloat16))
+    tokens = model.generate(batch.pop("input_ids"), **batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert tokens.shape == (3, 3)
+
+
+@pytest.mark.parametrize("reduction", CASES)
+@pytest.mark.parametrize("grid", [(16, 16), (12, 20), (1, 7)], ids=str)
+def test_any_grid(grid: tuple[int, int], reduction: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = grid[0] * grid[1]
+    y, keys, queries, embeds = (torch.randn(2, n, 8, generator=generator) for n in (p, p + 1, p + 1, p))
+    text = torch.randn(2, 8, generator=generator)
+    vision = VisionFeatures(y, grid=grid, keys=keys, queries=queries, num_heads=2, patch_embeds=embeds, text=text)
+    tokens = build(**reduction)(vision)
+    assert (tokens.counts >= 1).all()
+    assert (tokens.counts <= p + 1).all() or reduction["name"] == "prumerge_plus"
+    assert tokens.source is not None
+    assert tokens.source.max() < p
