@@ -59,7 +59,7 @@ class LlavaMetaModel:
     mm_projector: nn.Module
     encoder_reducer: nn.Module | None
     config: Any
-    layers: nn.ModuleList  # the language model's
+    embed_tokens: nn.Embedding
     named_parameters: Any
 
     def __init__(self, config: Any) -> None:
@@ -83,7 +83,7 @@ class LlavaMetaModel:
     def _add_newline(self) -> None:
         """Learned token that ends the rows of an unpadded picture."""
         if "unpad" in getattr(self.config, "mm_patch_merge_type", "flat") and not hasattr(self, "image_newline"):
-            like = next(self.layers.parameters())
+            like = self.embed_tokens.weight
             newline = torch.randn(self.config.hidden_size) * self.config.hidden_size**-0.5
             self.image_newline = nn.Parameter(newline.to(device=like.device, dtype=like.dtype))
 
@@ -140,8 +140,8 @@ class LlavaMetaModel:
         self._add_newline()
 
     def _to_language_model(self, *modules: nn.Module) -> None:
-        """Move modules to where the language model's layers are, in their dtype."""
-        like = next(self.layers.parameters())
+        """Move modules to where the language model is, in its dtype."""
+        like = self.embed_tokens.weight  # the layers' own may be quantized
         for module in modules:
             module.to(device=like.device, dtype=like.dtype)
 
