@@ -99,15 +99,14 @@ class Answerer:
             **self._generation(),
         )
         answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
-        return list(zip(answers, self._count(images, sizes, [len(n) for n in names]), strict=True))
+        texts = [question.text for question, group in zip(questions, names, strict=True) for _ in group]
+        return list(zip(answers, self._count(images, sizes, texts, [len(n) for n in names]), strict=True))
 
     def _prompts(self, questions: Sequence[Question], image_counts: list[int]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask, [B, S]."""
         marked = bool(getattr(self.model.config, "mm_use_im_start_end", False))
         rows = [
-            build_prompt_ids(
-                q.text, self.tokenizer, self.options.conv_mode, count, mm_use_im_start_end=marked
-            )
+            build_prompt_ids(q.text, self.tokenizer, self.options.conv_mode, count, mm_use_im_start_end=marked)
             for q, count in zip(questions, image_counts, strict=True)
         ]
         ids = pad_sequence(rows, batch_first=True, padding_value=self._pad, padding_side="left")
@@ -116,9 +115,7 @@ class Answerer:
 
     def _generation(self) -> dict[str, Any]:
         options = self.options
-        sampling = (
-            {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
-        )
+        sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
         return {
             "do_sample": options.temperature > 0,
             "num_beams": options.num_beams,
@@ -133,12 +130,12 @@ class Answerer:
         return texts
 
     def _count(
-        self, images: list[Tensor], sizes: list[tuple[int, int]], image_counts: list[int]
+        self, images: list[Tensor], sizes: list[tuple[int, int]], texts: list[str], image_counts: list[int]
     ) -> list[list[tuple[int, int]] | None]:
         """The visual tokens of each question's images, or None for each."""
         if not self.options.count_visual_tokens:
             return [None] * len(image_counts)
-        counted = iter(self.model.count_visual_tokens(images, sizes) if images else [])
+        counted = iter(self.model.count_visual_tokens(images, sizes, texts) if images else [])
         return [[next(counted) for _ in range(count)] for count in image_counts]
 
 
@@ -238,9 +235,7 @@ def evaluate(
         device=device,
         dtype=dtype,
     )
-    changed = max(
-        (file.stat().st_mtime for file in Path(model_path).glob("*") if file.is_file()), default=0.0
-    )
+    changed = max((file.stat().st_mtime for file in Path(model_path).glob("*") if file.is_file()), default=0.0)
     run = [str(model_path), changed, str(model_base), str(vision_tower), repr(reduction), asdict(options)]
     name = get_model_name_from_path(os.fspath(model_path))
     answerer = Answerer(tokenizer, model, image_processor, options)
@@ -250,15 +245,9 @@ def evaluate(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Answer questions about images with a checkpoint.")
     parser.add_argument("--model-path", required=True)
-    parser.add_argument(
-        "--model-base", default=None, help="language model under a LoRA or projector-only folder"
-    )
-    parser.add_argument(
-        "--vision-tower", default=None, help="folder in place of the config's mm_vision_tower"
-    )
-    parser.add_argument(
-        "--reduction", default=None, help="method in place of the checkpoint's; none: all tokens"
-    )
+    parser.add_argument("--model-base", default=None, help="language model under a LoRA or projector-only folder")
+    parser.add_argument("--vision-tower", default=None, help="folder in place of the config's mm_vision_tower")
+    parser.add_argument("--reduction", default=None, help="method in place of the checkpoint's; none: all tokens")
     parser.add_argument("--image-folder", default="")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)

@@ -68,9 +68,7 @@ def read_questions(path: str | Path) -> list[Question]:
     for number, row in read_jsonl(path):
         question = _parse_question(row, f"{path}, line {number}")
         if question.question_id in seen:
-            raise ValueError(
-                f"{path}, line {number}: question_id {question.question_id!r} occurs a second time"
-            )
+            raise ValueError(f"{path}, line {number}: question_id {question.question_id!r} occurs a second time")
         seen.add(question.question_id)
         questions.append(question)
     if not questions:
@@ -81,9 +79,7 @@ def read_questions(path: str | Path) -> list[Question]:
 def _parse_question(row: dict[str, Any], where: str) -> Question:
     for key, kinds in (("question_id", (int, str)), ("text", (str,))):
         if not isinstance(row.get(key), kinds):
-            raise ValueError(
-                f"{where}: {key!r} is missing or of the wrong type; a question needs question_id and text"
-            )
+            raise ValueError(f"{where}: {key!r} is missing or of the wrong type; a question needs question_id and text")
     images = row.get("image") or ()
     images = (images,) if isinstance(images, str) else tuple(images)
     if not all(isinstance(name, str) for name in images):
@@ -99,8 +95,6 @@ def get_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T
         ValueError: there is no such chunk.
     """
     if num_chunks < 1 or not 0 <= chunk_idx < num_chunks:
-        raise ValueError(
-            f"chunk_idx={chunk_idx} of num_chunks={num_chunks}: expected 0 <= chunk_idx < num_chunks"
-        )
+        raise ValueError(f"chunk_idx={chunk_idx} of num_chunks={num_chunks}: expected 0 <= chunk_idx < num_chunks")
     size = math.ceil(len(items) / num_chunks)
     return items[chunk_idx * size : (chunk_idx + 1) * size]

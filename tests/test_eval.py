@@ -1,0 +1,227 @@
+"""Question answering and scoring: LLaVA's files in, LLaVA's files out, resumable, and clear errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, LlamaConfig
+
+from llava.eval import accuracy, model_vqa
+from llava.eval.questions import Question, get_chunk, read_questions
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model import llava_class_for
+
+TOKENIZER = Path(__file__).resolve().parent.parent / "playground" / "toy" / "models" / "vicuna"
+PATCHES = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of 4 x 4 patches that reduces with PruMerge, in a folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava-tiny")
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    clip = CLIPConfig(text_config=small | {"vocab_size": 64}, vision_config=small | {"image_size": 32, "patch_size": 8})
+    CLIPModel(clip).save_pretrained(folder / "clip")
+    square = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder / "clip")
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    cls = llava_class_for("llama")
+    model = cls(cls.config_class(**LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **small).to_diff_dict()))
+    vision = {"vision_tower": str(folder / "clip"), "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    more = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "flat", "pretrain_mm_mlp_adapter": None}
+    model.get_model().initialize_vision_modules(types.SimpleNamespace(**vision, **more))
+    model.set_reduction("prumerge")
+    model.config.image_aspect_ratio = "pad"
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Six questions: one image, two images and none, in turn."""
+    for index in range(3):
+        Image.new("RGB", (40 + 10 * index, 50), (80 * index, 90, 10)).save(tmp_path / f"{index}.png")
+    images = ["0.png", ["1.png", "2.png"], None]
+    rows = [
+        {"question_id": i, "image": images[i % 3], "text": f"How many objects are there? {i}", "answer": "2"}
+        for i in range(6)
+    ]
+    rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "questions.jsonl"
+
+
+def ask(checkpoint: Path, questions: Path, name: str, *more: str) -> list[dict]:
+    answers = questions.parent / f"{name}.jsonl"
+    flags = {
+        "--model-path": checkpoint,
+        "--image-folder": questions.parent,
+        "--question-file": questions,
+        "--answers-file": answers,
+        "--temperature": 0,
+        "--max_new_tokens": 5,
+    }
+    model_vqa.main([str(part) for pair in flags.items() for part in pair] + list(more))
+    assert not list(questions.parent.glob("*.partial"))
+    return [json.loads(line) for line in answers.read_text().splitlines()]
+
+
+def test_answers_have_llavas_format(checkpoint: Path, questions: Path) -> None:
+    rows = ask(checkpoint, questions, "answers", "--count-visual-tokens")
+    assert [set(row) for row in rows] == [{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}] * 6
+    assert [row["question_id"] for row in rows] == list(range(6))
+    assert rows[0]["prompt"] == "How many objects are there? 0"
+    assert {row["model_id"] for row in rows} == {"model"}
+    counts = [row["metadata"]["visual_tokens"] for row in rows]
+    assert [len(count) for count in counts] == [1, 2, 0] * 2
+    assert all(before == PATCHES and after < PATCHES for row in counts for before, after in row)
+
+
+def test_an_answer_does_not_depend_on_its_batch(checkpoint: Path, questions: Path) -> None:
+    alone = ask(checkpoint, questions, "alone", "--batch-size", "1")
+    together = ask(checkpoint, questions, "together", "--batch-size", "6")
+    assert [row["text"] for row in alone] == [row["text"] for row in together]
+
+
+def test_chunks_together_are_the_whole(checkpoint: Path, questions: Path) -> None:
+    chunks = [
+        row["question_id"]
+        for i in range(4)
+        for row in ask(checkpoint, questions, f"chunk{i}", "--num-chunks", "4", "--chunk-idx", str(i))
+    ]
+    assert chunks == list(range(6))
+
+
+def test_without_images_no_tokens_are_visual(checkpoint: Path, questions: Path) -> None:
+    rows = ask(checkpoint, questions, "blind", "--no-images", "--count-visual-tokens")
+    assert all(row["metadata"]["visual_tokens"] == [] for row in rows)
+
+
+def test_reduction_can_be_switched_off(checkpoint: Path, questions: Path) -> None:
+    rows = ask(checkpoint, questions, "full", "--reduction", "none", "--count-visual-tokens")
+    assert rows[0]["metadata"]["visual_tokens"] == [[PATCHES, PATCHES]]
+
+
+def test_an_interrupted_run_goes_on(checkpoint: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, model, processor, _ = load_pretrained_model(checkpoint, dtype=torch.float32)
+    options = model_vqa.VqaOptions(image_folder=str(questions.parent), batch_size=2, max_new_tokens=3)
+    answerer = model_vqa.Answerer(tokenizer, model, processor, options)
+    target, asked, calls = questions.parent / "answers.jsonl", read_questions(questions), []
+
+    def answer(batch: list[Question]) -> list[tuple[str, None]]:
+        calls.append([q.question_id for q in batch])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [(f"answer {q.question_id}", None) for q in batch]
+
+    monkeypatch.setattr(answerer, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        model_vqa.answer_questions(answerer, asked, target, "tiny", "run")
+    assert not target.exists()
+    (partial,) = questions.parent.glob("*.partial")
+    partial.write_text(partial.read_text() + '{"question_id": 4, "te')  # killed while writing
+    model_vqa.answer_questions(answerer, asked, target, "tiny", "run")
+    assert calls == [[0, 1], [2, 3], [4, 5], [4, 5]]
+    assert [json.loads(line)["text"] for line in target.read_text().splitlines()] == [f"answer {i}" for i in range(6)]
+    model_vqa.answer_questions(answerer, asked, target, "tiny", "another run")
+    assert calls[4:] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_missing_image_is_named(checkpoint: Path, questions: Path) -> None:
+    (questions.parent / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"2\.png"):
+        ask(checkpoint, questions, "answers")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question_id": 1, "text": "a"', "line 2: not valid JSON"),
+        ("[1]", "line 2: expected a JSON object, got list"),
+        ('{"text": "a"}', "line 2: 'question_id' is missing"),
+        ('{"question_id": 1}', "line 2: 'text' is missing"),
+        ('{"question_id": 0, "text": "a"}', "line 2: question_id 0 occurs a second time"),
+        ('{"question_id": 1, "text": "a", "image": [3]}', "line 2: 'image' must be a file name"),
+    ],
+)
+def test_bad_questions_are_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question_id": 0, "text": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"questions\.jsonl, " + message):
+        read_questions(file)
+
+
+def test_missing_and_empty_question_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no question"):
+        read_questions(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
+        read_questions(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(("chunks", "index"), [(0, 0), (2, 2), (2, -1)])
+def test_an_impossible_chunk_is_an_error(chunks: int, index: int) -> None:
+    with pytest.raises(ValueError, match="chunk_idx"):
+        get_chunk([1, 2, 3], chunks, index)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"temperature": -1}, {"conv_mode": "nobody"}])
+def test_impossible_options_are_errors(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        model_vqa.VqaOptions(**wrong)
+
+
+QUESTIONS = [
+    Question(0, "", answer="red", category="color"),
+    Question(1, "", answer="a red circle", category="color"),
+    Question("x", "", answer="2"),
+]
+
+
+def given(*texts: str) -> list[dict]:
+    ids = [question.question_id for question in QUESTIONS]
+    return [{"question_id": i, "text": text} for i, text in zip(ids, texts, strict=True)]
+
+
+def test_score_counts_by_category() -> None:
+    result = accuracy.score(QUESTIONS, reversed(given(" Red. ", "a  red ring", "2")))
+    assert (result.right, result.asked) == ({"color": 1, "other": 1}, {"color": 2, "other": 1})
+    assert result.accuracy("color") == 0.5
+    assert result.total == pytest.approx(2 / 3)
+
+
+def test_score_demands_one_answer_for_each_question() -> None:
+    with pytest.raises(ValueError, match="1 questions are not answered, such as question_id 'x'"):
+        accuracy.score(QUESTIONS, given("red", "", "")[:2])
+    with pytest.raises(ValueError, match="answered but not asked"):
+        accuracy.score(QUESTIONS[:2], given("red", "", ""))
+    with pytest.raises(ValueError, match="question_id 0 is answered twice"):
+        accuracy.score(QUESTIONS, given("red", "", "") * 2)
+    with pytest.raises(ValueError, match="question_id 5 has no right answer"):
+        accuracy.score([Question(5, "")], [{"question_id": 5, "text": ""}])
+
+
+def test_the_table_shows_measured_tokens() -> None:
+    rows = given("red", "a red circle", "3")
+    rows[0]["metadata"] = {"visual_tokens": [[64, 7], [64, 10]]}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(accuracy.accuracy_table({"run": accuracy.score(QUESTIONS, rows)}, "title"))
+    text = console.export_text()
+    for cell in ("title", "run", "color", "other", " 64 ", "8.5 (7-10)", " 100 ", " 0 ", " 66.7 "):
+        assert cell in text
+
+
+def test_accuracy_names_the_broken_file(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 0, "text": "a", "answer": "b"}\n')
+    (tmp_path / "a.jsonl").write_text("{}\n{")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
+        accuracy.score_files(tmp_path / "q.jsonl", tmp_path / "a.jsonl")
