@@ -95,7 +95,7 @@ def slow_layout(source: torch.Tensor, mask: torch.Tensor, size: tuple[int, int],
             tile = 1 + y // h * columns + x // w
             patch = y % h * w + x % w
             line += [numbers[tile][j] for j in range(m) if mask[tile, j] and source[tile, j] == patch]
-        out += [*line, NEWLINE] if line and unpad else line
+        out += [*line, NEWLINE] if unpad and (line or left == right) else line
     aggregates = [numbers[i][j] for i in range(1, t) for j in range(m) if mask[i, j] and source[i, j] == -1]
     return [*out, *aggregates, NEWLINE] if aggregates and unpad else [*out, *aggregates]
 
