@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 
 from tqdm import tqdm
-from world import CATEGORIES, Question, Scene, ask, caption, describe, draw_scene, sample_scene
+from world import CATEGORIES, MAX_OBJECTS, Question, Scene, ask, caption, describe, draw_scene, sample_scene
 
 OUTPUT = Path(__file__).resolve().parent.parent / "data" / "toy"
 REQUESTS = (
@@ -70,11 +70,11 @@ def _pair_questions(scenes: tuple[Scene, Scene], rng: random.Random) -> list[Que
     return questions
 
 
-def pretrain_samples(number: int, rng: random.Random, images: Path) -> list[Sample]:
+def pretrain_samples(number: int, rng: random.Random, images: Path, objects: int) -> list[Sample]:
     """Caption samples, `number` of them, with their images."""
     samples: list[Sample] = []
     for index in tqdm(range(number), desc="pretrain images"):
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, most=objects)
         request = rng.choice(REQUESTS)
         request = f"<image>\n{request}" if rng.random() < 0.5 else f"{request}\n<image>"
         samples.append(
@@ -90,14 +90,14 @@ def pretrain_samples(number: int, rng: random.Random, images: Path) -> list[Samp
     return samples
 
 
-def _finetune_sample(index: int, rng: random.Random, images: Path) -> Sample:
+def _finetune_sample(index: int, rng: random.Random, images: Path, objects: int) -> Sample:
     name = f"{index:06d}"
-    scene = sample_scene(rng)
+    scene = sample_scene(rng, most=objects)
     sample: Sample = {"id": f"finetune-{name}"}
     if index % TEXT_ONLY_EVERY == TEXT_ONLY_EVERY - 1:
         return sample | {"conversations": _turns(ask(scene, rng), describe(scene, rng) + "\n")}
     if index % PAIR_EVERY == PAIR_EVERY - 1:
-        pair = (scene, sample_scene(rng))
+        pair = (scene, sample_scene(rng, most=objects))
         questions = _pair_questions(pair, rng)
         if questions:
             files = [_save_image(s, rng, images, f"{name}-{k}") for k, s in enumerate(pair)]
@@ -107,17 +107,17 @@ def _finetune_sample(index: int, rng: random.Random, images: Path) -> Sample:
     return sample | {"image": _save_image(scene, rng, images, name), "conversations": conversations}
 
 
-def finetune_samples(number: int, rng: random.Random, images: Path) -> list[Sample]:
+def finetune_samples(number: int, rng: random.Random, images: Path, objects: int) -> list[Sample]:
     """Question-answering conversations, `number` of them, with their images."""
-    return [_finetune_sample(i, rng, images) for i in tqdm(range(number), desc="finetune images")]
+    return [_finetune_sample(i, rng, images, objects) for i in tqdm(range(number), desc="finetune images")]
 
 
-def heldout_questions(number: int, rng: random.Random, images: Path) -> list[Sample]:
+def heldout_questions(number: int, rng: random.Random, images: Path, objects: int) -> list[Sample]:
     """Two questions, of different types, about each of `number` held-out images; every type equally often."""
     rows: list[Sample] = []
     for index in tqdm(range(number), desc="held-out images"):
         wanted = [CATEGORIES[(2 * index + k) % len(CATEGORIES)] for k in (0, 1)]
-        scene, questions = _scene_with(wanted, rng)
+        scene, questions = _scene_with(wanted, rng, objects)
         image = _save_image(scene, rng, images, f"{index:06d}")
         for question in questions:
             row = {"question_id": len(rows), "image": image, "text": question.text}
@@ -125,27 +125,43 @@ def heldout_questions(number: int, rng: random.Random, images: Path) -> list[Sam
     return rows
 
 
-def _scene_with(wanted: list[str], rng: random.Random) -> tuple[Scene, list[Question]]:
+def _scene_with(wanted: list[str], rng: random.Random, objects: int) -> tuple[Scene, list[Question]]:
     """A held-out scene with one question of each wanted type."""
     while True:
-        scene = sample_scene(rng, heldout=True)
+        scene = sample_scene(rng, heldout=True, most=objects)
         by_type = {question.category: question for question in ask(scene, rng)}
         if all(category in by_type for category in wanted):
             return scene, [by_type[category] for category in wanted]
 
 
 def generate(
-    output: Path, seed: int = 0, pretrain: int = 1500, finetune: int = 3000, heldout: int = 200
+    output: Path,
+    seed: int = 0,
+    pretrain: int = 1500,
+    finetune: int = 3000,
+    heldout: int = 200,
+    objects: int = MAX_OBJECTS,
 ) -> None:
-    """Write the whole data set below `output`; the numbers count samples, for `heldout` images."""
+    """Write the whole data set below `output`.
+
+    Args:
+        output: the folder.
+        seed: of all that is drawn.
+        pretrain: caption samples.
+        finetune: conversations.
+        heldout: held-out images, two questions each.
+        objects: most objects in a scene, 2 or more.
+    """
+    if not 2 <= objects <= MAX_OBJECTS:
+        raise ValueError(f"objects={objects}: scenes have at most 2 to {MAX_OBJECTS} objects")
     folders = {name: output / "images" / name for name in ("pretrain", "finetune", "heldout")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     # One random stream each: asking for more of one part leaves the others as they are.
     streams = {name: random.Random(f"{seed}-{name}") for name in folders}
-    captions = pretrain_samples(pretrain, streams["pretrain"], folders["pretrain"])
-    talks = finetune_samples(finetune, streams["finetune"], folders["finetune"])
-    questions = heldout_questions(heldout, streams["heldout"], folders["heldout"])
+    captions = pretrain_samples(pretrain, streams["pretrain"], folders["pretrain"], objects)
+    talks = finetune_samples(finetune, streams["finetune"], folders["finetune"], objects)
+    questions = heldout_questions(heldout, streams["heldout"], folders["heldout"], objects)
     for name, samples in (("pretrain", captions), ("finetune", talks)):
         (output / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in questions)
@@ -159,6 +175,7 @@ def main() -> None:
     parser.add_argument("--pretrain", type=int, default=1500, help="caption samples")
     parser.add_argument("--finetune", type=int, default=3000, help="conversations")
     parser.add_argument("--heldout", type=int, default=200, help="held-out images, two questions each")
+    parser.add_argument("--objects", type=int, default=MAX_OBJECTS, help="most objects in a scene")
     generate(**vars(parser.parse_args()))
 
 

@@ -206,9 +206,7 @@ def make_clip(folder: Path, seed: int, steps: int, number: int = 16000, batch_si
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
     tokenizer = train_tokenizer(folder, rng)
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
-    )
+    processor = CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
     processor.save_pretrained(folder)
     mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     pictures = Pictures(number, rng, tuple(int(m * 255) for m in processor.image_mean))

@@ -171,9 +171,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
     return image, owner
 
 
-def _draw_on_map(
-    owner: Image.Image, thing: Thing, frame: tuple[int, int], rng: random.Random, mark: int
-) -> None:
+def _draw_on_map(owner: Image.Image, thing: Thing, frame: tuple[int, int], rng: random.Random, mark: int) -> None:
     stencil = Image.new("RGB", frame, (0, 0, 0))
     _draw_thing(ImageDraw.Draw(stencil), thing, frame, rng)
     owner.paste(mark, mask=stencil.convert("L").point(lambda v: 255 if v else 0))
@@ -193,16 +191,25 @@ def caption(scene: Scene) -> str:
     return f"{listed}, on a {scene.background} background."
 
 
+def notes(scene: Scene, rng: random.Random, most: int = 3) -> list[list[str]]:
+    """The scene in shuffled notes, each the words about one object or the background.
+
+    Every one is said 1 to `most` times, once more likely than often, and in full at least once.
+    """
+    listed = []
+    for words in [thing.tags for thing in scene.things] + [[scene.background, "background"]]:
+        times = min(rng.randint(1, most), rng.randint(1, most))
+        listed.append(words)
+        listed += [[w for w in words if rng.random() < 0.9] or words for _ in range(times - 1)]
+    rng.shuffle(listed)
+    return listed
+
+
 def describe(scene: Scene, rng: random.Random) -> str:
-    """The scene in words: as its caption, or as tags in any order, some said several times."""
+    """The scene in words: as its caption, or as notes."""
     if rng.random() < 0.3:
         return caption(scene)
-    notes = [thing.tags for thing in scene.things for _ in range(rng.choice((1, 1, 2, 3)))]
-    notes += [[scene.background]] * rng.choice((1, 1, 2, 4))
-    rng.shuffle(notes)
-    for words in notes:
-        rng.shuffle(words)
-    return ", ".join(" ".join(words) for words in notes) + "."
+    return ", ".join(" ".join(words) for words in notes(scene, rng)) + "."
 
 
 def _about(scene: Scene, thing: Thing, rng: random.Random) -> Question:
