@@ -34,7 +34,7 @@ fi
 export NUM_GPUS="${NUM_GPUS:-1}"
 
 step 2 "data: images and conversations, in $DATA"
-python playground/toy/generate.py --output "$DATA" --pretrain 2400 --finetune 4800 --heldout 100 --objects 2
+python playground/toy/generate.py --output "$DATA" --pretrain 2400 --finetune 9600 --heldout 100 --objects 2
 rm -rf "$OUTPUT" # else training would go on from the last run's checkpoints
 
 step 3 "pretraining the projector: scripts/v1_5/pretrain.sh"
