@@ -199,7 +199,7 @@ def _new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
-def make_clip(folder: Path, seed: int, steps: int, number: int = 16000, batch_size: int = 64) -> CLIPModel:
+def make_clip(folder: Path, seed: int, steps: int, number: int = 12000, batch_size: int = 64) -> CLIPModel:
     """Train tokenizer and model and write both, with the image processor, to `folder`, in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
