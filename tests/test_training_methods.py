@@ -21,6 +21,8 @@ FLAGS = {
     "sequential": "{name: sequential, tokens: 4}",
     "spatial": "{name: spatial, rows: 2, columns: 2}",
     "random": "{name: random, ratio: 0.5}",
+    "pyramiddrop": "{name: pyramiddrop, layers: [1], ratios: [0.25]}",
+    "fastv": "{name: fastv, layer: 1, ratio: 0.75}",
 }
 
 
@@ -31,8 +33,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return world
 
 
-def test_every_encoder_method_is_here() -> None:
-    assert sorted(FLAGS) == available()["encoder"]
+def test_every_method_is_here() -> None:
+    assert sorted(FLAGS) == sorted(available()["encoder"] + available()["decoder"])
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -41,9 +43,10 @@ def test_lora_with_each_method(name: str, world: TinyWorld, tmp_path: Path) -> N
     trainer = train(parse_args(flags))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     patches = trainer.model.get_vision_tower().num_patches
-    for entry in logs:
+    for entry in logs if name in available()["encoder"] else ():
         assert 1 <= entry["visual_tokens_min"] <= entry["visual_tokens"] <= entry["visual_tokens_max"] <= patches + 1
-    assert json.loads((tmp_path / "config.json").read_text())["reduction"]["encoder"]["name"] == name
+    (method,) = json.loads((tmp_path / "config.json").read_text())["reduction"].values()
+    assert method["name"] == name
     _, model, *_ = load_pretrained_model(tmp_path, world.llm, device="cpu", dtype=torch.float32)
     pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     texts = {"texts": ["what color is it"]}

@@ -67,10 +67,6 @@ class StagedCache(DynamicCache):
         """Tokens of the prompt in the first stage, padding included."""
         return self.stages[0].mask.shape[1]
 
-    def bytes(self) -> int:
-        """Memory that keys and values take."""
-        return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
-
     def _select(self, rows: Tensor) -> None:
         for stage in self.stages:
             stage.mask, stage.shift = (t.index_select(0, rows.to(t.device)) for t in (stage.mask, stage.shift))
@@ -313,13 +309,11 @@ def _prefill(
         judged = stage.run(hidden, drop.ranked_by)
         hidden = stage.run(judged, drop.after)
         left = pools.counts(drop.keep)
-        drops_any = not torch.equal(left, counts)
-        # In training all ranks must use the same weights in the same order, or ZeRO-3 waits for ever: a batch that
-        # drops nothing is ranked all the same.
-        if drops_any or model.training:
-            scores = reducer.score(_layer_input(model.layers[drop.ranked_by], judged, stage, pools))
-        if not drops_any:
+        # In training all ranks must run the same modules in the same order, or ZeRO-3 waits for ever: a batch that
+        # drops nothing goes the same way.
+        if not model.training and torch.equal(left, counts):
             continue
+        scores = reducer.score(_layer_input(model.layers[drop.ranked_by], judged, stage, pools))
         _remember(cache, range(start, drop.after), rows, first_rows)
         pool, is_query = rows.of(pools.pool, -1), rows.of(pools.is_query)
         keep = rows.mask & keep_best(scores.masked_fill(is_query, torch.inf), pool, left, counts)

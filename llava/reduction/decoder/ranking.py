@@ -53,7 +53,7 @@ def received_attention(given: LayerInput) -> Tensor:
         queries = _project(attention, "q", *(_take(t, given.queries) for t in (normed, cos, sin))).float()
 
         b, h, q, d = queries.shape
-        grouped = queries.view(b, keys.shape[1], -1, d)  # the heads of a group lie side by side: [B, K, H/K * Q, d]
+        grouped = queries.reshape(b, keys.shape[1], -1, d)  # the heads of a group lie side by side: [B, K, H/K * Q, d]
         logits = (grouped @ keys.transpose(-1, -2)).view(b, h, q, -1) * attention.scaling
         columns = torch.arange(logits.shape[-1], device=logits.device)
         visible = given.mask.unsqueeze(1) & (columns <= given.queries.unsqueeze(-1))  # [B, Q, L]
