@@ -256,6 +256,19 @@ def test_other_outputs_of_transformers() -> None:
     assert torch.equal(as_tuple[0], output.logits)
 
 
+@torch.no_grad()
+def test_a_token_that_ranks_is_never_dropped() -> None:
+    """A prompt that ends in its image: what its last token predicts is read from that token."""
+    model = staged_model(reduction={"name": "pyramiddrop", "layers": [2, 4], "ratios": [0.2, 0.0]})
+    for seed in range(5):
+        inputs = {"input_ids": prompt(4, "image", seed=seed).unsqueeze(0), "images": torch.randn(1, 3, SIDE, SIDE)}
+        spliced = model.splice_images(**inputs)
+        staged = StagedPass(spliced.image_index)
+        model.get_model()(inputs_embeds=spliced.inputs_embeds, staged=staged)
+        assert staged.kept is not None
+        assert staged.kept.tolist() == [[0, 1, 2, 3, 4, spliced.image_index.shape[1] - 1]]
+
+
 # Decoding
 
 
@@ -320,9 +333,14 @@ def test_a_cache_follows_its_rows() -> None:
     expected = model(**step, past_key_values=cache).logits[rows]
     cache.crop(-1)
     cache.batch_select_indices(rows)
-    got = model(**{key: value[rows] for key, value in step.items()}, past_key_values=cache).logits
-    torch.testing.assert_close(got, expected, **CLOSE)
+    chosen = {key: value[rows] for key, value in step.items()}
+    torch.testing.assert_close(model(**chosen, past_key_values=cache).logits, expected, **CLOSE)
     cache.crop(-1)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = {key: value.flip(0) for key, value in chosen.items()}
+    torch.testing.assert_close(model(**swapped, past_key_values=cache).logits.flip(0), expected, **CLOSE)
+    cache.crop(-1)
+    cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     twice = {key: value[rows].repeat_interleave(2, 0) for key, value in step.items()}
     torch.testing.assert_close(model(**twice, past_key_values=cache).logits[::2], expected, **CLOSE)
