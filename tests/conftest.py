@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,17 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip("the golden cases (../shared/golden) are not on this machine")
     return GOLDEN
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of converted data, for this session and the processes that it starts."""
+    folder = tmp_path_factory.mktemp("data_cache")
+    before = os.environ.get("HF_DATASETS_CACHE")
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+    datasets = pytest.importorskip("datasets")
+    datasets.config.HF_DATASETS_CACHE = str(folder)
+    yield folder
+    del os.environ["HF_DATASETS_CACHE"]
+    if before is not None:
+        os.environ["HF_DATASETS_CACHE"] = before

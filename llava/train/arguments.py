@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import get_template
-from llava.data.dataset import split_data_path
+from llava.data.sources import parse_data_path
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
 
@@ -161,7 +161,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.data_path:
             raise ValueError("--data_path is missing: name a JSON file of conversations in LLaVA's format")
-        split_data_path(self.data_path)
+        parse_data_path(self.data_path)
         check_exists("image_folder", self.image_folder)
         check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         parse_pinpoints(self.image_grid_pinpoints)

@@ -1,0 +1,223 @@
+"""A row of the table to what the collator takes: ids, labels and pixels. Images are opened here, and only here."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import Template, get_template
+from llava.data.preprocessing import parse_rounds, preprocess
+from llava.data.rejects import Rejects
+from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, image_files, sample_name
+from llava.data.sources import is_url
+from llava.mm_utils import leading_ids, load_image, process_images
+
+logger = logging.getLogger(__name__)
+
+ON_BAD_SAMPLE = ("stop", "skip")
+
+
+class ItemMaker:
+    """Makes items of rows; see `LazySupervisedDataset` for what an item is and for the arguments.
+
+    Args:
+        on_bad_sample: "stop" raises the `BadSampleError`; "skip" gives `placeholder` in the sample's stead.
+        rejects: where skipped samples are written; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        version: str,
+        image_folder: str | Path | None,
+        image_aspect_ratio: str | None,
+        image_grid_pinpoints: str | Sequence[Sequence[int]] | None,
+        mm_use_im_start_end: bool,
+        text: str,
+        on_bad_sample: str,
+        rejects: Rejects | None,
+    ) -> None:
+        if text not in ("question", "conversation"):
+            raise ValueError(f"text={text!r}: choose question or conversation")
+        if on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(f"on_bad_sample={on_bad_sample!r}: choose {' or '.join(ON_BAD_SAMPLE)}")
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.version = version
+        self.image_folder = str(image_folder or "")
+        self.mm_use_im_start_end = mm_use_im_start_end
+        self.text = text
+        self.on_bad_sample = on_bad_sample
+        self.rejects = rejects
+        self._image_config = SimpleNamespace(
+            image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints
+        )
+        _warn_if_stop_is_unknown(get_template(version), tokenizer)
+
+    def check_image_options(self) -> None:
+        """Raise a ValueError for image options that do not fit each other, or where there is no image processor."""
+        if self.image_processor is None:
+            raise ValueError("the data has images, but there is no image_processor; set a vision tower")
+        # Such options show with a blank image as well as with the first of the data.
+        process_images([Image.new("RGB", (2, 2))], self.image_processor, self._image_config)
+
+    def item(self, row: dict[str, Any], image_folder: str | None = None) -> dict[str, Any]:
+        """The item of a row.
+
+        Args:
+            row: of a table.
+            image_folder: where its images are; None: the run's.
+
+        Raises:
+            BadSampleError: it cannot be trained on, and bad samples stop the run.
+        """
+        try:
+            return self._item(row, image_folder)
+        except BadSampleError as error:
+            if self.on_bad_sample == "stop":
+                raise
+            sample_id = _id(json.loads(row["sample"]), row["index"])
+            if self.rejects is not None:
+                self.rejects.add(sample_id, row["file"], row["index"], error)
+            return self.placeholder(sample_id)
+
+    def _item(self, row: dict[str, Any], image_folder: str | None) -> dict[str, Any]:
+        if row["problem"] is not None:
+            raise BadSampleError(row["kind"], row["problem"])
+        sample = json.loads(row["sample"])
+        name = sample_name(sample, row["index"], row["file"])
+        images = self.images(row, image_folder)
+        ids, labels = self.tokens(sample, name)
+        try:
+            pixels = [self._process(image) for image in images]
+        except ValueError as error:
+            raise BadSampleError(IMAGE, f"{name}: its image cannot be prepared: {error}") from error
+        return {
+            "id": _id(sample, row["index"]),
+            "input_ids": ids,
+            "labels": labels,
+            "images": pixels,
+            "image_sizes": [image.size for image in images],
+            "text": self._text(sample["conversations"], bool(images)),
+        }
+
+    def placeholder(self, sample_id: object) -> dict[str, Any]:
+        """An item of one token that teaches nothing: it keeps a skipped sample's place in its batch."""
+        start = leading_ids(self.tokenizer) or [self.tokenizer.pad_token_id or 0]
+        ids = torch.tensor(start, dtype=torch.long)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        return {"id": sample_id, "input_ids": ids, "labels": labels, "images": [], "image_sizes": [], "text": ""}
+
+    def tokens(self, sample: dict[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and labels of a sample, LongTensor [S] each.
+
+        Raises:
+            BadSampleError: there is no token to learn.
+        """
+        try:
+            ids, labels = preprocess(
+                sample["conversations"],
+                self.tokenizer,
+                self.version,
+                bool(image_files(sample, name)),
+                mm_use_im_start_end=self.mm_use_im_start_end,
+                sample=name,
+            )
+        except BadSampleError:
+            raise
+        except ValueError as error:
+            raise BadSampleError(NO_ANSWER, str(error)) from error
+        return ids, labels
+
+    def locations(self, row: dict[str, Any], image_folder: str | None = None) -> list[str]:
+        """Paths or URLs of a row's images; empty where it holds them itself."""
+        if row["pictures"]:
+            return []
+        folder = self.image_folder if image_folder is None else image_folder
+        sample = json.loads(row["sample"])
+        return [join_location(folder, file) for file in image_files(sample, sample_name(sample, row["index"], ""))]
+
+    def images(self, row: dict[str, Any], image_folder: str | None = None) -> list[Image.Image]:
+        """A row's images, read completely.
+
+        Raises:
+            BadSampleError: one cannot be read.
+        """
+        try:
+            if row["pictures"]:
+                return [load_image(io.BytesIO(content), f"embedded {i}") for i, content in enumerate(row["pictures"])]
+            return [open_image(location) for location in self.locations(row, image_folder)]
+        except ValueError as error:
+            name = sample_name(json.loads(row["sample"]), row["index"], row["file"])
+            raise BadSampleError(IMAGE, f"{name}: {error}") from error
+
+    def _process(self, image: Image.Image) -> torch.Tensor:
+        return process_images([image], self.image_processor, self._image_config)[0]
+
+    def _text(self, conversation: Sequence[dict[str, str]], has_image: bool) -> str:
+        if self.text == "question":
+            return _questions(conversation, has_image)
+        template = get_template(self.version)
+        segments = template.render(parse_rounds(conversation, template, has_image))
+        return "".join(segment.text for segment in segments).replace(DEFAULT_IMAGE_TOKEN, "")
+
+
+def join_location(folder: str, file: str) -> str:
+    """A file name of the data below its folder, which may be a URL; what is absolute or a URL itself stays."""
+    if is_url(file):
+        return file
+    return f"{folder.rstrip('/')}/{file}" if is_url(folder) else str(Path(folder) / file)
+
+
+def open_image(location: str) -> Image.Image:
+    """Read an image from a path or URL completely, as RGB.
+
+    Raises:
+        ValueError: it is missing, truncated or no image; the message names it.
+    """
+    if not is_url(location):
+        return load_image(location)
+    import fsspec
+
+    try:
+        with fsspec.open(location, "rb") as file:
+            return load_image(io.BytesIO(file.read()), location)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"image {location!r} does not exist; check the file name and the image folder it is looked up in"
+        ) from error
+
+
+def _id(sample: Any, index: int) -> Any:
+    return sample.get("id", index) if isinstance(sample, dict) else index
+
+
+def _questions(conversation: Sequence[dict[str, str]], has_image: bool) -> str:
+    """The human's words, a line a turn; what a reducer that looks at the text is given."""
+    texts = [turn["value"] for turn in conversation if turn["from"] == "human"]
+    if has_image:
+        texts = [text.replace(DEFAULT_IMAGE_TOKEN, "") for text in texts]
+    return "\n".join(text.strip() for text in texts if text.strip())
+
+
+def _warn_if_stop_is_unknown(template: Template, tokenizer: Any) -> None:
+    stop = template.stop
+    if stop.strip() and len(tokenizer(stop, add_special_tokens=False)["input_ids"]) != 1:
+        logger.warning(
+            "Template %r ends answers with %r, which is not one token of this tokenizer (its eos is %r): the "
+            "model will not learn to stop. Choose the template of its family with --version.",
+            template.name,
+            stop,
+            tokenizer.eos_token,
+        )

@@ -1,0 +1,106 @@
+"""What a sample is, {"id", "image" (optional), "conversations"}, and what is wrong with one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import Round, Template
+from llava.data.preprocessing import ConversationError, NoTrainableTokensError, parse_rounds
+
+FORMAT, TAGS, NO_ANSWER, IMAGE = "format", "image tags", "nothing to learn", "image"
+"""Kinds of defects: malformed, `<image>` that do not match the images, no answer, an image that cannot be read."""
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be trained on; the message names it.
+
+    Attributes:
+        kind: one of the kinds of defects above.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def sample_name(sample: Any, index: int, path: str) -> str:
+    """What a message calls a sample: its id where it has one, and where it stands.
+
+    Args:
+        sample: as its file has it.
+        index: its place in the file, from 0.
+        path: of the file.
+    """
+    label = f"sample {sample['id']!r}" if isinstance(sample, dict) and "id" in sample else "sample without id"
+    return f"{label} (index {index} of {path})"
+
+
+def image_files(sample: dict[str, Any], name: str) -> list[str]:
+    """File names of a sample's images, in the order of their `<image>`; empty for text only.
+
+    Raises:
+        BadSampleError: `image` is neither a file name nor a list of them.
+    """
+    value = sample.get("image")
+    if value is None:
+        return []
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
+        raise BadSampleError(
+            FORMAT, f'{name}: "image" is {value!r:.80}, expected a file name or a list of file names'
+        )
+    return files
+
+
+def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round], list[str]]:
+    """Rounds and image files of a sample, checked without opening the images.
+
+    In a sample without images, `<image>` inside a text is text (a page of XML, say). At the start or end of a
+    question it is taken for LLaVA's mark of an image that has been forgotten.
+
+    Args:
+        sample: a decoded sample.
+        name: what to call it in an error.
+        template: what it will be written in.
+
+    Raises:
+        BadSampleError: a key is missing or of the wrong type, the conversation is malformed, or the number of
+            `<image>` is not the number of images.
+    """
+    if not isinstance(sample, dict):
+        raise BadSampleError(FORMAT, f"{name}: expected an object with 'conversations', got {sample!r:.80}")
+    if "conversations" not in sample:
+        raise BadSampleError(FORMAT, f"{name}: the key 'conversations' is missing; it has {sorted(sample)}")
+    files = image_files(sample, name)
+    try:
+        rounds = parse_rounds(sample["conversations"], template, bool(files), name)
+    except NoTrainableTokensError as error:
+        raise BadSampleError(NO_ANSWER, str(error)) from error
+    except ConversationError as error:
+        raise BadSampleError(FORMAT, str(error)) from error
+    questions = [question.strip() for question, _ in rounds]
+    tag = DEFAULT_IMAGE_TOKEN
+    count = sum(question.count(tag) for question in questions)
+    marked = any(question.startswith(tag) or question.endswith(tag) for question in questions)
+    if count != len(files) and (files or marked):
+        raise BadSampleError(
+            TAGS,
+            f"{name}: its questions have {count} {tag} and it names {len(files)} image file(s); "
+            f'write one {tag} for each file of "image"',
+        )
+    return rounds, files
+
+
+def split_pictures(sample: Any) -> tuple[Any, list[bytes]]:
+    """A sample whose images are named, and the contents of those that it holds itself, as Parquet files may.
+
+    Such an image is a mapping {"bytes", "path"}, as `datasets` writes it; its name is the path, else made up.
+    """
+    value = sample.get("image") if isinstance(sample, dict) else None
+    images = value if isinstance(value, list) else [value]
+    if not images or not all(isinstance(image, dict) and "bytes" in image for image in images):
+        return sample, []
+    names = [image.get("path") or f"embedded image {number}" for number, image in enumerate(images)]
+    contents = [image["bytes"] for image in images if image["bytes"]]
+    return {**sample, "image": names}, contents if len(contents) == len(images) else []
