@@ -47,9 +47,7 @@ def image_files(sample: dict[str, Any], name: str) -> list[str]:
         return []
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-        raise BadSampleError(
-            FORMAT, f'{name}: "image" is {value!r:.80}, expected a file name or a list of file names'
-        )
+        raise BadSampleError(FORMAT, f'{name}: "image" is {value!r:.80}, expected a file name or a list of file names')
     return files
 
 
@@ -98,7 +96,7 @@ def split_pictures(sample: Any) -> tuple[Any, list[bytes]]:
     Such an image is a mapping {"bytes", "path"}, as `datasets` writes it; its name is the path, else made up.
     """
     value = sample.get("image") if isinstance(sample, dict) else None
-    images = value if isinstance(value, list) else [value]
+    images: list[Any] = value if isinstance(value, list) else [value]
     if not images or not all(isinstance(image, dict) and "bytes" in image for image in images):
         return sample, []
     names = [image.get("path") or f"embedded image {number}" for number, image in enumerate(images)]

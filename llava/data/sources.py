@@ -172,5 +172,3 @@ def _hub_files(source: DataSource) -> list[str]:
             f"{', '.join(map(str, splits)) or 'none'}"
         )
     return [str(file) for file in splits[source.split]]
-
-

@@ -1,9 +1,9 @@
 """Samples as a table of `datasets`: Arrow on disk, mapped into memory, so that no process holds the data.
 
 A file is converted once. Each sample is kept as the JSON text of what its file has, because LLaVA's samples share no
-schema: ids are numbers or texts, `image` is missing, a name or a list, and any key may be added. Beside it stand the few
-columns that are read for all samples at once. A sample that cannot be trained on stays in the table, with the reason,
-so that it keeps its place whether it stops the run or is skipped.
+schema: ids are numbers or texts, `image` is missing, a name or a list, and any key may be added. Beside it stand the
+few columns that are read for all samples at once. A sample that cannot be trained on stays in the table, with the
+reason, so that it keeps its place whether it stops the run or is skipped.
 """
 
 from __future__ import annotations

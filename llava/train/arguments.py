@@ -22,7 +22,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import get_template
-from llava.data.sources import parse_data_path
+from llava.data.items import ON_BAD_SAMPLE
+from llava.data.sources import is_url, parse_data_path
+from llava.data.streaming import SHUFFLE_BUFFER
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
 
@@ -149,7 +151,18 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    data_path: str | None = flag(None, "LLaVA's JSON (or JSON lines) of conversations.")
+    data_path: str | None = flag(
+        None,
+        "LLaVA's conversations as JSON, JSON lines or Parquet: a file, folder, glob, hub dataset or URL; several with "
+        "commas, or as JSON or YAML with weights: [{path: a.json, weight: 0.5, image_folder: images}].",
+    )
+    streaming: bool = flag(False, "Read the data while training, converting nothing; needs max_steps.")
+    shuffle_buffer_size: int = flag(
+        SHUFFLE_BUFFER, "With --streaming: samples among which the next one is drawn, in each worker."
+    )
+    on_bad_sample: str = flag(
+        "stop", "What a sample does that cannot be trained on: stop, or skip (written to OUTPUT_DIR/rejects.jsonl)."
+    )
     lazy_preprocess: bool = flag(True, "Kept for LLaVA's commands; samples are always read when their turn comes.")
     is_multimodal: bool = flag(True, "Kept for LLaVA's commands; found out by itself.")
     image_folder: str | None = flag(None, "Folder that the JSON's image paths start from.")
@@ -162,7 +175,11 @@ class DataArguments:
         if not self.data_path:
             raise ValueError("--data_path is missing: name a JSON file of conversations in LLaVA's format")
         parse_data_path(self.data_path)
-        check_exists("image_folder", self.image_folder)
+        if not is_url(self.image_folder or ""):
+            check_exists("image_folder", self.image_folder)
+        check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"--shuffle_buffer_size {self.shuffle_buffer_size}: expected at least 1")
         check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         parse_pinpoints(self.image_grid_pinpoints)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import os
 import re
@@ -215,6 +216,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         if step.isdigit() and (path / STATE_FILE).is_file():
             found.append((int(step), str(path)))
     return max(found)[1] if found else None
+
+
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """transformers' record of a run, as a checkpoint has it."""
+    state: dict[str, Any] = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    return state
 
 
 def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:

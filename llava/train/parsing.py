@@ -157,6 +157,15 @@ def check_contradictions(values: dict[str, Any]) -> None:
         "--group_by_modality_length and --train_sampling_strategy both choose the order: leave one out": (
             grouped and values["train_sampling_strategy"] != "random"
         ),
+        "--streaming has no end: say with --max_steps how long to train": (
+            values["streaming"] and values["max_steps"] <= 0
+        ),
+        "--streaming knows no lengths, so --group_by_modality_length cannot sort by them: leave one out": (
+            values["streaming"] and grouped
+        ),
+        "--streaming has an order of its own, so --train_sampling_strategy has no effect: leave one out": (
+            values["streaming"] and values["train_sampling_strategy"] != "random"
+        ),
         "--fsdp saves whole models only: use --deepspeed for LoRA or projector runs": (
             values["fsdp"] and (lora or projector_only)
         ),

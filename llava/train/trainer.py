@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
+from llava.data.streaming import StreamingSupervisedDataset
 from llava.reduction.base import EncoderReducer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
@@ -132,6 +134,25 @@ class LLaVATrainer(Trainer):
         self.remove_callback(_EpochCallback)
         self.add_callback(_EpochCallback(sampler))
         return sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers', or of a stream, which is dealt to the processes already."""
+        if not isinstance(self.train_dataset, StreamingSupervisedDataset):
+            return super().get_train_dataloader()
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        # Where all samples of a step were skipped nothing is learned: the loss is 0 / 1, not 0 / 0.
+        count = super()._get_num_items_in_batch(*args, **kwargs)
+        return count.clamp(min=1) if isinstance(count, torch.Tensor) else count
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what this kind of run trains; every rank must call it."""
