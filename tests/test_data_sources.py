@@ -271,7 +271,8 @@ def test_a_mixture_in_a_recipe(tmp_path: Path) -> None:
     world = make_tiny_world(tmp_path / "world")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"data_path:\n  - {{path: {world.data}, weight: 0.5}}\n  - path: {world.captions}\n    image_folder: {tmp_path}\n"
+        f"data_path:\n  - {{path: {world.data}, weight: 0.5}}\n"
+        f"  - path: {world.captions}\n    image_folder: {tmp_path}\n"
     )
     flags, _ = load_config(recipe)
     rest = [flag for flag in world.flags(tmp_path / "out") if not flag.startswith("--data_path")]

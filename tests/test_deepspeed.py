@@ -167,6 +167,26 @@ def alternating_samples(world: TinyWorld) -> list[dict[str, Any]]:
     return [sample for i in range(4) for sample in (with_image[i % len(with_image)], without[i % len(without)])]
 
 
+def test_skipped_samples_of_a_stream_stop_no_rank(world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3 one of two processes has nothing but a skipped sample, and in the second step both have."""
+    samples = json.loads(world.data.read_text())
+    for index in (1, 2, 3):
+        samples[index] = {"id": f"bad{index}", "image": "gone.png", "conversations": samples[0]["conversations"]}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(samples))
+    settings = settings_of("lora", world, pretrained, data_path=data, on_bad_sample="skip", max_steps=3)
+    settings |= {"per_device_train_batch_size": 1, "streaming": True, "shuffle_buffer_size": 1}
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    launch_script("lora", folder, 3, world, **settings)
+    train(parse_args(world.flags(alone, **{**settings, "per_device_train_batch_size": 2, "max_steps": 2})))
+    assert losses(folder)[0] == pytest.approx(losses(alone)[0], rel=0.02)
+    assert losses(folder)[1] == losses(alone)[1] == 0.0
+    assert losses(folder)[2] > 0
+    lines = (folder / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["bad1", "bad2", "bad3"]
+    assert not list(folder.glob("rejects.rank*"))
+
+
 @pytest.mark.parametrize(("kind", "stage"), [("projector", 2), ("lora", 3)])
 def test_resuming(kind: str, stage: int, world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
     """A run that finds a checkpoint goes on from it and ends like one that was not interrupted."""
