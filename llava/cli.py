@@ -45,6 +45,27 @@ def train(
     leave(train_from_config(str(config), overrides or []))
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for `llava train`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `llava train`.")] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(help="GiB of a GPU to compare with, where the run goes to another machine.")
+    ] = None,
+) -> None:
+    """Check a run without training: settings, every sample and image, lengths, checkpoints, memory and disk.
+
+    Prints a line for each finding, and ends with exit code 1 where something must be mended.
+    """
+    from llava.train.doctor import examine, summary
+
+    report = examine(config, overrides or [], device_memory)
+    for finding in report.ordered():
+        typer.echo(finding.line())
+    typer.echo(summary(report))
+    raise typer.Exit(1 if report.errors else 0)
+
+
 @app.command("eval")
 def evaluate(
     model_path: Annotated[str, typer.Argument(help="Checkpoint of any layout: a folder or hub name.")],

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from llava.conversation import get_template
 from llava.data.items import ItemMaker
 from llava.data.rejects import Rejects
-from llava.data.sources import DataPath, parse_data_path
+from llava.data.sources import DataPath, DataSource, parse_data_path
 from llava.data.table import import_datasets, load_table
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         rejects: where skipped samples are written.
         seed: of the choice of samples where a weight is no whole number.
         cache_dir: of converted files; default: $HF_DATASETS_CACHE.
+        judge: False: malformed samples raise nothing until they are asked for, whatever `on_bad_sample` says.
 
     Raises:
         ValueError: see `read_records` and `check_sample`; also an unknown template or image_aspect_ratio, and
@@ -72,6 +73,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         rejects: Rejects | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
+        judge: bool = True,
     ) -> None:
         get_template(version)
         self.sources = parse_data_path(data_path)
@@ -88,7 +90,8 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
             on_bad_sample=on_bad_sample,
             rejects=rejects,
         )
-        self._judge_bad_samples()
+        if judge:
+            self._judge_bad_samples()
         if self.column("images").any():
             self.maker.check_image_options()
 
@@ -156,10 +159,13 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         decoded: dict[str, Any] = json.loads(self.row(index)["sample"])
         return decoded
 
-    def image_folder(self, index: int) -> str | None:
-        """Where the images of a sample's source are; None: in the run's folder."""
-        source = int(np.searchsorted(self._starts, self._place(index), side="right")) - 1
-        return self.sources[source].image_folder
+    def places(self) -> np.ndarray:
+        """Rows of the table that are samples, each once, rising."""
+        return np.arange(len(self.table)) if self._order is None else np.unique(self._order)
+
+    def source_of(self, place: int) -> DataSource:
+        """The source that a row of the table comes from."""
+        return self.sources[int(np.searchsorted(self._starts, place, side="right")) - 1]
 
     def _place(self, index: int) -> int:
         """Row of the table."""
@@ -169,7 +175,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         return index if self._order is None else int(self._order[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.maker.item(self.row(index), self.image_folder(index))
+        return self.maker.item(self.row(index), self.source_of(self._place(index)).image_folder)
 
 
 def weighted_choice(count: int, weight: float, seed: int) -> np.ndarray:

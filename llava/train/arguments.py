@@ -224,6 +224,9 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_bias: str = flag("none", "LoRA: biases to train: none, all or lora_only.")
     mm_projector_lr: float | None = flag(None, "Learning rate of the projector.")
     mm_vision_tower_lr: float | None = flag(None, "Learning rate of the vision tower.")
+    preflight_seconds: float = flag(
+        60.0, "Before training, look for image files for so long, and check shapes and disk; 0 checks nothing."
+    )
     group_by_modality_length: bool = flag(False, "Batches of one modality and similar length.")
 
     def __post_init__(self) -> None:

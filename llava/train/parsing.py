@@ -75,12 +75,18 @@ def parse_args(argv: list[str]) -> Arguments:
     )
 
 
-def check_args(argv: list[str]) -> None:
-    """Refuse what `parse_args` would refuse, without starting what belongs to a run (process groups, devices)."""
-    values, _ = _parse(argv)
-    ModelArguments(**_values_of(ModelArguments, values))
-    DataArguments(**_values_of(DataArguments, values))
-    check_training(SimpleNamespace(**values))
+def check_args(argv: list[str]) -> Arguments:
+    """Refuse what `parse_args` would refuse, without starting what belongs to a run (process groups, devices).
+
+    Returns:
+        The settings, those of `TrainingArguments` as they were given, in an object without its methods.
+    """
+    values, given = _parse(argv)
+    model = ModelArguments(**_values_of(ModelArguments, values))
+    data = DataArguments(**_values_of(DataArguments, values))
+    training: Any = SimpleNamespace(**values)
+    check_training(training)
+    return Arguments(model, data, training, given)
 
 
 def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

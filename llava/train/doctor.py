@@ -1,0 +1,139 @@
+"""`llava doctor`: everything that can be checked of a run without training; and its quick part before every run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from llava.data.dataset import LazySupervisedDataset
+from llava.train.arguments import runs_on_cpu
+from llava.train.config import LaunchOptions, load_config
+from llava.train.data import load_dataset
+from llava.train.modeling import load_tokenizer, read_config
+from llava.train.parsing import Arguments, check_args
+from llava.train.preflight.findings import WARNING, Report
+from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
+from llava.train.preflight.models import check_model
+from llava.train.preflight.samples import check_images_exist, check_samples
+
+logger = logging.getLogger(__name__)
+
+
+def examine(path: str | Path, overrides: list[str], device_gib: float | None = None) -> Report:
+    """Check a run that a YAML file and `key=value` overrides describe: every sample, and the model without weights.
+
+    Args:
+        path: of the YAML file.
+        overrides: `key=value`.
+        device_gib: memory of a device, in place of those of this machine.
+
+    Returns:
+        All findings. A check that cannot go on leaves the others running.
+    """
+    report = Report()
+    arguments: Arguments | None = None
+    options = LaunchOptions()
+    with report.catch("settings"):
+        flags, options = load_config(path, overrides)
+        arguments = check_args(flags)
+    if arguments is None:
+        return report
+    config = tokenizer = None
+    with report.catch("model"):
+        config = read_config(arguments)
+        tokenizer = load_tokenizer(arguments)
+    if config is None or tokenizer is None:
+        return report
+    model, count = check_model(arguments, config, report)
+    data = _load_data(arguments, config, tokenizer, report)
+    training = arguments.training
+    if data is not None:
+        check_samples(data, report, count.count if count else None, training.model_max_length)
+    if model is not None:
+        world_size = processes_of(options)
+        _check_resources(report, model, arguments, options, world_size, len(data or ()), device_gib)
+    return report
+
+
+def _load_data(arguments: Arguments, config: Any, tokenizer: Any, report: Report) -> LazySupervisedDataset | None:
+    """The data with its bad samples in it, which are counted later; None where it cannot be read, or is streamed."""
+    if arguments.data.streaming:
+        report.add("data", "it is streamed: samples are checked when their turn comes", WARNING)
+        return None
+    with report.catch("data"):
+        dataset = load_dataset(arguments, config, tokenizer, judge=False)
+        assert isinstance(dataset, LazySupervisedDataset)
+        return dataset
+    return None
+
+
+def processes_of(options: LaunchOptions) -> int:
+    """Number of processes that a run will have: the slots of its hostfile, `num_gpus`, or the GPUs of this machine."""
+    here = options.num_gpus or max(1, torch.cuda.device_count())
+    if not options.hostfile:
+        return here
+    lines = Path(options.hostfile).read_text(encoding="utf-8").splitlines()
+    slots = [line.split("slots=")[1].split()[0] for line in lines if "slots=" in line.split("#")[0]]
+    return sum(map(int, slots)) or here
+
+
+def _check_resources(
+    report: Report,
+    model: Any,
+    arguments: Arguments,
+    options: LaunchOptions,
+    world_size: int,
+    samples: int,
+    device_gib: float | None,
+) -> None:
+    training = arguments.training
+    need = estimate_memory(model, arguments, world_size, training.model_max_length)
+    here = options.num_gpus or max(1, torch.cuda.device_count())
+    device = device_memory(training.use_cpu or (torch.cuda.is_available() and runs_on_cpu(training)), here)
+    check_memory(report, need, int(device_gib * GIB) if device_gib is not None else device)
+    check_disk(report, model, arguments, samples, world_size)
+
+
+def summary(report: Report) -> str:
+    """The last line of a report."""
+    errors = len(report.errors)
+    warnings = sum(finding.level == WARNING for finding in report.findings)
+    if errors:
+        return f"{errors} problem(s) to mend before training, {warnings} warning(s)"
+    return f"ready to train, {warnings} warning(s)"
+
+
+def preflight(arguments: Arguments, config: Any, dataset: Any) -> None:
+    """Check quickly, on the first process, what would end a run later: images, shapes, methods and disk.
+
+    Args:
+        arguments: of the run; `preflight_seconds` limits the search for images, and 0 leaves all checks out.
+        config: from `read_config`.
+        dataset: of the run.
+
+    Raises:
+        ValueError: on every process, with a line for each problem.
+    """
+    training = arguments.training
+    if training.preflight_seconds <= 0:
+        return
+    report = Report()
+    if training.process_index == 0:
+        model, _ = check_model(arguments, config, report)
+        is_table = isinstance(dataset, LazySupervisedDataset)
+        if is_table:
+            check_images_exist(dataset, report, training.preflight_seconds)
+        if model is not None and training.should_save:
+            check_disk(report, model, arguments, len(dataset) if is_table else 0, training.world_size)
+    problems = [[finding.line() for finding in report.errors]]
+    if training.world_size > 1:
+        broadcast_object_list(problems)
+    for finding in report.ordered():
+        if finding.level == WARNING:
+            logger.warning("%s: %s", finding.kind, finding.message)
+    if problems[0]:
+        raise ValueError("the run would fail, so it is not started:\n" + "\n".join(problems[0]))

@@ -1,0 +1,226 @@
+"""Memory of one device, and disk, that a run will need: an estimate from shapes.
+
+With P weights in all, T of them trained, W processes, b samples a device, L tokens a sample, D, F, V the language
+model's width, intermediate width and vocabulary, K the width of its keys, e bytes of an activation (2, or 4 in
+float32), in bytes:
+
+- weights: P x (2 or 4; bits / 8 of a quantized language model); / W with ZeRO-3
+- gradients: T x (2 with DeepSpeed in 16 bits, else 4); / W with ZeRO-2 and 3
+- optimizer: T x (8 for Adam's moments + 4 for DeepSpeed's float32 copy); / W with ZeRO-1 to 3
+- activations of a layer: b L e (15 D + 3 K + 4 F), for flash attention or sdpa; all layers at once, or with gradient
+  checkpointing one layer and the inputs of all, b L e D each
+- logits: b L (e V + 8 V), for a copy and a gradient in float32
+
+What DeepSpeed's config offloads to the host is not counted. Not known here, and up to a tenth: the allocator's gaps,
+communication buffers, the CUDA context.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers.trainer_utils import SaveStrategy
+
+from llava.train.arguments import read_deepspeed_config, zero_stage
+from llava.train.checkpoint import RunKind, part_of
+from llava.train.modeling import compute_dtype, loading_dtype, run_kind
+from llava.train.parsing import Arguments
+from llava.train.preflight.findings import ERROR, NOTE, WARNING, Report
+
+GIB = 2**30
+SLACK = 0.9
+"""Part of a device's memory above which an estimate is a warning."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+    def describe(self) -> str:
+        """The total and its parts in GiB."""
+        parts = ", ".join(f"{field.name} {getattr(self, field.name) / GIB:.2f}" for field in fields(self))
+        return f"{self.total / GIB:.2f} GiB ({parts})"
+
+
+def estimate_memory(model: Any, arguments: Arguments, world_size: int, length: int) -> MemoryEstimate:
+    """Memory of one device in training; the formula stands at the top of this file.
+
+    Args:
+        model: on any device, with `requires_grad` as in training.
+        arguments: of the run.
+        world_size: number of devices.
+        length: tokens of a sample.
+    """
+    training = arguments.training
+    deepspeed = read_deepspeed_config(training.deepspeed) if training.deepspeed else {}
+    zero = deepspeed.get("zero_optimization", {})
+    stage = zero_stage(training.deepspeed)
+    trained = _count(model, lambda name, weight: weight.requires_grad)
+    frozen = _count(model, lambda name, weight: not weight.requires_grad)
+    quantized = _count(model, lambda name, weight: not weight.requires_grad and part_of(name) == "language_model")
+    trained_bytes = compute_dtype(training).itemsize if training.deepspeed else 4
+    frozen_bytes = loading_dtype(arguments).itemsize
+    weights = float(frozen * frozen_bytes + trained * trained_bytes)
+    if training.bits != 16:
+        weights -= quantized * (frozen_bytes - training.bits / 8)
+    moments, copies = optimizer_bytes(training)
+    activations, logits = activation_bytes(model, training, length)
+    return MemoryEstimate(
+        weights=0 if _offloaded(zero, "offload_param") else weights / (world_size if stage == 3 else 1),
+        gradients=trained * trained_bytes / (world_size if stage >= 2 else 1),
+        optimizer=(
+            0
+            if _offloaded(zero, "offload_optimizer")
+            else trained * (moments + copies) / (world_size if stage >= 1 else 1)
+        ),
+        activations=activations,
+        logits=logits,
+    )
+
+
+def _count(model: Any, chosen: Callable[[str, torch.Tensor], bool]) -> int:
+    """Elements of the chosen weights."""
+    return sum(weight.numel() for name, weight in model.named_parameters() if chosen(name, weight))
+
+
+def _offloaded(zero: Mapping[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"
+
+
+def optimizer_bytes(training: Any) -> tuple[int, int]:
+    """Bytes for each trained weight: an optimizer's moments, and DeepSpeed's float32 copy."""
+    name = str(training.optim)
+    if name.startswith(("sgd", "adafactor")):
+        moments = 0  # Adafactor's rows and columns are negligible
+    else:
+        moments = 2 if "8bit" in name else 8
+    return moments, 4 if training.deepspeed and (training.bf16 or training.fp16) else 0
+
+
+def activation_bytes(model: Any, training: Any, length: int) -> tuple[float, float]:
+    """Bytes of the activations that wait for the backward pass, and of the logits.
+
+    Args:
+        model: with the language model's config.
+        training: with the batch size, precision and gradient checkpointing of the run.
+        length: tokens of a sample.
+    """
+    config = model.config
+    size = compute_dtype(training).itemsize
+    heads = config.num_attention_heads
+    keys = config.hidden_size // heads * (getattr(config, "num_key_value_heads", None) or heads)
+    tokens = training.per_device_train_batch_size * length
+    inputs = tokens * size * config.hidden_size
+    layer = tokens * size * (15 * config.hidden_size + 3 * keys + 4 * config.intermediate_size)
+    layers = config.num_hidden_layers
+    checkpointed = training.gradient_checkpointing or getattr(training, "activation_checkpointing", None)
+    stored = layers * inputs + layer if checkpointed else layers * layer
+    return float(stored), float(tokens * config.vocab_size * (size + 8))
+
+
+def check_memory(report: Report, need: MemoryEstimate, device_bytes: int | None) -> None:
+    """Compare an estimate with the devices.
+
+    Args:
+        report: gets the findings.
+        need: of one device.
+        device_bytes: of the smallest one; None where there is none here, so that nothing is compared.
+    """
+    text = f"about {need.describe()} on each device"
+    if device_bytes is None:
+        report.add("memory", f"{text}; there is no GPU here to compare with, --device-memory gives its GiB", NOTE)
+        return
+    given = f"of {device_bytes / GIB:.1f} GiB"
+    if need.total > device_bytes:
+        mend = "use a higher ZeRO stage, a smaller per_device_train_batch_size, gradient_checkpointing or more devices"
+        report.add("memory", f"{text} {given}: {mend}", ERROR)
+    else:
+        report.add("memory", f"{text} {given}", WARNING if need.total > SLACK * device_bytes else NOTE)
+
+
+def device_memory(use_cpu: bool, processes: int) -> int | None:
+    """Bytes of the smallest device here: a GPU, or a process's share of this machine's memory; None without a GPU."""
+    if use_cpu:
+        return int(psutil.virtual_memory().total / processes)
+    if not torch.cuda.is_available():
+        return None
+    devices = range(torch.cuda.device_count())
+    return int(min(torch.cuda.get_device_properties(device).total_memory for device in devices))
+
+
+# Disk ------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(model: Any, arguments: Arguments) -> tuple[float, float]:
+    """Bytes of what a run writes at its end, and of what a checkpoint holds beside it for resuming."""
+    training = arguments.training
+    trained = _count(model, lambda name, weight: weight.requires_grad)
+    frozen = _count(model, lambda name, weight: not weight.requires_grad)
+    full = run_kind(arguments) is RunKind.FULL
+    trained_bytes = compute_dtype(training).itemsize if training.deepspeed else 4
+    weights = trained * trained_bytes + (frozen * loading_dtype(arguments).itemsize if full else 0)
+    moments, copies = optimizer_bytes(training)
+    # DeepSpeed writes the weights once more, with its own state.
+    return weights, trained * (moments + copies) + (weights if training.deepspeed else 0)
+
+
+def checkpoints_kept(training: Any, samples: int, world_size: int) -> int:
+    """How many checkpoints lie in the output folder at most, the one that is being written included."""
+    strategy = SaveStrategy(training.save_strategy)
+    if strategy is SaveStrategy.NO:
+        return 0
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
+    steps = training.max_steps if training.max_steps > 0 else int(samples * training.num_train_epochs / batch)
+    if strategy is SaveStrategy.EPOCH:
+        written = max(1, int(training.num_train_epochs))
+    else:
+        every = training.save_steps if training.save_steps >= 1 else max(1, steps * training.save_steps)
+        written = int(steps // every)
+    limit = training.save_total_limit
+    return written if limit is None else min(written, limit + 1)
+
+
+def check_disk(
+    report: Report, model: Any, arguments: Arguments, samples: int, world_size: int, free: int | None = None
+) -> None:
+    """Compare the free disk with all checkpoints that will lie there, and the result.
+
+    Args:
+        report: gets the findings.
+        model: with `requires_grad` as in training.
+        arguments: of the run.
+        samples: of the data; 0 for a stream.
+        world_size: number of devices.
+        free: bytes; default: those of the disk of `output_dir`.
+    """
+    folder = Path(arguments.training.output_dir).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free if free is None else free
+    weights, state = checkpoint_bytes(model, arguments)
+    kept = checkpoints_kept(arguments.training, samples, world_size)
+    need = weights + kept * (weights + state)
+    text = (
+        f"{need / GIB:.2f} GiB for {kept} checkpoints of {(weights + state) / GIB:.2f} GiB and the result, "
+        f"{free / GIB:.1f} GiB free in {existing}"
+    )
+    if need > free:
+        report.add("disk", f"{text}: set a smaller --save_total_limit, a larger --save_steps or another --output_dir")
+    else:
+        report.add("disk", text, NOTE)

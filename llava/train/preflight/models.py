@@ -1,0 +1,264 @@
+"""Checks of the model without its weights: it is built on the meta device, and files are asked for their shapes.
+
+Only what is small is read: the projector to start from, and an adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.language_model import llava_class_for
+from llava.model.weights import raise_for_keys
+from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens
+from llava.reduction.config import ReductionConfig
+from llava.reduction.selection import BudgetOptions
+from llava.train.checkpoint import part_of
+from llava.train.modeling import add_lora, select_trainable
+from llava.train.parsing import Arguments
+from llava.train.preflight.findings import NOTE, WARNING, Report
+
+SETTINGS = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def build_without_weights(arguments: Arguments, config: Any) -> Any:
+    """The model that `load_model` will make, on the meta device; `requires_grad` and adapters as in training.
+
+    Args:
+        arguments: of the run, with settings filled in by `read_config`.
+        config: from `read_config`.
+
+    Raises:
+        ValueError: a method, projector or adapter that does not fit the model; what does not is named.
+    """
+    model_args = arguments.model
+    config = copy.deepcopy(config)
+    if getattr(config, "mm_vision_tower", None) is None:
+        config.mm_vision_tower = model_args.vision_tower
+        for name in SETTINGS:
+            setattr(config, name, getattr(model_args, name))
+    config.image_grid_pinpoints = arguments.data.image_grid_pinpoints
+    if model_args.reduction is not None:
+        config.reduction = ReductionConfig.parse(model_args.reduction).to_dict()
+    with torch.device("meta"), _without_zero3():
+        model = llava_class_for(config.model_type)(config)
+        model.get_model().initialize_vision_modules(model_args)
+        select_trainable(model, arguments)
+        return add_lora(model, arguments.training) if arguments.training.lora_enable else model
+
+
+@contextlib.contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Under ZeRO-3 transformers would split the weights of new modules over all ranks, which are not all here."""
+    before = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+# Files -----------------------------------------------------------------------------------------------------------
+
+
+def check_weight_files(model: Any, arguments: Arguments, report: Report) -> None:
+    """Compare the shapes in the files of language model and vision tower with the model's.
+
+    Args:
+        model: from `build_without_weights`.
+        arguments: of the run.
+        report: gets the findings.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in base.named_parameters()}
+    llm = {name: shape for name, shape in own.items() if part_of(name) == "language_model" and "lora_" not in name}
+    if base.config.tie_word_embeddings:
+        llm.pop("lm_head.weight", None)
+    path = Path(arguments.model.model_name_or_path or "")
+    with report.catch("checkpoint"):
+        if not compare_files(path, llm, complete=True):
+            report.add("checkpoint", f"{path} is on the hub: its files were not looked at", NOTE)
+    prefix = "model.vision_tower.vision_tower."
+    tower = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
+    kept = getattr(base.config, "mm_vision_config", None)
+    tower_path = Path(arguments.model.vision_tower or "")
+    with report.catch("vision tower"):
+        if kept is not None and tower_path.is_dir():
+            compare_files(tower_path, tower, complete=False)
+
+
+def compare_files(folder: Path, wanted: Mapping[str, tuple[int, ...]], complete: bool) -> bool:
+    """Compare the weights in a folder with those that a model has.
+
+    Args:
+        folder: of a checkpoint.
+        wanted: shapes by name.
+        complete: every name must be there; else any one.
+
+    Returns:
+        False where there is no such folder, so that nothing was compared.
+
+    Raises:
+        ValueError: no weights, a missing or torn file, missing names or wrong shapes.
+    """
+    if not folder.is_dir():
+        return False
+    # Towers come as a whole CLIP or as its vision half, and older releases had one module more.
+    found = {name.removeprefix("vision_model."): shape for name, shape in read_shapes(folder).items()}
+    wrong = [f"{k} {found[k]}, the model has {v}" for k, v in wanted.items() if k in found and found[k] != v]
+    missing = [name for name in wanted if name not in found]
+    raise_for_keys(folder, misshapen=wrong, missing=missing if complete or len(missing) == len(wanted) else None)
+    return True
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of a checkpoint, by name, read from the heads of its files.
+
+    Raises:
+        ValueError: there is none, a file is missing, or one is torn.
+    """
+    index = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    single = next((folder / name for name in SINGLE_FILES if (folder / name).is_file()), None)
+    if single is not None:
+        return _shapes_of_file(single)
+    if index is None:
+        raise ValueError(f"{folder} holds no weights: expected one of {', '.join((*SINGLE_FILES, *INDICES))}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        shapes |= _shapes_of_file(folder / name)
+    return shapes
+
+
+def _shapes_of_file(path: Path) -> dict[str, tuple[int, ...]]:
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}: the file does not exist; the checkpoint is incomplete")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        weights = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} can't be read as a file of weights ({error}); copy or download it again") from error
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+# Visual tokens ---------------------------------------------------------------------------------------------------
+
+
+class VisualCount:
+    """Tokens that an image will have in the language model: a method's fixed number, or all where it is adaptive.
+
+    Args:
+        model: from `build_without_weights`.
+        arguments: of the run.
+
+    Raises:
+        ValueError: the method does not work with the vision tower.
+    """
+
+    def __init__(self, model: Any, arguments: Arguments) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._inner = base.get_model()
+        self._tower = self._inner.get_vision_tower()
+        data = arguments.data
+        self._pinpoints = data.image_grid_pinpoints if data.image_aspect_ratio == "anyres" else None
+        self.is_adaptive = is_adaptive(self._inner.encoder_reducer)
+        self._tile = self._tokens_of_a_tile()
+        self.count = lru_cache(maxsize=4096)(self._count)
+
+    def _tokens_of_a_tile(self) -> VisualTokens:
+        reducer = self._inner.encoder_reducer
+        if reducer is None:
+            pixels = torch.empty(1, 3, self._tower.image_size, self._tower.image_size, device="meta")
+            with torch.no_grad():
+                return cast(VisualTokens, self._inner.encode_tiles(pixels)[1])
+        tokens: VisualTokens = reducer(random_features(self._tower))
+        if not self.is_adaptive:
+            return tokens
+        return VisualTokens(torch.empty(1, self._tower.num_patches, 0))
+
+    def _count(self, size: tuple[int, int]) -> int:
+        tiles = 1
+        if self._pinpoints:
+            columns, rows = get_anyres_image_grid_shape(size, self._pinpoints, self._tower.image_size)
+            tiles = 1 + columns * rows
+        changes = {
+            name: value.expand(tiles, *value.shape[1:])
+            for name in ("features", "mask", "source")
+            if (value := getattr(self._tile, name)) is not None
+        }
+        return len(self._inner._layouts(dataclasses.replace(self._tile, **changes), [tiles], [size])[0])
+
+
+def is_adaptive(reducer: nn.Module | None) -> bool:
+    """Whether a method keeps a number of tokens that depends on the image."""
+    if not isinstance(reducer, EncoderReducer):
+        return False
+    options = reducer.options
+    has_budget = getattr(options, "has_budget", None)  # of options with further kinds of budgets
+    if has_budget is not None:
+        return not has_budget()
+    return isinstance(options, BudgetOptions) and options.ratio is None and options.tokens is None
+
+
+def random_features(tower: Any) -> VisionFeatures:
+    """Features of one tile as the tower gives them, for methods to be tried on."""
+    patches, width = tower.num_patches, tower.hidden_size
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    text = tower.text_tower
+    shared = text.config.projection_dim if text is not None else 1
+    rows = patches + int(tower.has_cls)
+    return VisionFeatures(
+        draw(1, patches, width),
+        grid=tower.grid,
+        keys=draw(1, rows, width),
+        queries=draw(1, rows, width),
+        num_heads=tower.config.num_attention_heads,
+        patch_embeds=draw(1, patches, shared),
+        text=draw(1, shared),
+    )
+
+
+def check_model(arguments: Arguments, config: Any, report: Report) -> tuple[Any, VisualCount | None]:
+    """Build the model without weights and check all that shows so.
+
+    Returns:
+        The model and the count of its visual tokens; None for what could not be built.
+    """
+    model = count = None
+    with report.catch("model"):
+        model = build_without_weights(arguments, config)
+    if model is None:
+        return None, None
+    check_weight_files(model, arguments, report)
+    with report.catch("method"):
+        count = VisualCount(model, arguments)
+        if count.is_adaptive:
+            report.add("method", "the reduction is adaptive: lengths count all visual tokens", NOTE)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        report.add("model", "nothing is trained: the flags freeze the language model and the projector")
+    if arguments.model.pretrain_mm_mlp_adapter is None and _starts_anew(arguments, config):
+        report.add("projector", "it starts at random values and the language model is trained with it", WARNING)
+    return model, count
+
+
+def _starts_anew(arguments: Arguments, config: Any) -> bool:
+    return getattr(config, "mm_vision_tower", None) is None and not arguments.model.tune_mm_mlp_adapter

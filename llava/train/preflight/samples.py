@@ -1,0 +1,225 @@
+"""Checks of the data: every sample, or as many images as a time allows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.dataset import LazySupervisedDataset
+from llava.data.samples import IMAGE, BadSampleError
+from llava.data.sources import is_url
+from llava.train.preflight.findings import ERROR, NAMED, NOTE, WARNING, Report, name_samples
+
+CHUNK = 512
+"""Rows that are read from the table at a time."""
+LENGTH, CUT = "length", "answers cut off"
+
+VisualCounter = Callable[[tuple[int, int]], int]
+"""Visual tokens of an image of (width, height) pixels."""
+
+
+@dataclass
+class Tally:
+    """Samples with one defect."""
+
+    count: int = 0
+    labels: list[str] = field(default_factory=list)  # of the first ones
+    example: str = ""  # what is wrong with the first
+
+    def add(self, row: dict[str, Any], reason: str) -> None:
+        self.count += 1
+        if len(self.labels) < NAMED:
+            self.labels.append(label(row))
+        self.example = self.example or reason
+
+
+@dataclass
+class Lengths:
+    """Tokens of a sample when its images are in place.
+
+    Attributes:
+        total: all of them.
+        learned: those with a label that the limit leaves.
+    """
+
+    total: int
+    learned: int
+
+
+def label(row: dict[str, Any]) -> str:
+    """What a report calls a sample: its id, else its place."""
+    sample = json.loads(row["sample"])
+    has_id = isinstance(sample, dict) and "id" in sample
+    return repr(sample["id"]) if has_id else f"index {row['index']} of {row['file']}"
+
+
+def check_images_exist(dataset: LazySupervisedDataset, report: Report, seconds: float, threads: int = 16) -> None:
+    """Look for the image files, in an order drawn at random, until all are found or the time is over.
+
+    Missing ones are errors, or warnings where bad samples are skipped.
+
+    Args:
+        dataset: its rows need not be good.
+        report: gets the findings.
+        seconds: time limit.
+        threads: that ask the file system at the same time.
+    """
+    deadline = time.monotonic() + seconds
+    tally, seen = Tally(), 0
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in _chunks(dataset, with_images=True, shuffled=True):
+            if time.monotonic() > deadline:
+                report.add(IMAGE, f"{seconds:g} s were enough to look for the images of {seen} samples only", NOTE)
+                break
+            results = pool.map(lambda one: _missing(dataset, one[0], one[1]), chunk)
+            for (row, _), missing in zip(chunk, results, strict=True):
+                if missing is not None:
+                    tally.add(row, f"image {missing!r} does not exist; check --image_folder")
+            seen += len(chunk)
+    _report_tally(report, IMAGE, tally, _level(dataset))
+
+
+def check_samples(
+    dataset: LazySupervisedDataset,
+    report: Report,
+    count_visual: VisualCounter | None,
+    max_length: int,
+    threads: int = 16,
+) -> None:
+    """Read every sample as training will: its images, its tokens, and what the length limit leaves of them.
+
+    Args:
+        dataset: its rows need not be good.
+        report: gets the findings.
+        count_visual: of an image; None where the model is unknown, so that no lengths are checked.
+        max_length: `model_max_length`.
+        threads: that read at the same time.
+    """
+    tallies: dict[str, Tally] = {}
+    cut, unlearned = Tally(), Tally()
+    lengths: list[int] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in _chunks(dataset):
+            results = pool.map(lambda one: _examine(dataset, one[0], one[1], count_visual, max_length), chunk)
+            for (row, _), result in zip(chunk, results, strict=True):
+                if isinstance(result, BadSampleError):
+                    tallies.setdefault(result.kind, Tally()).add(row, str(result))
+                    continue
+                lengths.append(result.total)
+                if result.total > max_length:
+                    cut.add(row, "")
+                if not result.learned:
+                    unlearned.add(row, "")
+    for kind, tally in tallies.items():
+        _report_tally(report, kind, tally, _level(dataset))
+    if count_visual is not None and lengths:
+        _report_lengths(report, np.array(lengths), cut, unlearned, max_length)
+
+
+def _report_lengths(report: Report, lengths: np.ndarray, cut: Tally, unlearned: Tally, max_length: int) -> None:
+    median, high, longest = np.percentile(lengths, [50, 99, 100]).astype(int)
+    report.add(
+        LENGTH,
+        f"{len(lengths)} samples, visual tokens included: median {median}, 99 % up to {high}, longest {longest} "
+        f"tokens; model_max_length {max_length}",
+        NOTE,
+    )
+    if cut.count:
+        names = name_samples(cut.labels, cut.count)
+        report.add(LENGTH, f"{names} longer than model_max_length={max_length}, and will be cut", WARNING)
+    if unlearned.count:
+        names = name_samples(unlearned.labels, unlearned.count)
+        report.add(
+            CUT,
+            f"{names} without a token to learn among the first {max_length}: raise --model_max_length or remove them",
+        )
+
+
+def _report_tally(report: Report, kind: str, tally: Tally, level: str) -> None:
+    if tally.count:
+        report.add(kind, f"{name_samples(tally.labels, tally.count)}; the first: {tally.example}", level)
+
+
+def _level(dataset: LazySupervisedDataset) -> str:
+    return ERROR if dataset.maker.on_bad_sample == "stop" else WARNING
+
+
+def _chunks(
+    dataset: LazySupervisedDataset, with_images: bool = False, shuffled: bool = False
+) -> Iterator[list[tuple[dict[str, Any], str | None]]]:
+    """Rows and their image folders, each once, whatever their weight.
+
+    Args:
+        with_images: leave out rows without images.
+        shuffled: in an order of chunks drawn at random, so that a part stands for the whole.
+    """
+    places = dataset.places()
+    if with_images:
+        places = places[dataset.table.data.column("images").to_numpy()[places] > 0]
+    chunks = np.split(places, range(CHUNK, len(places), CHUNK))
+    order = np.random.default_rng(0).permutation(len(chunks)) if shuffled else range(len(chunks))
+    for number in order:
+        chunk = chunks[number]
+        columns = dataset.table[chunk.tolist()]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        yield [(row, dataset.source_of(int(place)).image_folder) for row, place in zip(rows, chunk, strict=True)]
+
+
+def _missing(dataset: LazySupervisedDataset, row: dict[str, Any], folder: str | None) -> str | None:
+    """The first image of a row that is not there."""
+    return next((place for place in dataset.maker.locations(row, folder) if not _exists(place)), None)
+
+
+def _exists(location: str) -> bool:
+    if not is_url(location):
+        return Path(location).is_file()
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(location)
+    return bool(system.exists(path))
+
+
+def _examine(
+    dataset: LazySupervisedDataset,
+    row: dict[str, Any],
+    folder: str | None,
+    count_visual: VisualCounter | None,
+    max_length: int,
+) -> Lengths | BadSampleError:
+    maker = dataset.maker
+    try:
+        if row["problem"] is not None:
+            raise BadSampleError(row["kind"], row["problem"])
+        sizes = [image.size for image in maker.images(row, folder)]
+        ids, labels = maker.tokens(json.loads(row["sample"]), label(row))
+    except BadSampleError as error:
+        return error
+    return measure(ids, labels, [count_visual(size) if count_visual else 1 for size in sizes], max_length)
+
+
+def measure(ids: torch.Tensor, labels: torch.Tensor, visual: list[int], max_length: int) -> Lengths:
+    """Length of a sample with its images in place.
+
+    Args:
+        ids: [S], IMAGE_TOKEN_INDEX where an image goes.
+        labels: [S].
+        visual: tokens of each image.
+        max_length: tokens that are kept.
+    """
+    widths = torch.ones_like(ids)
+    is_image = ids == IMAGE_TOKEN_INDEX
+    if visual:
+        widths[is_image] = torch.tensor(visual)
+    ends = widths.cumsum(0)
+    # The first token has no logits before it, so its label is never used.
+    learned = (labels != IGNORE_INDEX) & (ends <= max_length) & (ends > 1)
+    return Lengths(int(ends[-1]), int(learned.sum()))
