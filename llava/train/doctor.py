@@ -50,13 +50,23 @@ def examine(path: str | Path, overrides: list[str], device_gib: float | None = N
         return report
     model, count = check_model(arguments, config, report)
     data = _load_data(arguments, config, tokenizer, report)
-    training = arguments.training
+    length = arguments.training.model_max_length
     if data is not None:
-        check_samples(data, report, count.count if count else None, training.model_max_length)
+        length = check_samples(data, report, count.count if count else None, length)
     if model is not None:
+        here = options.num_gpus or max(1, torch.cuda.device_count())
+        device = int(device_gib * GIB) if device_gib is not None else _device_memory(arguments, here)
         world_size = processes_of(options)
-        _check_resources(report, model, arguments, options, world_size, len(data or ()), device_gib)
+        check_memory(report, estimate_memory(model, arguments, world_size, length), device)
+        check_disk(report, model, arguments, 0 if data is None else len(data), world_size)
     return report
+
+
+def _device_memory(arguments: Arguments, processes: int) -> int | None:
+    """Bytes of the devices here, where the run uses them."""
+    training = arguments.training
+    on_cpu = training.use_cpu or (torch.cuda.is_available() and runs_on_cpu(training))
+    return device_memory(on_cpu, processes)
 
 
 def _load_data(arguments: Arguments, config: Any, tokenizer: Any, report: Report) -> LazySupervisedDataset | None:
@@ -79,23 +89,6 @@ def processes_of(options: LaunchOptions) -> int:
     lines = Path(options.hostfile).read_text(encoding="utf-8").splitlines()
     slots = [line.split("slots=")[1].split()[0] for line in lines if "slots=" in line.split("#")[0]]
     return sum(map(int, slots)) or here
-
-
-def _check_resources(
-    report: Report,
-    model: Any,
-    arguments: Arguments,
-    options: LaunchOptions,
-    world_size: int,
-    samples: int,
-    device_gib: float | None,
-) -> None:
-    training = arguments.training
-    need = estimate_memory(model, arguments, world_size, training.model_max_length)
-    here = options.num_gpus or max(1, torch.cuda.device_count())
-    device = device_memory(training.use_cpu or (torch.cuda.is_available() and runs_on_cpu(training)), here)
-    check_memory(report, need, int(device_gib * GIB) if device_gib is not None else device)
-    check_disk(report, model, arguments, samples, world_size)
 
 
 def summary(report: Report) -> str:

@@ -4,15 +4,16 @@ With P weights in all, T of them trained, W processes, b samples a device, L tok
 model's width, intermediate width and vocabulary, K the width of its keys, e bytes of an activation (2, or 4 in
 float32), in bytes:
 
-- weights: P x (2 or 4; bits / 8 of a quantized language model); / W with ZeRO-3
+- weights: P x (2 or 4; bits / 8 of a quantized language model); / W with ZeRO-3. Without DeepSpeed, in 16 bits, 2 T
+  more for the copies that autocast makes
 - gradients: T x (2 with DeepSpeed in 16 bits, else 4); / W with ZeRO-2 and 3
 - optimizer: T x (8 for Adam's moments + 4 for DeepSpeed's float32 copy); / W with ZeRO-1 to 3
-- activations of a layer: b L e (15 D + 3 K + 4 F), for flash attention or sdpa; all layers at once, or with gradient
-  checkpointing one layer and the inputs of all, b L e D each
+- activations of a layer: b L (e (8 D + 2 K + 4 F) + 4 D for the norms' float32 copies where e is 2), for flash
+  attention or sdpa; all layers at once, or with gradient checkpointing one layer and the inputs of all, b L e D each
 - logits: b L (e V + 8 V), for a copy and a gradient in float32
 
-What DeepSpeed's config offloads to the host is not counted. Not known here, and up to a tenth: the allocator's gaps,
-communication buffers, the CUDA context.
+What DeepSpeed's config offloads to the host is not counted, nor are the activations of a vision tower that is trained.
+Not known here: the allocator's gaps, communication buffers, the CUDA context.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def estimate_memory(model: Any, arguments: Arguments, world_size: int, length: i
     trained_bytes = compute_dtype(training).itemsize if training.deepspeed else 4
     frozen_bytes = loading_dtype(arguments).itemsize
     weights = float(frozen * frozen_bytes + trained * trained_bytes)
+    if not training.deepspeed:
+        weights += trained * (4 - compute_dtype(training).itemsize)
     if training.bits != 16:
         weights -= quantized * (frozen_bytes - training.bits / 8)
     moments, copies = optimizer_bytes(training)
@@ -128,7 +131,8 @@ def activation_bytes(model: Any, training: Any, length: int) -> tuple[float, flo
     keys = config.hidden_size // heads * (getattr(config, "num_key_value_heads", None) or heads)
     tokens = training.per_device_train_batch_size * length
     inputs = tokens * size * config.hidden_size
-    layer = tokens * size * (15 * config.hidden_size + 3 * keys + 4 * config.intermediate_size)
+    layer = tokens * size * (8 * config.hidden_size + 2 * keys + 4 * config.intermediate_size)
+    layer += tokens * 4 * config.hidden_size * (size == 2)
     layers = config.num_hidden_layers
     checkpointed = training.gradient_checkpointing or getattr(training, "activation_checkpointing", None)
     stored = layers * inputs + layer if checkpointed else layers * layer

@@ -94,7 +94,7 @@ def check_samples(
     count_visual: VisualCounter | None,
     max_length: int,
     threads: int = 16,
-) -> None:
+) -> int:
     """Read every sample as training will: its images, its tokens, and what the length limit leaves of them.
 
     Args:
@@ -103,6 +103,9 @@ def check_samples(
         count_visual: of an image; None where the model is unknown, so that no lengths are checked.
         max_length: `model_max_length`.
         threads: that read at the same time.
+
+    Returns:
+        Tokens of the longest sample, as it is trained on; `max_length` where none can be.
     """
     tallies: dict[str, Tally] = {}
     cut, unlearned = Tally(), Tally()
@@ -123,6 +126,8 @@ def check_samples(
         _report_tally(report, kind, tally, _level(dataset))
     if count_visual is not None and lengths:
         _report_lengths(report, np.array(lengths), cut, unlearned, max_length)
+        return min(max(lengths), max_length)
+    return max_length
 
 
 def _report_lengths(report: Report, lengths: np.ndarray, cut: Tally, unlearned: Tally, max_length: int) -> None:
