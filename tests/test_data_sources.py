@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -300,6 +301,15 @@ def test_a_file_is_converted_once_and_again_when_it_changes(folder: Path, monkey
     assert reads == [path] * 2
     load_table(path, "plain", str(folder / "cache"))  # which refuses other samples
     assert len(reads) == 3
+
+
+def test_processes_may_convert_at_the_same_time(folder: Path) -> None:
+    path = write(folder, "data.json", [text_sample(i) for i in range(3000)])
+    arguments = [(path, "v1", str(folder / "cache"))] * 3
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert [len(table) for table in pool.starmap(load_table, arguments)] == [3000] * 3
+    assert len(list((folder / "cache").rglob("*.arrow"))) == 1
+    assert not list((folder / "cache").rglob("*.incomplete"))
 
 
 def test_a_conversion_that_fails_leaves_nothing_to_read(folder: Path) -> None:

@@ -200,6 +200,21 @@ def test_resuming(kind: str, stage: int, world: TinyWorld, pretrained: Path, tmp
     assert torch.allclose(logits(parts, world.llm), logits(whole, world.llm), atol=1e-2)
 
 
+def test_a_defect_ends_all_processes(world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
+    """The first process finds it before weights are read; the other would wait for it for ever."""
+    samples = json.loads(world.captions.read_text())
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([*samples, {**samples[0], "id": "x7", "image": "gone.png"}]))
+    settings = settings_of("projector", world, pretrained, data_path=data)
+    command = ["bash", "scripts/v1_5/pretrain.sh", *world.flags(tmp_path / "out", **settings)]
+    config = str(ROOT / "scripts/zero3.json")
+    result = run_command(command, NUM_GPUS="2", MASTER_PORT=str(free_port()), DEEPSPEED_CONFIG=config)
+    assert result.returncode == 2
+    assert "error: image: 1 sample ('x7'); the first: image " in result.stderr
+    assert "training 1,856 of" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_an_error_in_one_line(world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
     settings = settings_of("projector", world, pretrained, version="nosuch")
     command = ["bash", "scripts/v1_5/pretrain.sh", *world.flags(tmp_path, **settings)]

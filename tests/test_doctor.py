@@ -86,6 +86,14 @@ def test_a_sound_run(settings: dict[str, Any], world: TinyWorld, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sound_run_from_a_llava_checkpoint(world: TinyWorld, tmp_path: Path) -> None:
+    train(parse_args(world.flags(tmp_path / "llava", max_steps=1, reduction="prumerge")))
+    unset = dict.fromkeys(["vision_tower", "mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio"])
+    code, lines = doctor(recipe(world, tmp_path, model_name_or_path=tmp_path / "llava", **unset))
+    assert code == 0, lines
+    assert any(line.startswith("ok: method: the reduction is adaptive") for line in lines)
+
+
 # Defects of the data ---------------------------------------------------------------------------------------------
 
 PICTURE = turns("<image>\nWhat?", "red")
@@ -223,6 +231,14 @@ def no_class_token(world: TinyWorld, folder: Path) -> dict[str, Any]:
     return {"vision_tower": folder / "siglip", "reduction": "prumerge"}
 
 
+def torn_llava(world: TinyWorld, folder: Path) -> dict[str, Any]:
+    train(parse_args(world.flags(folder / "llava", max_steps=1)))
+    weights = load_file(folder / "llava" / "model.safetensors")
+    del weights["model.mm_projector.2.bias"]
+    save_file(weights, folder / "llava" / "model.safetensors", metadata={"format": "pt"})
+    return {"model_name_or_path": folder / "llava"}
+
+
 MODEL_DEFECTS: dict[str, tuple[Callable[[TinyWorld, Path], dict[str, Any]], str]] = {
     "projector": (wide_projector, r"error: model: .*mm_projector\.bin.*wrong shape.*mm_projector\.0\.weight"),
     "adapter": (other_rank, r"error: model: .*lora.*wrong shape"),
@@ -230,6 +246,7 @@ MODEL_DEFECTS: dict[str, tuple[Callable[[TinyWorld, Path], dict[str, Any]], str]
     "shard": (missing_shard, r"error: checkpoint: no weights at .*model-00001-of-00001\.safetensors"),
     "weight": (missing_weight, r"error: checkpoint: .*missing \(1\): model\.layers\.1\.mlp\.up_proj\.weight"),
     "width": (other_width, r"error: checkpoint: .*wrong shape .*up_proj\.weight \(48, 32\), the model has \(64, 32\)"),
+    "projector of a checkpoint": (torn_llava, r"error: checkpoint: .*missing \(1\): model\.mm_projector\.2\.bias"),
     "no weights": (no_weights, r"error: checkpoint: .* holds no weights: expected one of model\.safetensors"),
     "method and tower": (no_class_token, r"error: method: .*attention of CLS, and this vision tower has none"),
     "drop behind the end": (

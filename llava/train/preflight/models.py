@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -31,8 +32,13 @@ from llava.train.parsing import Arguments
 from llava.train.preflight.findings import NOTE, WARNING, Report
 
 SETTINGS = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Of a checkpoint, in the order in which transformers looks for them."""
 
 
 def build_without_weights(arguments: Arguments, config: Any) -> Any:
@@ -75,30 +81,38 @@ def _without_zero3() -> Iterator[None]:
 # Files -----------------------------------------------------------------------------------------------------------
 
 
-def check_weight_files(model: Any, arguments: Arguments, report: Report) -> None:
-    """Compare the shapes in the files of language model and vision tower with the model's.
+def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Report) -> None:
+    """Compare the shapes in the files of checkpoint and vision tower with the model's.
 
     Args:
         model: from `build_without_weights`.
         arguments: of the run.
+        config: from `read_config`.
         report: gets the findings.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in base.named_parameters()}
-    llm = {name: shape for name, shape in own.items() if part_of(name) == "language_model" and "lora_" not in name}
-    if base.config.tie_word_embeddings:
-        llm.pop("lm_head.weight", None)
-    path = Path(arguments.model.model_name_or_path or "")
+    own = {name.replace(".base_layer.", "."): tuple(weight.shape) for name, weight in base.named_parameters()}
+    keeps_projector = getattr(config, "mm_vision_tower", None) is not None and (
+        arguments.model.mm_projector_type == getattr(config, "mm_projector_type", None)
+    )
     with report.catch("checkpoint"):
-        if not compare_files(path, llm, complete=True):
-            report.add("checkpoint", f"{path} is on the hub: its files were not looked at", NOTE)
-    prefix = "model.vision_tower.vision_tower."
-    tower = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
-    kept = getattr(base.config, "mm_vision_config", None)
-    tower_path = Path(arguments.model.vision_tower or "")
+        wanted = {k: v for k, v in own.items() if _is_in_checkpoint(k, keeps_projector)}
+        if base.config.tie_word_embeddings:
+            wanted.pop("lm_head.weight", None)
+        if not compare_files(Path(arguments.model.model_name_or_path or ""), wanted, complete=True):
+            report.add("checkpoint", "it is on the hub: its files were not looked at", NOTE)
     with report.catch("vision tower"):
-        if kept is not None and tower_path.is_dir():
-            compare_files(tower_path, tower, complete=False)
+        prefix = "model.vision_tower.vision_tower."
+        tower = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
+        if not compare_files(Path(arguments.model.vision_tower or ""), tower, complete=False):
+            report.add("vision tower", "it is on the hub: its files were not looked at", NOTE)
+
+
+def _is_in_checkpoint(name: str, keeps_projector: bool) -> bool:
+    """Whether a weight of this name is read from `model_name_or_path`."""
+    if "lora_" in name:
+        return False
+    return part_of(name) == "language_model" or (keeps_projector and "mm_projector" in name)
 
 
 def compare_files(folder: Path, wanted: Mapping[str, tuple[int, ...]], complete: bool) -> bool:
@@ -131,14 +145,13 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: there is none, a file is missing, or one is torn.
     """
-    index = next((folder / name for name in INDICES if (folder / name).is_file()), None)
-    single = next((folder / name for name in SINGLE_FILES if (folder / name).is_file()), None)
-    if single is not None:
-        return _shapes_of_file(single)
-    if index is None:
-        raise ValueError(f"{folder} holds no weights: expected one of {', '.join((*SINGLE_FILES, *INDICES))}")
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return _shapes_of_file(found)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+    for name in sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())):
         shapes |= _shapes_of_file(folder / name)
     return shapes
 
@@ -151,7 +164,7 @@ def _shapes_of_file(path: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as file:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         weights = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} can't be read as a file of weights ({error}); copy or download it again") from error
     return {name: tuple(weight.shape) for name, weight in weights.items()}
 
@@ -248,7 +261,7 @@ def check_model(arguments: Arguments, config: Any, report: Report) -> tuple[Any,
         model = build_without_weights(arguments, config)
     if model is None:
         return None, None
-    check_weight_files(model, arguments, report)
+    check_weight_files(model, arguments, config, report)
     with report.catch("method"):
         count = VisualCount(model, arguments)
         if count.is_adaptive:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import LazySupervisedDataset
@@ -110,8 +111,12 @@ def check_samples(
     tallies: dict[str, Tally] = {}
     cut, unlearned = Tally(), Tally()
     lengths: list[int] = []
-    with ThreadPoolExecutor(threads) as pool:
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=len(dataset.places()), desc="reading all samples", disable=None) as progress,
+    ):
         for chunk in _chunks(dataset):
+            progress.update(len(chunk))
             results = pool.map(lambda one: _examine(dataset, one[0], one[1], count_visual, max_length), chunk)
             for (row, _), result in zip(chunk, results, strict=True):
                 if isinstance(result, BadSampleError):
