@@ -404,6 +404,19 @@ def test_free_disk(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert re.match(r"error: disk: .* for 3 checkpoints .*set a smaller --save_total_limit", lines[0])
 
 
+def test_what_a_resumed_run_has_written_is_free_for_it(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, arguments = parsed(world, tmp_path)
+    need = int(sum(memory.checkpoint_bytes(model, arguments)[:1]))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for written, problems in ((need - 1001, 1), (need - 1000, 0)):
+        (tmp_path / "model.safetensors").write_bytes(bytes(written))
+        report = Report()
+        memory.check_disk(report, model, arguments, samples=12, world_size=1)
+        assert len(report.errors) == problems
+
+
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [

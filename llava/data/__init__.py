@@ -10,6 +10,7 @@ from llava.data.preprocessing import (
     build_prompt_ids,
     preprocess,
 )
+from llava.data.streaming import StreamingSupervisedDataset
 
 __all__ = [
     "ConversationError",
@@ -17,6 +18,7 @@ __all__ = [
     "LazySupervisedDataset",
     "NoTrainableTokensError",
     "Preprocessed",
+    "StreamingSupervisedDataset",
     "build_prompt",
     "build_prompt_ids",
     "preprocess",

@@ -45,8 +45,9 @@ class StreamingSupervisedDataset(IterableDataset[dict[str, Any]]):
         shuffle_buffer: rows among which the next is drawn, in each worker and for each source; 1 keeps the order.
 
     Raises:
-        ValueError: see `parse_data_path`. While iterating: what `read_records` raises, a bad sample where they stop
-            the run, and a source with fewer samples than there are workers in all.
+        ValueError: see `parse_data_path`; image options that do not fit each other. While iterating: what
+            `read_records` raises, a bad sample where they stop the run, and a source with fewer samples than there are
+            workers in all.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class StreamingSupervisedDataset(IterableDataset[dict[str, Any]]):
     ) -> None:
         self.sources = parse_data_path(data_path)
         self.maker = maker
+        if maker.image_processor is not None:
+            maker.check_image_options()
         self._files = [source.files() for source in self.sources]
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle_buffer = seed, shuffle_buffer

@@ -212,19 +212,24 @@ def check_disk(
         arguments: of the run.
         samples: of the data; 0 for a stream.
         world_size: number of devices.
-        free: bytes; default: those of the disk of `output_dir`.
+        free: bytes; default: those of the disk of `output_dir`, and what a run that is resumed has written there.
     """
     folder = Path(arguments.training.output_dir).expanduser().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free if free is None else free
+    if free is None:
+        free = shutil.disk_usage(existing).free + _bytes_in(folder)
     weights, state = checkpoint_bytes(model, arguments)
     kept = checkpoints_kept(arguments.training, samples, world_size)
     need = weights + kept * (weights + state)
     text = (
         f"{need / GIB:.2f} GiB for {kept} checkpoints of {(weights + state) / GIB:.2f} GiB and the result, "
-        f"{free / GIB:.1f} GiB free in {existing}"
+        f"{free / GIB:.1f} GiB free for it in {existing}"
     )
     if need > free:
         report.add("disk", f"{text}: set a smaller --save_total_limit, a larger --save_steps or another --output_dir")
     else:
         report.add("disk", text, NOTE)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
