@@ -35,19 +35,19 @@ def examine(path: str | Path, overrides: list[str], device_gib: float | None = N
         All findings. A check that cannot go on leaves the others running.
     """
     report = Report()
-    arguments: Arguments | None = None
-    options = LaunchOptions()
     with report.catch("settings"):
         flags, options = load_config(path, overrides)
-        arguments = check_args(flags)
-    if arguments is None:
-        return report
+        _examine_run(check_args(flags), options, device_gib, report)
+    return report
+
+
+def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float | None, report: Report) -> None:
     config = tokenizer = None
     with report.catch("model"):
         config = read_config(arguments)
         tokenizer = load_tokenizer(arguments)
     if config is None or tokenizer is None:
-        return report
+        return
     model, count = check_model(arguments, config, report)
     data = _load_data(arguments, config, tokenizer, report)
     length = arguments.training.model_max_length
@@ -59,7 +59,6 @@ def examine(path: str | Path, overrides: list[str], device_gib: float | None = N
         world_size = processes_of(options)
         check_memory(report, estimate_memory(model, arguments, world_size, length), device)
         check_disk(report, model, arguments, 0 if data is None else len(data), world_size)
-    return report
 
 
 def _device_memory(arguments: Arguments, processes: int) -> int | None:

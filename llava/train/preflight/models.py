@@ -95,12 +95,17 @@ def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Re
     keeps_projector = getattr(config, "mm_vision_tower", None) is not None and (
         arguments.model.mm_projector_type == getattr(config, "mm_projector_type", None)
     )
+    checkpoint, holds_tower = Path(arguments.model.model_name_or_path or ""), False
     with report.catch("checkpoint"):
         wanted = {k: v for k, v in own.items() if _is_in_checkpoint(k, keeps_projector)}
         if base.config.tie_word_embeddings:
             wanted.pop("lm_head.weight", None)
-        if not compare_files(Path(arguments.model.model_name_or_path or ""), wanted, complete=True):
+        if compare_files(checkpoint, wanted, complete=True):
+            holds_tower = any("vision_tower." in name for name in read_shapes(checkpoint))
+        else:
             report.add("checkpoint", "it is on the hub: its files were not looked at", NOTE)
+    if holds_tower:
+        return
     with report.catch("vision tower"):
         prefix = "model.vision_tower.vision_tower."
         tower = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
