@@ -19,7 +19,29 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = ("image", "photo", "there", "is", "red", "blue", "man", "woman", "dog", "street", "table", "next", "to", "with")
+WORDS = (
+    "a",
+    "the",
+    "in",
+    "of",
+    "image",
+    "photo",
+    "there",
+    "is",
+    "are",
+    "red",
+    "blue",
+    "man",
+    "woman",
+    "dog",
+    "street",
+    "table",
+    "standing",
+    "next",
+    "to",
+    "with",
+    "on",
+)
 
 
 def write_records(path: Path, count: int) -> None:

@@ -92,6 +92,7 @@ def test_rejects_of_several_processes_are_joined(tmp_path: Path) -> None:
         rejects = Rejects(tmp_path, rank)
         for index in [*indices, indices[0]]:
             rejects.add(f"s{index}", "a.json", index, BadSampleError("image", "gone"))
+        assert len(rejects.path.read_text().splitlines()) == len(indices)
     with (tmp_path / "rejects.rank1.jsonl").open("a") as file:
         file.write('{"id": "cut o')  # of a process that was killed
     assert [entry["id"] for entry in join_rejects(tmp_path)] == ["s0", "s1", "s2"]
@@ -116,6 +117,7 @@ def test_a_run_skips_and_counts(
     """Steps of 2 samples: the second holds one bad sample, the third bad ones only; the rest equals a clean run."""
     data = with_defects(world, tmp_path, {3: "missing", 4: "tags", 5: "torn"})
     settings = {"max_steps": 9, "optim": "sgd", "learning_rate": 0.0, "dataloader_num_workers": workers}
+    settings["logging_nan_inf_filter"] = False
     clean = losses(run(world, tmp_path / "clean", world.data, **settings))
     trainer = run(world, tmp_path / "out", data, **settings)
     skipped = losses(trainer)

@@ -10,12 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipConfig, SiglipImageProcessor, SiglipModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 from typer.testing import CliRunner
 
 from llava import cli
@@ -34,6 +44,7 @@ from tests.test_dataset import turns
 from tests.tiny_world import ROOT, SIDE, TinyWorld, make_tiny_world
 
 LORA = {"lora_enable": True, "lora_r": 4}
+PICTURE = turns("<image>\nWhat?", "red")
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +99,35 @@ def test_a_sound_run(settings: dict[str, Any], world: TinyWorld, tmp_path: Path)
 
 def test_a_sound_run_from_a_llava_checkpoint(world: TinyWorld, tmp_path: Path) -> None:
     train(parse_args(world.flags(tmp_path / "llava", max_steps=1, reduction="prumerge")))
-    unset = dict.fromkeys(["vision_tower", "mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio"])
-    code, lines = doctor(recipe(world, tmp_path, model_name_or_path=tmp_path / "llava", **unset))
+    unset = dict.fromkeys(["mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio"])
+    # The checkpoint holds the tower's weights, so a folder with its settings is enough.
+    shutil.copytree(world.clip, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
+    unset |= {"model_name_or_path": tmp_path / "llava", "vision_tower": tmp_path / "clip"}
+    code, lines = doctor(recipe(world, tmp_path, **unset))
     assert code == 0, lines
     assert any(line.startswith("ok: method: the reduction is adaptive") for line in lines)
 
 
+def test_a_sound_run_with_tied_embeddings(world: TinyWorld, tmp_path: Path) -> None:
+    shutil.copytree(world.llm, tmp_path / "qwen")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=259, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    code, lines = doctor(recipe(world, tmp_path, model_name_or_path=tmp_path / "qwen"))
+    assert code == 0, lines
+
+
+def test_images_inside_the_data_need_no_files(world: TinyWorld, tmp_path: Path) -> None:
+    content = (world.images / "red.png").read_bytes()
+    samples = [{"id": str(i), "image": {"bytes": content, "path": "a.png"}, "conversations": PICTURE} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(samples), tmp_path / "data.parquet")
+    settings = {"data_path": tmp_path / "data.parquet", "tune_mm_mlp_adapter": True}
+    assert doctor(recipe(world, tmp_path, **settings))[0] == 0
+    train(parse_args(world.flags(tmp_path / "out", **settings)))
+
+
 # Defects of the data ---------------------------------------------------------------------------------------------
 
-PICTURE = turns("<image>\nWhat?", "red")
 DATA_DEFECTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing image": ({"image": "gone.png", "conversations": PICTURE}, r"error: image: 2 samples \('x1', 'x2'\).*gone"),
     "torn image": ({"image": "torn.png", "conversations": PICTURE}, r"error: image: 2 samples .*torn\.png.* truncated"),

@@ -98,8 +98,6 @@ def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Re
     checkpoint, holds_tower = Path(arguments.model.model_name_or_path or ""), False
     with report.catch("checkpoint"):
         wanted = {k: v for k, v in own.items() if _is_in_checkpoint(k, keeps_projector)}
-        if base.config.tie_word_embeddings:
-            wanted.pop("lm_head.weight", None)
         if compare_files(checkpoint, wanted, complete=True):
             holds_tower = any("vision_tower." in name for name in read_shapes(checkpoint))
         else:
