@@ -19,29 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = (
-    "a",
-    "the",
-    "in",
-    "of",
-    "image",
-    "photo",
-    "there",
-    "is",
-    "are",
-    "red",
-    "blue",
-    "man",
-    "woman",
-    "dog",
-    "street",
-    "table",
-    "standing",
-    "next",
-    "to",
-    "with",
-    "on",
-)
+TEXT = "a the in of image photo there is are red blue man woman dog street table standing next to with on"
+WORDS = TEXT.split()
 
 
 def write_records(path: Path, count: int) -> None:
