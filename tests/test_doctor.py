@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 
 from llava import cli
 from llava.mm_utils import process_images
+from llava.reduction.base import VisualTokens
 from llava.train import train as train_module
 from llava.train.config import LaunchOptions
 from llava.train.doctor import examine, preflight, processes_of
@@ -37,7 +38,7 @@ from llava.train.modeling import load_model, load_tokenizer, read_config
 from llava.train.parsing import Arguments, check_args, parse_args
 from llava.train.preflight import memory
 from llava.train.preflight.findings import Report
-from llava.train.preflight.models import VisualCount, build_without_weights
+from llava.train.preflight.models import VisualCount, build_without_weights, without_meta
 from llava.train.preflight.samples import check_images_exist, measure
 from llava.train.train import train
 from tests.test_dataset import turns
@@ -327,6 +328,13 @@ def test_visual_tokens_are_those_of_the_model(
         pixels = process_images([Image.effect_noise(size, 50).convert("RGB")], processor, how)
         [(_, expected)] = model.count_visual_tokens([pixels[0]], [size])
         assert count(size) == expected, size
+
+
+def test_tokens_of_which_only_shapes_are_known() -> None:
+    source = torch.empty(1, 12, dtype=torch.long, device="meta")
+    tokens = without_meta(VisualTokens(torch.empty(1, 12, 4, device="meta"), source=source), (2, 3))
+    assert tokens.source is not None
+    assert tokens.source.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]]
 
 
 # Memory and disk -------------------------------------------------------------------------------------------------

@@ -201,11 +201,12 @@ class VisualCount:
         if reducer is None:
             pixels = torch.empty(1, 3, self._tower.image_size, self._tower.image_size, device="meta")
             with torch.no_grad():
-                return cast(VisualTokens, self._inner.encode_tiles(pixels)[1])
-        tokens: VisualTokens = reducer(random_features(self._tower))
-        if not self.is_adaptive:
-            return tokens
-        return VisualTokens(torch.empty(1, self._tower.num_patches, 0))
+                tokens = cast(VisualTokens, self._inner.encode_tiles(pixels)[1])
+            return without_meta(tokens, getattr(tokens, "grid", None) or self._tower.grid)
+        if self.is_adaptive:
+            reducer(random_features(self._tower))  # raises where it does not work with this tower
+            return VisualTokens(torch.empty(1, self._tower.num_patches, 0))
+        return cast(VisualTokens, reducer(random_features(self._tower)))
 
     def _count(self, size: tuple[int, int]) -> int:
         tiles = 1
@@ -218,6 +219,20 @@ class VisualCount:
             if (value := getattr(self._tile, name)) is not None
         }
         return len(self._inner._layouts(dataclasses.replace(self._tile, **changes), [tiles], [size])[0])
+
+
+def without_meta(tokens: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
+    """Tokens of which only shapes are known, as they stand without an encoder reducer: cell by cell of the grid.
+
+    Args:
+        tokens: of one tile, on the meta device.
+        grid: rows and columns of the cells, each of which is as many tokens.
+    """
+    if tokens.source is None:
+        return tokens
+    cells = grid[0] * grid[1]
+    source = torch.arange(cells).repeat_interleave(tokens.features.shape[1] // cells)
+    return dataclasses.replace(tokens, source=source.unsqueeze(0))
 
 
 def is_adaptive(reducer: nn.Module | None) -> bool:
