@@ -147,6 +147,7 @@ def test_dropping_inside_the_language_model(
         "per_device_train_batch_size": 1,
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": True,
+        "packing": method == "fastv",
     }
     folder, alone = tmp_path / "run", tmp_path / "alone"
     launch_script("lora", folder, stage, world, **settings)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model.staged import StagedCache, StagedPass, keep_best, pack_columns, plan_pools
+from llava.model.language_model.drop_plan import keep_best, pack_columns, plan_pools
+from llava.model.language_model.staged import StagedCache, StagedPass
 from llava.reduction import build
 from llava.reduction.base import LayerInput
 from llava.reduction.decoder.ranking import received_attention

@@ -385,6 +385,7 @@ class LlavaMetaForCausalLM:
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         image_index: Tensor | None = None,
+        packed: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where labels are given.
@@ -401,11 +402,13 @@ class LlavaMetaForCausalLM:
                 where the model was opened with its tokenizer.
             image_index: [B, L] for `inputs_embeds` that hold images, as `splice_images` returns it; only a decoder
                 reducer reads it.
+            packed: run the batch as one row without padding, in which the samples do not see each other; only where
+                images are spliced in here, and without a cache.
 
         Returns:
             transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
             `config.tokenizer_padding_side` is, else on the right. With a decoder reducer, of the tokens that reach
-            the last layer.
+            the last layer. Packed, [1, T, V] for the real tokens of all rows.
 
         Raises:
             ValueError: markers and images do not match; the sample is named.
@@ -414,7 +417,14 @@ class LlavaMetaForCausalLM:
         if inputs_embeds is None and input_ids is not None and not cached:
             max_length = getattr(self.config, "tokenizer_model_max_length", None)
             spliced = self.splice_images(
-                input_ids, attention_mask, labels, images, image_sizes, texts, max_length=max_length
+                input_ids,
+                attention_mask,
+                labels,
+                images,
+                image_sizes,
+                texts,
+                left=False if packed else None,
+                max_length=max_length,
             )
             input_ids, inputs_embeds = None, spliced.inputs_embeds
             attention_mask, position_ids, labels = (
@@ -431,12 +441,13 @@ class LlavaMetaForCausalLM:
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if self.get_model().decoder_reducer is None or image_index is None or cached:
+        drops = packed or self.get_model().decoder_reducer is not None
+        if not drops or image_index is None or cached:
             return super().forward(**inputs, labels=labels)  # type: ignore[misc]
-        return self._forward_staged(inputs, StagedPass(image_index, labels))
+        return self._forward_staged(inputs, StagedPass(image_index, labels, packed))
 
     def _forward_staged(self, inputs: dict[str, Any], staged: StagedPass) -> Any:
-        """Forward through a decoder reducer: the loss is that of the labels whose tokens reach the end."""
+        """Forward through a decoder reducer, or packed: the loss is that of the labels whose tokens reach the end."""
         as_tuple = inputs.pop("return_dict", None) is False
         output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
         if staged.labels is not None:

@@ -208,6 +208,7 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_projector_lr: float | None = flag(None, "Learning rate of the projector.")
     mm_vision_tower_lr: float | None = flag(None, "Learning rate of the vision tower.")
     group_by_modality_length: bool = flag(False, "Batches of one modality and similar length.")
+    packing: bool = flag(False, "Run a batch as one row without padding, in which the samples do not see each other.")
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, list):

@@ -157,6 +157,9 @@ def check_contradictions(values: dict[str, Any]) -> None:
         "--group_by_modality_length and --train_sampling_strategy both choose the order: leave one out": (
             grouped and values["train_sampling_strategy"] != "random"
         ),
+        "--packing needs flash_attention_2 or sdpa: leave out --attn_implementation eager": (
+            values["packing"] and values["attn_implementation"] == "eager"
+        ),
         "--fsdp saves whole models only: use --deepspeed for LoRA or projector runs": (
             values["fsdp"] and (lora or projector_only)
         ),
