@@ -1,6 +1,6 @@
 """Samples a second of training: padded, grouped by length, and packed, with and without PyramidDrop.
 
-    python benchmarks/packing.py [--samples 96] [--batch 16] [--repeats 3]
+    python benchmarks/packing.py [--samples 96] [--batch 16] [--repeats 3] [--scale 0.25]
     python benchmarks/packing.py --width 4096 --intermediate 11008 --heads 32 --layers 8 --device cuda
 
 The lengths are like those of LLaVA's 665k mix, not the mix itself: the shares of its data sets are those of the
@@ -38,30 +38,30 @@ MIX = {
 IMAGE_TOKENS, MAX_LENGTH, SYSTEM = 576, 2048, 35
 
 
-def draw_samples(count: int, seed: int) -> list[tuple[int, bool]]:
-    """(tokens of text, has an image) of each sample."""
+def draw_samples(count: int, scale: float, seed: int) -> list[tuple[int, int]]:
+    """(tokens of text, tokens of its image or 0) of each sample."""
     generator = torch.Generator().manual_seed(seed)
     shares = torch.tensor([float(size) for size, *_ in MIX.values()])
     samples = []
     for kind in torch.multinomial(shares, count, replacement=True, generator=generator).tolist():
         _, median, sigma, has_image = list(MIX.values())[kind]
         text = int(median * torch.exp(sigma * torch.randn((), generator=generator)))
-        limit = MAX_LENGTH - IMAGE_TOKENS * has_image
-        samples.append((min(max(text, SYSTEM + 10), limit), has_image))
+        image = IMAGE_TOKENS * has_image
+        text = min(max(text, SYSTEM + 10), MAX_LENGTH - image)
+        samples.append((int(text * scale), int(image * scale)))
     return samples
 
 
-def make_batch(chosen: list[tuple[int, bool]], width: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+def make_batch(chosen: list[tuple[int, int]], width: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
     """Random embeddings, padded on the right; the last half of the text is learnt."""
-    lengths = [text + IMAGE_TOKENS * has_image for text, has_image in chosen]
+    lengths = [text + image for text, image in chosen]
     shape = (len(chosen), max(lengths))
     mask, image_index = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     labels = torch.full(shape, IGNORE_INDEX)
-    for i, ((text, has_image), length) in enumerate(zip(chosen, lengths, strict=True)):
+    for i, ((text, image), length) in enumerate(zip(chosen, lengths, strict=True)):
         mask[i, :length] = 1
         labels[i, length - text // 2 : length] = 1
-        if has_image:
-            image_index[i, SYSTEM : SYSTEM + IMAGE_TOKENS] = i
+        image_index[i, text // 4 : text // 4 + image] = i
     tensors = {"attention_mask": mask, "image_index": image_index, "labels": labels}
     embeds = torch.randn(*shape, width, dtype=like.dtype, device=like.device)
     return {"inputs_embeds": embeds, **{name: tensor.to(like.device) for name, tensor in tensors.items()}}
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths, for a small machine")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=1376)
     parser.add_argument("--layers", type=int, default=4)
@@ -81,11 +82,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     model = build_model(args)
-    samples = draw_samples(args.samples, seed=0)
-    lengths = [text + IMAGE_TOKENS * has_image for text, has_image in samples]
+    samples = draw_samples(args.samples, args.scale, seed=0)
+    lengths = [text + image for text, image in samples]
     grouped = list(
         ModalityLengthSampler(
-            [n if has_image else -n for n, (_, has_image) in zip(lengths, samples, strict=True)],
+            [n if image else -n for n, (_, image) in zip(lengths, samples, strict=True)],
             batch_size=args.batch,
             batches_per_step=1,
             seed=0,
