@@ -66,6 +66,7 @@ def settings_of(kind: str, world: TinyWorld, pretrained: Path, **changes: Any) -
 def launch_script(kind: str, folder: Path, stage: int, world: TinyWorld, **settings: Any) -> None:
     """By the shell script, with flags that override its own."""
     config = str(ROOT / f"scripts/zero{stage}.json")
+    settings.setdefault("global_batch_size", 0)
     command = ["bash", f"scripts/v1_5/{SCRIPTS[kind]}", *world.flags(folder, **settings)]
     check(command, DEEPSPEED_CONFIG=config, NUM_GPUS="2", MASTER_PORT=str(free_port()))
 
