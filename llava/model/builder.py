@@ -31,6 +31,8 @@ _WEIGHTS = (
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 LORA_WEIGHTS = "non_lora_trainables.bin"
 PROJECTOR_WEIGHTS = "mm_projector.bin"
+# Patterns that bitsandbytes' modules are matched with, from the start of the name.
+NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.vision_tower", "lm_head"]
 
 
 def load_pretrained_model(
@@ -93,7 +95,7 @@ def load_pretrained_model(
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     _match_vocabulary(model, tokenizer)
     if reduction is not None:
-        model.set_reduction(reduction)
+        model.set_reduction(reduction, keep_projector=True)
     if "device_map" not in kwargs:
         model.to(device or _best_device())
     model.eval()
@@ -307,13 +309,12 @@ def _quantization(four_bit: bool, dtype: torch.dtype | None) -> Any:
         raise ValueError("load_4bit and load_8bit need bitsandbytes: pip install 'llava[qlora]'") from error
     from transformers import BitsAndBytesConfig
 
-    skip = ["mm_projector", "vision_tower", "lm_head"]
     if not four_bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=dtype or torch.float16,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=skip,
+        llm_int8_skip_modules=NOT_QUANTIZED,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -25,12 +26,34 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: no such file, or not a file of tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}: the file does not exist")
-    try:
+    with _readable(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a file, as `read_weights` reads it, without reading the weights.
+
+    Raises:
+        ValueError: no such file, or not a file of tensors.
+    """
+    path = Path(path)
+    with _readable(path):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        weights = torch.load(path, map_location="meta", weights_only=True)
+        return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a file of weights into a ValueError that names it."""
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}: the file does not exist")
+    try:
+        yield
     except Exception as error:  # each format raises its own types for a torn or foreign file
         raise ValueError(f"{path} can't be read as a file of weights ({error}); copy or download it again") from error
 
@@ -139,8 +162,8 @@ def raise_for_keys(
     if parts:
         raise ValueError(
             f"the weights of {origin} do not fit the model that its config describes; " + "; ".join(parts) + ". Check "
-            "that weights and config belong together: mm_projector_type, vision tower and language model must be those "
-            "they were trained with"
+            "that weights and config belong together: mm_projector_type, reduction, vision tower and language model "
+            "must be those they were trained with"
         )
 
 
