@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
+from llava.model.projector_method import method_of_weights
 from llava.model.weights import raise_for_keys, read_weights, strip_prefixes
 from llava.reduction.config import ReductionConfig
 
@@ -28,6 +29,16 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+LLAVA_1_5 = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "pad",
+    "use_mm_proj": True,
+}
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 LORA_WEIGHTS = "non_lora_trainables.bin"
 PROJECTOR_WEIGHTS = "mm_projector.bin"
@@ -185,7 +196,8 @@ def _open_projector(
     folder: Path, model_base: str | os.PathLike | None, tower: str | None, kwargs: dict[str, Any]
 ) -> _Checkpoint:
     """A pretrained projector on its language model."""
-    base = model_base or _read_json(folder / "config.json").get("_name_or_path")
+    config = folder / "config.json"
+    base = model_base or (_read_json(config).get("_name_or_path") if config.is_file() else None)
     if not base:
         raise ValueError(f"{folder} holds a projector only; pass the language model as model_base=")
     model = _open_on_base(folder, base, tower, read_weights(folder / PROJECTOR_WEIGHTS), kwargs)
@@ -201,7 +213,7 @@ def _open_on_base(
 ) -> Any:
     """The base with the configuration of `folder` and the projector weights in `weights`."""
     base_folder = local_folder(base)
-    cls, config = _llava_config(folder)
+    cls, config = _config_on_base(folder, base_folder, tower, weights)
     embeddings = {k: v for k, v in weights.items() if k.endswith("embed_tokens.weight")}
     vocabulary = config.vocab_size
     config.vocab_size = AutoConfig.from_pretrained(base_folder).vocab_size
@@ -215,6 +227,26 @@ def _open_on_base(
     for key, value in strip_prefixes(embeddings, ["base_model.model."]).items():
         _fill_embeddings(model.get_parameter(key), value, folder)
     return model
+
+
+def _config_on_base(
+    folder: Path, base: Path, tower: str | None, weights: dict[str, Tensor]
+) -> tuple[Any, PreTrainedConfig]:
+    """What the config.json of `folder` describes; without one, the base with the released STF, if `weights` are that.
+
+    STF's release of the pretrained projector has no config.json. The projector's weights tell the method, and the rest
+    is as in LLaVA-1.5, on which it was trained.
+    """
+    if (folder / "config.json").is_file() or method_of_weights(weights) is None:
+        return _llava_config(folder)
+    if tower is None:
+        raise ValueError(f"{folder} has no config.json to name a vision tower; pass vision_tower=")
+    cls, config = _llava_config(base)
+    settings = {**LLAVA_1_5, "mm_vision_tower": tower}
+    logger.info("%s has no config.json; settings of LLaVA-1.5: %s", folder, settings)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return cls, config
 
 
 def _fill_embeddings(parameter: Tensor, value: Tensor, folder: Path) -> None:

@@ -10,7 +10,6 @@ K visual tokens of all images together, C vision width, D language-model width.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -216,20 +215,20 @@ class LlavaMetaModel:
     def _fit_projector(self, reducer: ProjectorReducer | None, reduction: ReductionConfig, keep: bool) -> None:
         """Start the projector anew where it is not of the layers that the method and the config ask for.
 
-        What modules print is their layers and widths, without the weights: the same under ZeRO-3, which leaves
-        empty tensors in them.
+        Raises:
+            ValueError: it is not, and `keep` forbids to start it anew.
         """
         with torch.device("meta"):
-            wanted = build_projector_modules(self.config, self._tower(), reducer)
-        present = self._projector_modules()
-        if str(wanted) == str(present):
+            wanted = _layers(build_projector_modules(self.config, self._tower(), reducer))
+        present = _layers(self._projector_modules())
+        if wanted == present:
             return
         asked = f"reduction={reduction.to_dict() or 'none'} with mm_projector_type={self.config.mm_projector_type}"
         if keep:
+            own = ReductionConfig.of_model(self.config).to_dict() or "none"
             raise ValueError(
-                f"{asked} needs a projector of other weights than this checkpoint has: {_in_one_line(wanted)}, and it "
-                f"has {_in_one_line(present)}. Open it with the method that it was trained with "
-                "(reduction=None), or train a projector for this one"
+                f"{asked} needs another projector than this checkpoint has, which was trained with reduction={own}. "
+                f"Needed: {wanted}; there is: {present}. Keep its method of the site projector, or train a projector"
             )
         logger.warning("%s is new to this model: its projector starts anew", asked)
         self._set_projector(build_projector_modules(self.config, self._tower(), reducer))
@@ -595,8 +594,12 @@ class LlavaMetaForCausalLM:
             load_into(self.get_model(), trained, adapter, prefix="model.")
 
 
-def _in_one_line(modules: dict[str, nn.Module]) -> str:
-    return re.sub(r"\s+", " ", str(modules))
+def _layers(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The layers of each module with their widths: what they are, also where ZeRO-3 leaves empty tensors in them."""
+    return {
+        name: ", ".join(f"{key} {part}".strip() for key, part in module.named_modules() if not list(part.children()))
+        for name, module in modules.items()
+    }
 
 
 def _vision_settings(model_args: Any, config: Any) -> dict[str, Any]:

@@ -38,10 +38,10 @@ def add_projector_method(
     """
     if getattr(config, "mm_vision_tower", None) is None or getattr(config, "reduction", None) is not None:
         return
-    shapes = {name: tuple(weight.shape) for name, weight in (projector_weights or {}).items()}
-    if not any(_PART in name for name in shapes):
-        shapes = _shapes_in_checkpoint(path, cache_dir)
-    method = options_of_weights(shapes)
+    if any(_PART in name for name in projector_weights or {}):
+        method = method_of_weights(projector_weights or {})
+    else:
+        method = options_of_weights(_shapes_in_checkpoint(path, cache_dir))
     if method is not None:
         config.reduction = {**ReductionConfig.of_model(config).to_dict(), "projector": method}
         logger.info("the projector's weights are those of the released STF: reduction is %s", config.reduction)
@@ -54,6 +54,11 @@ def method_of_adapter(file: str | Path, weights: Mapping[str, Tensor]) -> dict[s
         reduction = json.loads(beside.read_text(encoding="utf-8")).get("reduction")
         if reduction is not None:
             return dict(ReductionConfig.parse(reduction).projector) or None
+    return method_of_weights(weights)
+
+
+def method_of_weights(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The method that a projector's weights show; see `options_of_weights`."""
     return options_of_weights({name: tuple(weight.shape) for name, weight in weights.items()})
 
 

@@ -9,7 +9,6 @@ width.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +143,7 @@ def options_of_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] 
     """Name and options of the released STF, if these are weights of it; its checkpoints do not name their method.
 
     Args:
-        shapes: by name, with or without "model." in front; those of other modules are not looked at.
+        shapes: by name, whatever stands in front of `mm_projector`; those of other modules are not looked at.
 
     Returns:
         The method as in a config; None where no hidden states are fused, so that the weights say nothing.
@@ -152,7 +151,7 @@ def options_of_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] 
     Raises:
         ValueError: the weights fuse hidden states, but otherwise than the release does.
     """
-    found = {k.removeprefix("model."): tuple(v) for k, v in shapes.items() if re.search(r"(^|\.)mm_projector", k)}
+    found = {k[k.index("mm_projector") :]: v for k, v in shapes.items() if "mm_projector" in k}
     if not any(name.startswith("mm_projector_crosslayer.") for name in found):
         return None
     try:
