@@ -10,6 +10,7 @@ import torch
 
 from llava.model.builder import load_pretrained_model
 from llava.reduction import available
+from llava.reduction.registry import method_class, site_of
 from llava.train.parsing import parse_args
 from llava.train.train import train
 from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
@@ -21,6 +22,9 @@ FLAGS = {
     "sequential": "{name: sequential, tokens: 4}",
     "spatial": "{name: spatial, rows: 2, columns: 2}",
     "random": "{name: random, ratio: 0.5}",
+    "stf": "{name: stf, mbtf: 1}",
+    "avgpool": "avgpool",
+    "token_concat": '{"projector": {"name": "token_concat", "kernel": 4}}',
 }
 
 
@@ -31,8 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return world
 
 
-def test_every_encoder_method_is_here() -> None:
-    assert sorted(FLAGS) == available()["encoder"]
+def test_every_method_is_here() -> None:
+    assert sorted(FLAGS) == sorted(available()["encoder"] + available()["projector"])
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -43,7 +47,7 @@ def test_lora_with_each_method(name: str, world: TinyWorld, tmp_path: Path) -> N
     patches = trainer.model.get_vision_tower().num_patches
     for entry in logs:
         assert 1 <= entry["visual_tokens_min"] <= entry["visual_tokens"] <= entry["visual_tokens_max"] <= patches + 1
-    assert json.loads((tmp_path / "config.json").read_text())["reduction"]["encoder"]["name"] == name
+    assert json.loads((tmp_path / "config.json").read_text())["reduction"][site_of(method_class(name))]["name"] == name
     _, model, *_ = load_pretrained_model(tmp_path, world.llm, device="cpu", dtype=torch.float32)
     pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     texts = {"texts": ["what color is it"]}

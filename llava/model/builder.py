@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
-from llava.model.weights import raise_for_keys, read_weights, strip_prefixes
+from llava.model.weights import raise_for_keys, read_json, read_weights, strip_prefixes
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -134,7 +133,7 @@ def _open(
             f"{folder} holds no checkpoint: expected one of {', '.join(_WEIGHTS)}, an adapter_config.json (LoRA) or a "
             f"{PROJECTOR_WEIGHTS} (projector only)"
         )
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if "text_config" in raw and "vision_config" in raw:
         from llava.model.hf_layout import open_hf_checkpoint
 
@@ -155,7 +154,7 @@ def _open_lora(
     folder: Path, model_base: str | os.PathLike | None, tower: str | None, merge: bool, kwargs: dict[str, Any]
 ) -> _Checkpoint:
     """A PEFT adapter and the weights that were trained beside it, on their base."""
-    adapter = _read_json(folder / "adapter_config.json")
+    adapter = read_json(folder / "adapter_config.json")
     base = model_base or adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
@@ -197,7 +196,7 @@ def _open_projector(
 ) -> _Checkpoint:
     """A pretrained projector on its language model."""
     config = folder / "config.json"
-    base = model_base or (_read_json(config).get("_name_or_path") if config.is_file() else None)
+    base = model_base or (read_json(config).get("_name_or_path") if config.is_file() else None)
     if not base:
         raise ValueError(f"{folder} holds a projector only; pass the language model as model_base=")
     model = _open_on_base(folder, base, tower, read_weights(folder / PROJECTOR_WEIGHTS), kwargs)
@@ -260,7 +259,7 @@ def _fill_embeddings(parameter: Tensor, value: Tensor, folder: Path) -> None:
 
 def _llava_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
     """The model class and configuration that config.json describes."""
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if model_type is None:
         raise ValueError(f"{folder / 'config.json'} has no model_type")
@@ -281,15 +280,6 @@ def local_folder(path: str | os.PathLike) -> Path:
         raise ValueError(
             f"{os.fspath(path)!r} is neither a folder nor a model of the hub that can be reached from here: {error}"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the checkpoint is incomplete")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
 
 
 def _tokenizer(*folders: str | os.PathLike) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import cached_file
 
-from llava.model.weights import read_shapes
+from llava.model.weights import read_json, read_shapes
 from llava.reduction.config import ReductionConfig
 from llava.reduction.projector.stf import options_of_weights
 
@@ -51,7 +50,7 @@ def method_of_adapter(file: str | Path, weights: Mapping[str, Tensor]) -> dict[s
     """The method of a `mm_projector.bin`: what the config.json beside it says, else what its weights show."""
     beside = Path(file).with_name("config.json")
     if beside.is_file():
-        reduction = json.loads(beside.read_text(encoding="utf-8")).get("reduction")
+        reduction = read_json(beside).get("reduction")
         if reduction is not None:
             return dict(ReductionConfig.parse(reduction).projector) or None
     return method_of_weights(weights)
@@ -67,7 +66,7 @@ def _shapes_in_checkpoint(path: str, cache_dir: str | None) -> dict[str, tuple[i
     for index in _INDICES:
         found = _find(path, index, cache_dir)
         if found is not None:
-            places = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"]
+            places = read_json(Path(found))["weight_map"]
             files = {file for name, file in places.items() if _PART in name}
             break
     else:

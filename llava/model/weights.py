@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,20 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         weights = torch.load(path, map_location="meta", weights_only=True)
         return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        ValueError: it is missing or no JSON; the place is named.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the checkpoint is incomplete")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
 
 
 @contextmanager
