@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, gelu
 
+from llava.model.convert import convert
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.reduction import ReductionConfig, VisionFeatures, available, build
 from llava.reduction.base import ProjectorReducer
@@ -19,7 +20,7 @@ from llava.reduction.projector.stf import evenly_spaced, options_of_weights
 from llava.train.checkpoint import part_of
 from tests.test_builder import answer, edit_config, llava_on, open_model, projector_folder, save
 from tests.test_convert import save_ours
-from tests.tiny_models import PINPOINTS, SIDE, tiny_model
+from tests.tiny_models import PINPOINTS, SIDE, prompt, tiny_model
 from tests.tiny_world import TinyWorld, make_tiny_world
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -182,7 +183,7 @@ def test_blocks() -> None:
     assert paper.blocks(24, 23) == (3, 6, 9, 12, 15, 18, 21, 24)
     assert release.blocks(24, 23) == (23, 21, 18, 15, 12, 9, 6, 3)
     assert release.blocks(24, 24) == (24, 21, 18, 15, 12, 9, 6, 3)
-    assert build("stf", mbtf=[5, 1, 24]).blocks(24, 23) == (5, 1, 24)
+    assert build("stf", mbtf=[5, 1, 24]).blocks(24, 23) == build("stf", mbtf=(5, 1, 24)).blocks(24, 23) == (5, 1, 24)
     assert build("stf", mbtf=1).blocks(24, 23) == (23,)
     for off in (None, False, "off"):
         assert build("stf", mbtf=off).blocks(24, 23) == ()
@@ -238,6 +239,17 @@ def test_what_does_not_suit_the_tower(reduction: dict[str, Any], message: str) -
         tiny_model(reduction=ReductionConfig.parse(reduction).to_dict())
 
 
+@pytest.mark.parametrize(
+    ("grid", "kernel", "fitting"),
+    [((24, 24), 5, "1, 2, 3, 4, 6, 8, 12, 24"), ((27, 27), 2, "1, 3, 9, 27"), ((4, 6), 4, "1, 2"), ((5, 7), 5, "1")],
+)
+def test_grids_that_the_kernel_does_not_divide(grid: tuple[int, int], kernel: int, fitting: str) -> None:
+    reducer, vision = build("avgpool", kernel=kernel), random_vision(grid, 6)
+    message = f"kernel={kernel} does not divide .* {grid[0]} x {grid[1]} patches; set kernel to one of {fitting}$"
+    with pytest.raises(ValueError, match=message):
+        reducer(vision, **modules_of(reducer, c=6))
+
+
 def test_channels_that_the_tokens_do_not_divide() -> None:
     with pytest.raises(ValueError, match="tokens_out=5 does not divide the 54 channels of a fused group"):
         modules_of(build("stf", variant="paper", kernel=3, tokens_out=5), c=6)
@@ -275,8 +287,8 @@ def test_the_tower_keeps_and_runs_no_more_than_what_is_read() -> None:
         assert tuple(vision.hidden_states) == blocks
         for block, state in vision.hidden_states.items():
             torch.testing.assert_close(state, expected[block][:, 1:])
-        torch.testing.assert_close(vision.features, expected[3][:, 1:])
-        assert ran == list(range(1, max(3, *blocks, 0) + 1))
+        torch.testing.assert_close(vision.features, expected[blocks[0] if blocks else 3][:, 1:])
+        assert ran == list(range(1, max(blocks or (3,)) + 1))
 
 
 def test_tokens_of_one_cell_stay_together_where_a_picture_is_unpadded() -> None:
@@ -301,6 +313,16 @@ def test_counts_of_unpadded_tiles(name: str) -> None:
     whole = side * side * per_cell
     image = torch.randn(5, 3, SIDE, SIDE)
     assert model.count_visual_tokens([image], [(100, 100)]) == [(16 + 64 + 8, whole + 4 * whole + 2 * side)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_batch_without_images_reaches_every_module(name: str) -> None:
+    model = tiny_model().train()
+    model.set_reduction(METHODS[name])
+    ids = prompt(5).unsqueeze(0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    weights = [p for n, p in model.named_parameters() if part_of(n) == "projector"]
+    assert all(p.grad is not None and not p.grad.any() for p in weights)
 
 
 def test_modules_are_named_as_in_the_release() -> None:
@@ -427,9 +449,16 @@ def test_weights_without_fused_blocks_are_not_judged() -> None:
         options_of_weights({"mm_projector_crosslayer.0.weight": (8, 8)})
 
 
-def test_hf_has_no_place_for_a_fused_projector(tmp_path: Path) -> None:
-    from llava.model.convert import convert
+def test_converting_within_llavas_layout_writes_the_method(world: TinyWorld, tmp_path: Path) -> None:
+    model = llava_on(world, reduction=RELEASED)
+    folder = save(model, world, tmp_path / "full")
+    edit_config(folder, reduction=None)
+    target = convert(folder, tmp_path / "again", "llava")
+    assert json.loads((target / "config.json").read_text())["reduction"] == {"projector": SHOWN}
+    torch.testing.assert_close(answer(open_model(target)), answer(model), rtol=0, atol=0)
 
+
+def test_hf_has_no_place_for_a_fused_projector(tmp_path: Path) -> None:
     source = save_ours(tmp_path / "stf", reduction={"projector": METHODS["stf-release"]})
     with pytest.raises(ValueError, match="llava-hf layouts can't express this model's reduction"):
         convert(source, tmp_path / "hf")

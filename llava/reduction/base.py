@@ -22,7 +22,7 @@ class VisionFeatures:
     Only `features` is always there. The rest is computed where the reducer names it in `needs`.
 
     Attributes:
-        features: [N, P, C], the selected hidden state without CLS.
+        features: [N, P, C], the selected hidden state without CLS; the first of `hidden_states`, if there are any.
         grid: (h, w), rows and columns of the patches.
         keys: [N, 1 + P, C], output of the last block's key projection, CLS first (no CLS row for a tower without it).
         queries: [N, 1 + P, C], the same for the queries; a reducer that needs `cls_query` reads row 0 only and

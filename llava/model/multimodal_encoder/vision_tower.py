@@ -208,7 +208,8 @@ class VisionTower(nn.Module):
         Args:
             pixels: [N, 3, H, W], normalised by the image processor.
             needs: names of further `VisionFeatures` to compute, as a reducer declares them.
-            blocks: those whose outputs become `hidden_states`, in this order.
+            blocks: those whose outputs become `hidden_states`, in this order. The first of them is then `features`
+                too, in place of the selected one, which nobody reads.
 
         Returns:
             Features in the dtype of the tower's weights.
@@ -223,7 +224,8 @@ class VisionTower(nn.Module):
         blocks = encoder.encoder.layers
         last = len(blocks) - 1
         attends = bool(needs & {"keys", "queries", "cls_query"})
-        wanted = {self.num_blocks, *read, *([last] if attends else [])}
+        selected = read[0] if read else self.num_blocks
+        wanted = {selected, *read, *([last] if attends else [])}
         hidden = encoder.embeddings(pixels)
         if hasattr(encoder, "pre_layrnorm"):  # CLIP has one, spelt so; SigLIP has none
             hidden = encoder.pre_layrnorm(hidden)
@@ -232,7 +234,7 @@ class VisionTower(nn.Module):
             hidden = blocks[i](hidden, None)
             if i + 1 in wanted:
                 states[i + 1] = hidden
-        result = VisionFeatures(self._select(states[self.num_blocks]), grid=self.grid)
+        result = VisionFeatures(self._select(states[selected]), grid=self.grid)
         result.hidden_states = {block: self._select(states[block]) for block in read}
         if attends:
             self.project_attention(blocks[last], states[last], needs, result)

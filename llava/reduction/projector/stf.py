@@ -9,7 +9,7 @@ width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,7 @@ class StfOptions(KernelOptions):
     """Options of `stf`."""
 
     tokens_out: int = 1  # tokens E that a group of k x k patches becomes
-    mbtf: int | list[int] | str | None = (
-        8  # number M of blocks to fuse, or their numbers from 1 on; null or "off": none
-    )
+    mbtf: int | Sequence[int] | str | None = 8  # how many blocks to fuse (M), or which, from 1 on; null or "off": none
     variant: str = "release"  # "release": what the authors' code computes; "paper": what their tables and text say
 
     def validate(self, method: str) -> None:
@@ -50,16 +48,16 @@ class StfOptions(KernelOptions):
 
     def _is_list_of_blocks(self) -> bool:
         blocks = self.mbtf
-        return (
-            isinstance(blocks, list) and bool(blocks) and all(map(is_count, blocks)) and len(set(blocks)) == len(blocks)
-        )
+        if not isinstance(blocks, list | tuple) or not blocks:
+            return False
+        return all(map(is_count, blocks)) and len(set(blocks)) == len(blocks)
 
     @property
     def num_blocks(self) -> int:
         """M, the number of blocks to fuse; 0 without MBTF."""
-        if self.mbtf in OFF:
-            return 0
-        return len(self.mbtf) if isinstance(self.mbtf, list) else int(self.mbtf)
+        if isinstance(self.mbtf, list | tuple):
+            return len(self.mbtf)
+        return int(self.mbtf) if isinstance(self.mbtf, int) else 0
 
 
 @register("stf")
@@ -84,7 +82,7 @@ class Stf(GroupingReducer):
     def blocks(self, depth: int, selected: int) -> tuple[int, ...]:
         """The blocks that MBTF fuses: those of the list, or M evenly spaced ones."""
         mbtf = self.options.mbtf
-        if isinstance(mbtf, list):
+        if isinstance(mbtf, list | tuple):
             blocks = tuple(mbtf)
         else:
             blocks = evenly_spaced(self.options.num_blocks, depth)
