@@ -130,6 +130,16 @@ WRONG = {
     "unknown optimizer": ({"optim": "adamx"}, r"--optim adamx: expected one of .*adamw_torch"),
     "unknown reducer": ({"reduction": "prunmerge"}, r"prunmerge.*prumerge"),
     "unknown reducer's option": ({"reduction": '{"name": "prumerge", "rato": 1}'}, r"no option 'rato'"),
+    "one flag of pyramiddrop": ({"layer_list": "[8]"}, r"--layer_list and --image_token_ratio_list go together"),
+    "pyramiddrop's lists": ({"layer_list": "[8]", "image_token_ratio_list": "[0.5,0.2]"}, r"lists of one length"),
+    "pyramiddrop's code": (
+        {"layer_list": "__import__('os').getcwd()", "image_token_ratio_list": "[0.5]"},
+        r"must be lists of one length",
+    ),
+    "two decoder methods": (
+        {"layer_list": "[8]", "image_token_ratio_list": "[0.5]", "reduction": "fastv"},
+        r"leave one out",
+    ),
     "bits without lora": ({"bits": 4}, r"--bits 4 or 8 .*--lora_enable"),
     "bits": ({"bits": 5}, r"--bits 5: expected one of 4, 8, 16"),
     "bits with zero3": ({"bits": 4, "lora_enable": True, "deepspeed": "scripts/zero3.json"}, r"ZeRO-3"),
@@ -251,6 +261,15 @@ def test_yaml_reduction_merges_options_but_not_methods(tmp_path: Path) -> None:
     assert load_config(base, ["reduction=prumerge"])[0] == ["--reduction=prumerge"]
     assert load_config(base, ["reduction=none"])[0] == ["--reduction=none"]
     assert load_config(base, ["reduction=null"])[0] == []
+
+
+def test_pyramiddrops_own_flags_are_a_reduction(world: TinyWorld, tmp_path: Path) -> None:
+    flags = {"layer_list": "[8,16,24]", "image_token_ratio_list": "[0.5,0.25,0.125]"}
+    decoder = {"name": "pyramiddrop", "layers": [8, 16, 24], "ratios": [0.5, 0.25, 0.125]}
+    alone = parse_args(world.flags(tmp_path, **flags)).model
+    assert json.loads(alone.reduction or "") == {"decoder": decoder}
+    joined = parse_args(world.flags(tmp_path, **flags, reduction="prumerge")).model
+    assert json.loads(joined.reduction or "") == {"encoder": {"name": "prumerge"}, "decoder": decoder}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+DROPS = {"pyramiddrop": "layers: [1], ratios: [0.25]", "fastv": "layer: 1, ratio: 0.75"}
+
+
 def settings_of(kind: str, world: TinyWorld, pretrained: Path, **changes: Any) -> dict[str, Any]:
     kinds = {
         "projector": {"tune_mm_mlp_adapter": True, "version": "plain", "data_path": world.captions},
@@ -129,6 +132,39 @@ def test_two_processes(kind: str, stage: int, way: str, world: TinyWorld, pretra
     assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in weight_files(alone, kind).items()}
     base = None if kind == "full" else world.llm
     assert not torch.allclose(logits(folder, base), logits(pretrained, world.llm), atol=1e-2)
+
+
+@pytest.mark.parametrize(("stage", "method"), [(2, "fastv"), (3, "pyramiddrop")])
+def test_dropping_inside_the_language_model(
+    stage: int, method: str, world: TinyWorld, pretrained: Path, tmp_path: Path
+) -> None:
+    """LoRA on adapted, gathered projections; under ZeRO-3 one of two processes sees text only, and none waits."""
+    reduction = f"{{name: {method}, {DROPS[method]}}}"
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(alternating_samples(world)))
+    settings = settings_of("lora", world, pretrained, reduction=reduction, data_path=data)
+    settings |= {
+        "per_device_train_batch_size": 1,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": True,
+    }
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    launch_script("lora", folder, stage, world, **settings)
+    train(parse_args(world.flags(alone, **{**settings, "per_device_train_batch_size": 2, "max_steps": 1})))
+    assert losses(folder)[0] == pytest.approx(losses(alone)[0], rel=0.02)
+    assert {n: w.shape for n, w in weight_files(folder, "lora").items()} == {
+        n: w.shape for n, w in weight_files(alone, "lora").items()
+    }
+    assert json.loads((folder / "config.json").read_text())["reduction"]["decoder"]["name"] == method
+    assert not torch.allclose(logits(folder, world.llm), logits(pretrained, world.llm), atol=1e-2)
+
+
+def alternating_samples(world: TinyWorld) -> list[dict[str, Any]]:
+    """With an image, without, with, without, ..."""
+    samples = json.loads(world.data.read_text())
+    with_image = [sample for sample in samples if "image" in sample]
+    without = [sample for sample in samples if "image" not in sample]
+    return [sample for i in range(4) for sample in (with_image[i % len(with_image)], without[i % len(without)])]
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("projector", 2), ("lora", 3)])

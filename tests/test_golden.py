@@ -99,6 +99,47 @@ def test_lora(golden: Path, name: str, reduction: str | None) -> None:
     assert logits.shape[1] == about.get("sequence_length", logits.shape[1])
 
 
+def use_pyramiddrop(model: Any, about: dict[str, Any]) -> None:
+    model.set_reduction({"name": "pyramiddrop", "layers": about["layers"], "ratios": about["ratios"]})
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_pyramiddrop(golden: Path, i: int) -> None:
+    case, about = read_case(golden, f"pdrop_{i}")
+    model = open_checkpoint(golden, "llava-v1.5-7b")
+    use_pyramiddrop(model, about)
+    logits = check_answer(model, case, images=pixels(golden, "pixels_pad")[i : i + 1])
+    assert logits.shape[1] == about["final_length"]
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_pyramiddrop_anyres(golden: Path, i: int) -> None:
+    case, about = read_case(golden, f"pdrop_next_{i}")
+    model = open_checkpoint(golden, "llava-v1.6-vicuna-7b")
+    use_pyramiddrop(model, about)
+    inputs = {"images": [pixels(golden, f"pixels_anyres_{i}")], "image_sizes": [about["image_size"]]}
+    logits = check_answer(model, case, **inputs)
+    assert logits.shape[1] == about["final_length"]
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_pyramiddrop_train(golden: Path, i: int) -> None:
+    case, about = read_case(golden, f"pdrop_train_{i}")
+    model = open_checkpoint(golden, "llava-v1.5-7b").train()
+    use_pyramiddrop(model, about)
+    (sample,) = about["samples"]
+    weights = {
+        "grad_mm_projector_0_weight": model.get_model().mm_projector[0].weight,
+        "grad_q_proj_7": model.get_model().layers[7].self_attn.q_proj.weight,
+    }
+    batch = {name: case[name] for name in ("input_ids", "attention_mask", "labels")}
+    loss = model(**batch, images=pixels(golden, "pixels_pad")[sample : sample + 1]).loss
+    gradients = torch.autograd.grad(loss, [weight.requires_grad_(True) for weight in weights.values()])
+    torch.testing.assert_close(loss.detach(), case["loss"][0], atol=1e-4, rtol=0)
+    for name, gradient in zip(weights, gradients, strict=True):
+        assert (gradient - case[name]).norm() <= 1e-3 * case[name].norm(), name
+
+
 @pytest.mark.parametrize("name", ["adaptive_0", "adaptive_1", "adaptive_2", "fixed_1_8", "fixed_1_4"])
 @pytest.mark.parametrize("method", ["prumerge", "prumerge_plus"])
 def test_prumerge_tokens(golden: Path, method: str, name: str) -> None:

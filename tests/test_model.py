@@ -27,6 +27,10 @@ REDUCTIONS = (
     {"name": "stf", "mbtf": 2, "kernel": 1},
     {"name": "avgpool", "kernel": 2},
     {"name": "token_concat", "kernel": 2},
+    {
+        "projector": {"name": "stf", "mbtf": 2, "tokens_out": 2},
+        "decoder": {"name": "pyramiddrop", "layers": [1], "ratios": [0.5]},
+    },
 )
 # Keeping everything, without merging.
 EVERYTHING = (

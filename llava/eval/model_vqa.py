@@ -26,6 +26,7 @@ from llava.data.preprocessing import build_prompt_ids
 from llava.eval.questions import Question, get_chunk, read_jsonl, read_questions
 from llava.mm_utils import get_model_name_from_path, load_image, process_images
 from llava.model.builder import load_pretrained_model
+from llava.reduction.config import join_pyramiddrop_flags
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-base", default=None, help="language model under a LoRA or projector-only folder")
     parser.add_argument("--vision-tower", default=None, help="folder in place of the config's mm_vision_tower")
     parser.add_argument("--reduction", default=None, help="method in place of the checkpoint's; none: all tokens")
+    parser.add_argument("--layer_list", default=None, help="as PyramidDrop's release has it, e.g. [8,16,24]")
+    parser.add_argument("--image_token_ratio_list", default=None, help="with --layer_list, e.g. [0.5,0.25,0.125]")
     parser.add_argument("--image-folder", default="")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)
@@ -268,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `evaluate`."""
     flags = vars(_parser().parse_args(argv))
     options = VqaOptions(**{name: flags.pop(name) for name in VqaOptions.__dataclass_fields__})
+    released = (flags.pop(name) for name in ("layer_list", "image_token_ratio_list"))
+    flags["reduction"] = join_pyramiddrop_flags(flags["reduction"], *released)
     evaluate(options=options, **flags)
 
 

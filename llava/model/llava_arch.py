@@ -1,7 +1,7 @@
 """What turns a language model into LLaVA: two mixins, for the inner model and for the model with its head.
 
-images -> vision tower -> [encoder reducer] -> projector [projector reducer] -> layout -> splice into the text
--> language model
+images -> vision tower -> [encoder reducer] -> projector, with a [projector reducer] in it -> layout -> splice into the
+text -> language model, with a [decoder reducer] between its layers
 
 Shapes: B samples, S tokens a row of ids, N images, T tiles of all images, P patches, M kept tokens a tile,
 K visual tokens of all images together, C vision width, D language-model width.
@@ -28,6 +28,7 @@ from llava.constants import (
 from llava.data.prompt_text import question_of_ids
 from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, size_pair
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
+from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_projector_modules
@@ -42,7 +43,7 @@ from llava.model.weights import (
     strip_prefixes,
     without_load_report,
 )
-from llava.reduction.base import ProjectorReducer, Reducer, VisionFeatures, VisualTokens
+from llava.reduction.base import DecoderReducer, ProjectorReducer, Reducer, VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class LlavaMetaModel:
     mm_projector_crosslayer: nn.Module | None
     encoder_reducer: nn.Module | None
     projector_reducer: ProjectorReducer | None
+    decoder_reducer: DecoderReducer | None
     config: Any
     embed_tokens: nn.Embedding
     named_parameters: Any
@@ -73,6 +75,7 @@ class LlavaMetaModel:
         self.encoder_reducer = None
         self.mm_projector_crosslayer = None
         self.projector_reducer = None
+        self.decoder_reducer = None
         if getattr(config, "mm_vision_tower", None):
             self._add_vision_modules()
             self.post_init()  # type: ignore[attr-defined]
@@ -88,6 +91,13 @@ class LlavaMetaModel:
         self._set_projector(build_projector_modules(config, self.vision_tower, self.projector_reducer))
         self._add_newline()
         self.encoder_reducer = reducer
+        self.decoder_reducer = self._build_decoder_reducer(reduction)
+
+    def _build_decoder_reducer(self, reduction: ReductionConfig) -> DecoderReducer | None:
+        reducer = cast("DecoderReducer | None", reduction.build("decoder"))
+        if reducer is not None:
+            reducer.drops(self.config.num_hidden_layers)  # raises for layers that are not there
+        return reducer
 
     def _set_projector(self, modules: dict[str, nn.Module]) -> None:
         self.mm_projector = modules["mm_projector"]
@@ -202,6 +212,7 @@ class LlavaMetaModel:
         reduction = ReductionConfig.parse(value)
         reducer = reduction.build("encoder")
         projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
+        decoder_reducer = self._build_decoder_reducer(reduction)
         if self.vision_tower is not None:
             self._fit_projector(projector_reducer, reduction, keep_projector)
         if reads_text(reducer) and self.vision_tower is not None and self.vision_tower.text_tower is None:
@@ -211,6 +222,7 @@ class LlavaMetaModel:
             self.vision_tower.load_weights(own)
         self.config.reduction = reduction.to_dict()
         self.encoder_reducer, self.projector_reducer = reducer, projector_reducer
+        self.decoder_reducer = decoder_reducer
 
     def _fit_projector(self, reducer: ProjectorReducer | None, reduction: ReductionConfig, keep: bool) -> None:
         """Start the projector anew where it is not of the layers that the method and the config ask for.
@@ -233,6 +245,17 @@ class LlavaMetaModel:
         logger.warning("%s is new to this model: its projector starts anew", asked)
         self._set_projector(build_projector_modules(self.config, self._tower(), reducer))
         self._to_language_model(*self._projector_modules().values())
+
+    def forward(self, *args: Any, past_key_values: Any = None, staged: StagedPass | None = None, **kwargs: Any) -> Any:
+        """The language model's own forward, or the staged one where a decoder reducer has something to do.
+
+        Args:
+            staged: what a decoder reducer needs to know of a batch that enters.
+            Others as for transformers' models.
+        """
+        if staged is None and not getattr(past_key_values, "stages", None):
+            return super().forward(*args, past_key_values=past_key_values, **kwargs)  # type: ignore[misc]
+        return forward_in_stages(self, *args, past_key_values=past_key_values, staged=staged, **kwargs)
 
     def encode_tiles(self, pixels: Tensor, text: Tensor | None = None) -> tuple[Tensor, VisualTokens]:
         """Tower, reducers and projector.
@@ -425,6 +448,7 @@ class LlavaMetaForCausalLM:
         images: Images = None,
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
+        image_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where labels are given.
@@ -439,10 +463,13 @@ class LlavaMetaForCausalLM:
             image_sizes: N pairs (width, height) in pixels, for anyres.
             texts: B texts for a reducer that reads them (trim). Without them the question is read off the prompt,
                 where the model was opened with its tokenizer.
+            image_index: [B, L] for `inputs_embeds` that hold images, as `splice_images` returns it; only a decoder
+                reducer reads it.
 
         Returns:
             transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
-            `config.tokenizer_padding_side` is, else on the right.
+            `config.tokenizer_padding_side` is, else on the right. With a decoder reducer, of the tokens that reach
+            the last layer.
 
         Raises:
             ValueError: markers and images do not match; the sample is named.
@@ -459,15 +486,31 @@ class LlavaMetaForCausalLM:
                 spliced.position_ids,
                 spliced.labels,
             )
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
+            image_index = spliced.image_index
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
             **kwargs,
-        )
+        }
+        if self.get_model().decoder_reducer is None or image_index is None or cached:
+            return super().forward(**inputs, labels=labels)  # type: ignore[misc]
+        return self._forward_staged(inputs, StagedPass(image_index, labels))
+
+    def _forward_staged(self, inputs: dict[str, Any], staged: StagedPass) -> Any:
+        """Forward through a decoder reducer: the loss is that of the labels whose tokens reach the end."""
+        as_tuple = inputs.pop("return_dict", None) is False
+        output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
+        if staged.labels is not None:
+            output.loss = self.loss_function(  # type: ignore[attr-defined]
+                logits=output.logits,
+                labels=staged.kept_labels(),
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=inputs.get("num_items_in_batch"),
+            )
+        return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
     def generate(
@@ -493,6 +536,10 @@ class LlavaMetaForCausalLM:
             return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         kwargs.pop("position_ids", None)  # they follow from the mask
         spliced = self.splice_images(inputs, attention_mask, None, images, image_sizes, texts, left=True)
+        if self.get_model().decoder_reducer is not None:
+            kwargs["image_index"] = spliced.image_index
+            if kwargs.get("use_cache") is not False and not kwargs.keys() & {"past_key_values", "cache_implementation"}:
+                kwargs["past_key_values"] = StagedCache(config=self.config)
         return super().generate(  # type: ignore[misc]
             inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
         )

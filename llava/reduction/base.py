@@ -179,5 +179,64 @@ class ProjectorReducer(Reducer, abc.ABC):
         """[N, P, C] patches in, [N, M, D] tokens out, through the modules of `build_modules`."""
 
 
+@dataclass(frozen=True)
+class Drop:
+    """One drop of image tokens inside the language model.
+
+    Attributes:
+        after: number of layers that have run before it, at least 1.
+        keep: int(V * keep) of the V tokens with which an image entered the language model stay, in [0, 1].
+        ranked_by: number (from 0) of the layer whose input and weights rank the tokens; `after` for the layer that
+            comes next, less for one that has run.
+    """
+
+    after: int
+    keep: float
+    ranked_by: int
+
+
+@dataclass
+class LayerInput:
+    """What ranks the tokens of B rows: the input of one layer of the language model.
+
+    Attributes:
+        layer: the layer; its modules may be called, and are then adapted (PEFT) and gathered (ZeRO-3) ones.
+        hidden: [B, L, D], what enters the layer.
+        position_embeddings: cosine and sine of the rotary embedding, [B or 1, L, head width] each.
+        mask: [B, L] bool, real tokens.
+        queries: [B, Q] int64, columns of the tokens whose attention counts: the one before each answer, or the last.
+        query_mask: [B, Q] bool, which of them are real.
+    """
+
+    layer: nn.Module
+    hidden: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    mask: Tensor
+    queries: Tensor
+    query_mask: Tensor
+
+
 class DecoderReducer(Reducer, abc.ABC):
-    """Drops image tokens between layers of the language model."""
+    """Drops image tokens between layers of the language model.
+
+    It says where, how many and by which score; `llava.model.language_model.staged` runs the layers.
+    """
+
+    renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; else tokens keep theirs
+
+    @property
+    def pool(self) -> str:
+        """Which tokens compete: those of one "image", or of all images of a "sample"."""
+        return "image"
+
+    @abc.abstractmethod
+    def drops(self, num_layers: int) -> list[Drop]:
+        """The drops in a language model of this many layers, in their order.
+
+        Raises:
+            ValueError: a drop does not lie between two layers.
+        """
+
+    @abc.abstractmethod
+    def score(self, given: LayerInput) -> Tensor:
+        """[B, L] float32: the higher a token's score, the longer it stays."""

@@ -91,12 +91,41 @@ class ReductionConfig:
         return build(method.pop("name"), **method) if method else None
 
 
+def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_ratio_list: str | None) -> Any:
+    """A reduction together with what PyramidDrop's release gives as two flags of its own.
+
+    Args:
+        reduction: whatever `ReductionConfig.parse` reads.
+        layer_list: e.g. "[8,16,24]"; read as data, never evaluated.
+        image_token_ratio_list: e.g. "[0.5,0.25,0.125]".
+
+    Returns:
+        `reduction` itself without the flags; with them a ReductionConfig.
+
+    Raises:
+        ValueError: one flag without the other, lists that do not fit, or a decoder method given twice.
+    """
+    if layer_list is None and image_token_ratio_list is None:
+        return reduction
+    if layer_list is None or image_token_ratio_list is None:
+        raise ValueError("--layer_list and --image_token_ratio_list go together; give both")
+    sites = ReductionConfig.parse(reduction).to_dict()
+    if "decoder" in sites:
+        raise ValueError(f"--layer_list asks for pyramiddrop, and --reduction for {sites['decoder']}; leave one out")
+    lists = {"layers": _load_yaml(layer_list), "ratios": _load_yaml(image_token_ratio_list)}
+    return ReductionConfig.parse({**sites, "decoder": {"name": "pyramiddrop", **lists}})
+
+
 def _parse_text(text: str) -> Any:
     text = text.strip()
     if text.lower() in ("", "none", "null"):
         return None
     if "{" not in text and ":" not in text:
         return {"name": text}
+    return _load_yaml(text)
+
+
+def _load_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)  # JSON is YAML
     except yaml.YAMLError as error:

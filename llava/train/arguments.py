@@ -24,6 +24,7 @@ from transformers.utils import is_torch_tf32_available
 from llava.conversation import get_template
 from llava.data.dataset import split_data_path
 from llava.reduction import ReductionConfig
+from llava.reduction.config import join_pyramiddrop_flags
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,10 @@ class ModelArguments:
     reduction: str | None = flag(
         None, "Visual-token reduction: a method's name, JSON or YAML, or none. Default: the checkpoint's own."
     )
+    layer_list: str | None = flag(None, "As PyramidDrop's release has it: drop after these layers, e.g. [8,16,24].")
+    image_token_ratio_list: str | None = flag(
+        None, "With --layer_list: the fractions of image tokens left then, e.g. [0.5,0.25,0.125]."
+    )
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
@@ -133,6 +138,10 @@ class ModelArguments:
         check_choice("mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
         check_choice("mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
         get_template(self.version)
+        self.reduction = join_pyramiddrop_flags(self.reduction, self.layer_list, self.image_token_ratio_list)
+        if isinstance(self.reduction, ReductionConfig):  # as one flag would have said it
+            self.reduction = json.dumps(self.reduction.to_dict())
+            self.layer_list = self.image_token_ratio_list = None
         ReductionConfig.parse(self.reduction)
 
 
