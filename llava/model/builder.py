@@ -17,17 +17,11 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
-from llava.model.weights import raise_for_keys, read_json, read_weights, strip_prefixes
+from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_weights, strip_prefixes
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 LLAVA_1_5 = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_layer": -2,
@@ -123,15 +117,15 @@ def _open(
     folder: Path, model_base: str | os.PathLike | None, tower: str | None, merge: bool, kwargs: dict[str, Any]
 ) -> _Checkpoint:
     """Tell the layout by the files and open it."""
-    has_weights = any((folder / name).is_file() for name in _WEIGHTS)
+    has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
     if (folder / "adapter_config.json").is_file():
         return _open_lora(folder, model_base, tower, merge, kwargs)
     if not has_weights and (folder / PROJECTOR_WEIGHTS).is_file():
         return _open_projector(folder, model_base, tower, kwargs)
     if not has_weights:
         raise ValueError(
-            f"{folder} holds no checkpoint: expected one of {', '.join(_WEIGHTS)}, an adapter_config.json (LoRA) or a "
-            f"{PROJECTOR_WEIGHTS} (projector only)"
+            f"{folder} holds no checkpoint: expected one of {', '.join(WEIGHT_FILES)}, an adapter_config.json (LoRA) "
+            f"or a {PROJECTOR_WEIGHTS} (projector only)"
         )
     raw = read_json(folder / "config.json")
     if "text_config" in raw and "vision_config" in raw:

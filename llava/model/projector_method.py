@@ -10,14 +10,12 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import cached_file
 
-from llava.model.weights import read_json, read_shapes
+from llava.model.weights import WEIGHT_FILES, read_json, read_shapes
 from llava.reduction.config import ReductionConfig
 from llava.reduction.projector.stf import options_of_weights
 
 logger = logging.getLogger(__name__)
 
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _PART = "mm_projector"
 
 
@@ -63,20 +61,23 @@ def method_of_weights(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 def _shapes_in_checkpoint(path: str, cache_dir: str | None) -> dict[str, tuple[int, ...]]:
     """Shapes of the projector's weights, from the heads of the files that hold them."""
-    for index in _INDICES:
-        found = _find(path, index, cache_dir)
-        if found is not None:
-            places = read_json(Path(found))["weight_map"]
-            files = {file for name, file in places.items() if _PART in name}
-            break
-    else:
-        files = {name for name in _SINGLE_FILES if _find(path, name, cache_dir)}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(files):
+    for name in _files_of_projector(path, cache_dir):
         file = _find(path, name, cache_dir)
         if file is not None:  # transformers reports shards that are missing
             shapes |= {k: v for k, v in read_shapes(file).items() if _PART in k}
     return shapes
+
+
+def _files_of_projector(path: str, cache_dir: str | None) -> list[str]:
+    """Names of the files that hold the projector, looked for in the order in which transformers reads them."""
+    for name in WEIGHT_FILES:
+        found = _find(path, name, cache_dir)
+        if found is not None and name.endswith(".index.json"):
+            return sorted({file for key, file in read_json(Path(found))["weight_map"].items() if _PART in key})
+        if found is not None:
+            return [name]
+    return []
 
 
 def _find(path: str, name: str, cache_dir: str | None) -> str | None:

@@ -17,6 +17,13 @@ from transformers.utils import logging as transformers_logging
 
 # Buffers that old releases of transformers saved and present ones compute.
 _OBSOLETE = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+# Where a checkpoint's weights may be; the first that is there is read.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 VISION_TOWER_PREFIX = "model.vision_tower."
 
 
