@@ -159,17 +159,19 @@ class LlavaMetaModel:
             self.load_projector(weights, adapter)
 
     def _reduction_of(self, model_args: Any, projector_weights: Mapping[str, Tensor]) -> ReductionConfig:
-        """What the run asks for; else the model's own, with the method of a projector that is about to be read."""
+        """What the run asks for, else the model's own; with the method of its projector, or of one about to be read."""
         given = getattr(model_args, "reduction", None)
-        if given is not None:
-            return ReductionConfig.parse(given)
         own = ReductionConfig.of_model(self.config)
+        reduction = own if given is None else ReductionConfig.parse(given)
+        if reduction.projector or (given is not None and not reduction):
+            return reduction
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        method = None if adapter is None else method_of_adapter(adapter, projector_weights)
-        if own.projector or method is None:
-            return own
-        logger.info("%s was trained with %s: the run takes that method", adapter, method)
-        return replace(own, projector=method)
+        method = own.projector or (None if adapter is None else method_of_adapter(adapter, projector_weights))
+        if not method:
+            return reduction
+        if not own.projector:
+            logger.info("%s was trained with %s: the run takes that method", adapter, method)
+        return replace(reduction, projector=method)
 
     def _change_vision_modules(self, changes: dict[str, Any]) -> None:
         config, tower = self.config, self._tower()
@@ -202,7 +204,8 @@ class LlavaMetaModel:
         """Reduce visual tokens with this method from now on, and keep it in the config.
 
         Args:
-            value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction.
+            value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction. Methods that leave the
+                site `projector` open keep this model's method there, whose weights are the projector's.
             keep_projector: refuse a method whose projector has other weights than this model's, in place of
                 starting it anew.
 
@@ -210,6 +213,8 @@ class LlavaMetaModel:
             ValueError: an unknown method or option, or one that does not suit the vision tower; or see above.
         """
         reduction = ReductionConfig.parse(value)
+        if reduction and not reduction.projector:
+            reduction = replace(reduction, projector=ReductionConfig.of_model(self.config).projector)
         reducer = reduction.build("encoder")
         projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
         decoder_reducer = self._build_decoder_reducer(reduction)
@@ -549,7 +554,7 @@ class LlavaMetaForCausalLM:
         spliced = self.splice_images(inputs, attention_mask, None, images, image_sizes, texts, left=True)
         if self.get_model().decoder_reducer is not None:
             kwargs["image_index"] = spliced.image_index
-            if kwargs.get("use_cache") is not False and not kwargs.keys() & {"past_key_values", "cache_implementation"}:
+            if not kwargs.keys() & {"past_key_values", "cache_implementation"}:
                 kwargs["past_key_values"] = StagedCache(config=self.config)
         return super().generate(  # type: ignore[misc]
             inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
