@@ -138,13 +138,23 @@ def test_a_new_run_forgets_what_an_old_one_skipped(world: TinyWorld, tmp_path: P
     assert not (tmp_path / "out" / "rejects.jsonl").exists()
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
     "reduction",
     ["prumerge", "{name: pyramiddrop, layers: [1], ratios: [0.5]}", "{name: fastv, layer: 1, ratio: 0.5}"],
 )
-def test_methods_take_a_batch_of_skipped_samples(reduction: str, world: TinyWorld, tmp_path: Path) -> None:
+def test_methods_take_a_batch_of_skipped_samples(
+    packing: bool, reduction: str, world: TinyWorld, tmp_path: Path
+) -> None:
     data = with_defects(world, tmp_path, {0: "missing", 1: "torn", 2: "tags"})
-    settings = {"max_steps": 2, "reduction": reduction, "lora_enable": True, "lora_r": 2, "tune_mm_mlp_adapter": None}
+    settings = {
+        "max_steps": 2,
+        "reduction": reduction,
+        "packing": packing,
+        "lora_enable": True,
+        "lora_r": 2,
+        "tune_mm_mlp_adapter": None,
+    }
     trainer = run(world, tmp_path / "out", data, **settings)
     assert losses(trainer)[0] == 0.0
     assert losses(trainer)[1] > 0

@@ -195,6 +195,12 @@ def test_a_data_file_that_cannot_be_read(world: TinyWorld, tmp_path: Path) -> No
     assert re.match(r"error: data: data file .*bad\.jsonl' is malformed JSON at line 1", lines[0])
 
 
+def test_a_global_batch_that_cannot_be(world: TinyWorld, tmp_path: Path) -> None:
+    code, lines = doctor(recipe(world, tmp_path), "global_batch_size=7", "num_gpus=2")
+    assert code == 1
+    assert lines[0].startswith("error: settings: --global_batch_size 7 is no multiple of 2 devices")
+
+
 def test_wrong_settings(world: TinyWorld, tmp_path: Path) -> None:
     code, lines = doctor(recipe(world, tmp_path), "lernin_rate=1")
     assert (code, len(lines)) == (1, 2)
@@ -311,6 +317,8 @@ def test_defects_of_models(
         {"reduction": "{name: spatial, rows: 2, columns: 3}", "mm_patch_merge_type": "spatial"},
         {"mm_patch_merge_type": "spatial_unpad"},
         {"reduction": "{name: random, tokens: 5}", "mm_patch_merge_type": "flat"},
+        {"reduction": "{name: avgpool, kernel: 2}"},
+        {"reduction": "{name: stf, kernel: 2, mbtf: [1, 2], tokens_out: 2}", "mm_patch_merge_type": "spatial_unpad"},
     ],
 )
 @pytest.mark.parametrize("ratio", ["pad", "anyres"])

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from llava.data.dataset import LazySupervisedDataset
-from llava.train.arguments import runs_on_cpu
+from llava.train.arguments import accumulation_steps, runs_on_cpu
 from llava.train.config import LaunchOptions, load_config
 from llava.train.data import load_dataset
 from llava.train.modeling import load_tokenizer, read_config
@@ -37,7 +37,13 @@ def examine(path: str | Path, overrides: list[str], device_gib: float | None = N
     report = Report()
     with report.catch("settings"):
         flags, options = load_config(path, overrides)
-        _examine_run(check_args(flags), options, device_gib, report)
+        arguments = check_args(flags)
+        training = arguments.training
+        if training.global_batch_size:
+            training.gradient_accumulation_steps = accumulation_steps(
+                training.global_batch_size, training.per_device_train_batch_size, processes_of(options)
+            )
+        _examine_run(arguments, options, device_gib, report)
     return report
 
 

@@ -14,6 +14,7 @@ import yaml
 from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.model.language_model.packed import PACKED_SDPA
 from llava.train.arguments import require_package
 from llava.train.checkpoint import atomic_folder, last_complete_checkpoint
 from llava.train.data import prepare_data, report_rejects
@@ -47,6 +48,8 @@ def train(arguments: Arguments) -> LLaVATrainer:
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)
+    if training.packing and training.attn_implementation == "sdpa":
+        training.attn_implementation = PACKED_SDPA
     config = read_config(arguments)
     tokenizer = load_tokenizer(arguments)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
@@ -58,7 +61,7 @@ def train(arguments: Arguments) -> LLaVATrainer:
         model=model,
         args=training,
         train_dataset=dataset,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=training.packing),
         processing_class=tokenizer,
     )
     write_run_config(arguments)

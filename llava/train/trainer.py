@@ -16,7 +16,7 @@ from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from llava.data.streaming import StreamingSupervisedDataset
-from llava.reduction.base import EncoderReducer
+from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
@@ -85,7 +85,7 @@ class LLaVATrainer(Trainer):
         self.add_callback(_OnScheduleCallback)
         self.kind = kind
         self._is_staging = False
-        reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer)]
+        reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

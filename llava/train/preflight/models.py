@@ -8,21 +8,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model import llava_class_for
-from llava.model.weights import raise_for_keys
+from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_shapes
 from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 from llava.reduction.selection import BudgetOptions
@@ -32,13 +29,6 @@ from llava.train.parsing import Arguments
 from llava.train.preflight.findings import NOTE, WARNING, Report
 
 SETTINGS = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Of a checkpoint, in the order in which transformers looks for them."""
 
 
 def build_without_weights(arguments: Arguments, config: Any) -> Any:
@@ -99,7 +89,7 @@ def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Re
     with report.catch("checkpoint"):
         wanted = {k: v for k, v in own.items() if _is_in_checkpoint(k, keeps_projector)}
         if compare_files(checkpoint, wanted, complete=True):
-            holds_tower = any("vision_tower." in name for name in read_shapes(checkpoint))
+            holds_tower = any("vision_tower." in name for name in checkpoint_shapes(checkpoint))
         else:
             report.add("checkpoint", "it is on the hub: its files were not looked at", NOTE)
     if holds_tower:
@@ -135,14 +125,14 @@ def compare_files(folder: Path, wanted: Mapping[str, tuple[int, ...]], complete:
     if not folder.is_dir():
         return False
     # Towers come as a whole CLIP or as its vision half, and older releases had one module more.
-    found = {name.removeprefix("vision_model."): shape for name, shape in read_shapes(folder).items()}
+    found = {name.removeprefix("vision_model."): shape for name, shape in checkpoint_shapes(folder).items()}
     wrong = [f"{k} {found[k]}, the model has {v}" for k, v in wanted.items() if k in found and found[k] != v]
     missing = [name for name in wanted if name not in found]
     raise_for_keys(folder, misshapen=wrong, missing=missing if complete or len(missing) == len(wanted) else None)
     return True
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights of a checkpoint, by name, read from the heads of its files.
 
     Raises:
@@ -152,24 +142,11 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if found is None:
         raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
-        return _shapes_of_file(found)
+        return read_shapes(found)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())):
-        shapes |= _shapes_of_file(folder / name)
+    for name in sorted(set(read_json(found)["weight_map"].values())):
+        shapes |= read_shapes(folder / name)
     return shapes
-
-
-def _shapes_of_file(path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}: the file does not exist; the checkpoint is incomplete")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        weights = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path} can't be read as a file of weights ({error}); copy or download it again") from error
-    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 # Visual tokens ---------------------------------------------------------------------------------------------------
