@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
-STATE_FILE = "trainer_state.json"
 WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
@@ -205,16 +204,6 @@ def _remove_stale_weights(folder: Path, written: set[str]) -> None:
     for path in folder.iterdir():
         if WEIGHTS_PATTERN.fullmatch(path.name) and path.name not in written:
             path.unlink()
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-STEP` of a run that was written to its end, or None."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / STATE_FILE).is_file():
-            found.append((int(step), str(path)))
-    return max(found)[1] if found else None
 
 
 def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:

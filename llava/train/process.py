@@ -13,6 +13,14 @@ from typing import NoReturn
 import torch
 import torch.distributed
 
+from llava.train.checkpoint_folders import CannotWriteError
+from llava.train.stop import RunStoppedError
+
+# How a training process ends; the values of the last two are those of sysexits.h.
+EXIT_MISTAKE = 2  # flags, data or checkpoints do not fit
+EXIT_CANNOT_WRITE = os.EX_IOERR  # 74: the disk is full, or a folder can't be written to
+EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, with a checkpoint; the same command goes on from there
+
 # Said by libraries about one another at every run, and nothing a user can mend.
 NOISE = (
     ".*is_gradient_checkpointing. is deprecated.*",
@@ -64,20 +72,24 @@ def leave(code: int) -> NoReturn:
 
 
 def run_and_report(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run `main`; a ValueError, which says what to mend, becomes one line of log in place of a traceback.
+    """Run `main`; what the user can mend becomes one line of log in place of a traceback.
 
     Args:
         main: the program.
         argv: its arguments; with LLAVA_DEBUG set in the environment the traceback is shown.
 
     Returns:
-        The exit code: 0, or 2 for a ValueError.
+        The exit code: 0, or one of those above.
     """
+    logger = logging.getLogger("llava")
     try:
         main(argv)
-    except ValueError as error:
+    except RunStoppedError as stop:
+        logger.warning("%s", stop)
+        return EXIT_STOPPED
+    except (ValueError, CannotWriteError) as error:
         if os.environ.get("LLAVA_DEBUG"):
             raise
-        logging.getLogger("llava").error("%s (LLAVA_DEBUG=1 shows where)", error)
-        return 2
+        logger.error("%s (LLAVA_DEBUG=1 shows where)", error)
+        return EXIT_CANNOT_WRITE if isinstance(error, CannotWriteError) else EXIT_MISTAKE
     return 0

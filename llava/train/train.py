@@ -18,7 +18,8 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.model.multimodal_encoder.processor import load_image_processor
 from llava.reduction.config import ReductionConfig
 from llava.train.arguments import require_package
-from llava.train.checkpoint import atomic_folder, last_complete_checkpoint
+from llava.train.checkpoint import atomic_folder
+from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
@@ -43,7 +44,11 @@ def main(argv: list[str]) -> None:
 
 
 def train(arguments: Arguments) -> LLaVATrainer:
-    """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint."""
+    """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Raises:
+        RunStoppedError: a signal ended it before its last step.
+    """
     training = arguments.training
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
@@ -62,6 +67,7 @@ def train(arguments: Arguments) -> LLaVATrainer:
     )
     write_run_config(arguments)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
+    trainer.raise_if_stopped()
     trainer.save_state()
     trainer.save_model()
     return trainer
@@ -113,8 +119,21 @@ def log_trainable(model: Any) -> None:
 
 
 def checkpoint_to_resume(training: Any) -> str | None:
-    """The checkpoint that is asked for, else the last complete one in `output_dir`, else None."""
-    checkpoint = training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
+    """The checkpoint that is asked for, else the last whole one in `output_dir`, else None.
+
+    Raises:
+        ValueError: the one that is asked for is not there or not whole.
+    """
+    asked = training.resume_from_checkpoint
+    if asked and asked.lower() != "true":
+        flaw = flaw_of(Path(asked)) if Path(asked).is_dir() else "no such folder"
+        if flaw:
+            raise ValueError(
+                f"--resume_from_checkpoint {asked}: {flaw}; leave the flag out to go on from the last whole one"
+            )
+        checkpoint: str | None = asked
+    else:
+        checkpoint = last_complete_checkpoint(training.output_dir)
     if checkpoint:
         logger.info("resuming from %s", checkpoint)
     return checkpoint
