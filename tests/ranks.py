@@ -172,6 +172,7 @@ def _rank(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    multiprocessing.set_start_method("fork", force=True)  # for data loading, as where a launcher starts the ranks
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
     from llava.train.process import leave, run_and_report
     from llava.train.train import main

@@ -85,7 +85,7 @@ def test_how_a_run_is_launched() -> None:
     python = sys.executable
     assert launch_command(["--bf16=True"], LaunchOptions(num_gpus=1)) is None
     with_torchrun = launch_command(["--bf16=True"], LaunchOptions(num_gpus=2, master_port=1234))
-    torchrun = [python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "1234"]
+    torchrun = [python, "-m", "llava.train.torchrun", "--nproc_per_node", "2", "--master_port", "1234"]
     assert with_torchrun == [*torchrun, str(ENTRY), "--bf16=True"]
     flags = ["--deepspeed=scripts/zero2.json"]
     one = launch_command(flags, LaunchOptions(num_gpus=1))

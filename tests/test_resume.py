@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints, write_file_list
@@ -218,51 +218,45 @@ def test_which_checkpoint_is_resumed(tmp_path: Path) -> None:
             checkpoint_to_resume(arguments)
 
 
-def full_disk(rank: int, step: int, writer: str) -> None:
-    """Trap: from `step` on, files in a checkpoint can't be written."""
-    import safetensors.torch
-    from transformers import modeling_utils
-
+def full_disk(rank: int, step: int, what: str) -> None:
+    """Trap: checkpoint-`step` can't be written: its weights, its optimizer, or its last file."""
     from llava.train.trainer import LLaVATrainer
 
-    if writer == "torch":
-        whole = torch.save
+    methods = {"weights": "save_model", "optimizer": "_save_optimizer_and_scheduler", "state": "_save_pending_loss"}
+    whole = getattr(LLaVATrainer, methods[what])
 
-        def save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-            if f"checkpoint-{step}/" in str(file):
-                with open("/dev/full", "wb") as full:
-                    whole(value, full)
-            whole(value, file, *args, **kwargs)
+    def save(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step != step:
+            whole(self, *args, **kwargs)
+        elif what == "state":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:  # the system refuses to write longer files than the log has become
+            size, (_, hard) = os.fstat(1).st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, hard))
+            try:
+                whole(self, *args, **kwargs)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        torch.save = save
-    elif writer == "safetensors":
-        write = safetensors.torch.save_file
-
-        def save_file(tensors: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-            write(tensors, "/dev/full" if f"checkpoint-{step}/" in str(file) else file, *args, **kwargs)
-
-        modeling_utils.safe_save_file = save_file
-    else:
-        state = LLaVATrainer._save_pending_loss
-
-        def save_state(self: Any, folder: Path) -> None:
-            if folder.name == f"checkpoint-{step}":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "pending_loss.json"))
-            state(self, folder)
-
-        LLaVATrainer._save_pending_loss = save_state  # type: ignore[method-assign]
+    setattr(LLaVATrainer, methods[what], save)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "stage", "writer"),
-    [("full", 0, "safetensors"), ("projector", 0, "torch"), ("projector", 2, "torch"), ("projector", 0, "json")],
+    ("kind", "stage", "what"),
+    [
+        ("full", 0, "weights"),
+        ("lora", 0, "weights"),
+        ("full", 0, "optimizer"),
+        ("projector", 2, "optimizer"),
+        ("projector", 0, "state"),
+    ],
 )
-def test_a_full_disk(kind: str, stage: int, writer: str, world: TinyWorld, tmp_path: Path) -> None:
+def test_a_full_disk(kind: str, stage: int, what: str, world: TinyWorld, tmp_path: Path) -> None:
     """One line says what could not be written and what is left; with space, the same command ends the run."""
     ranks, folder = 2 if stage else 1, tmp_path / "run"
     flags = flags_of(kind, stage, world, folder, save_total_limit=2)
-    run = Ranks(flags, ranks, log=tmp_path / "log", before=full_disk, arguments=(4, writer))
+    run = Ranks(flags, ranks, log=tmp_path / "log", before=full_disk, arguments=(4, what))
     assert 74 in run.join(), run.printed()[-3000:]
     printed = run.printed()
     assert f"{folder}/checkpoint-4 could not be written: " in printed

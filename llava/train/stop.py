@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import logging
+import multiprocessing.util
 import signal
 import threading
 from collections.abc import Iterator
@@ -96,3 +98,11 @@ def ignore_signals(worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # after multiprocessing's own handler, and so called before it
+def _end_workers() -> None:
+    """multiprocessing ends processes by SIGTERM and waits for them: for those that ignore it, without end."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,8 @@ class LLaVATrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = output_dir or self.args.output_dir
-        with write_errors_named(Path(folder), self.args.output_dir):
+        # A checkpoint's errors are named where it is written, by the name that it will have.
+        with nullcontext() if self._is_staging else write_errors_named(Path(folder), self.args.output_dir):
             save_run(self.model, self.kind, folder, writer=self.args.should_save, tokenizer=self.processing_class)
         if not self._is_staging:
             logger.info("wrote %s", folder)
