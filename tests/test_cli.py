@@ -76,7 +76,7 @@ def test_an_error_is_one_line(world: TinyWorld, tmp_path: Path) -> None:
 def test_a_wrong_key_is_found_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("lernin_rate: 1\n")
-    monkeypatch.setattr(launch.subprocess, "run", lambda *args, **kwargs: pytest.fail("started"))
+    monkeypatch.setattr(launch, "supervise", lambda *args, **kwargs: pytest.fail("started"))
     with pytest.raises(ValueError, match="did you mean learning_rate"):
         launch.train_from_config(str(file), [])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import signal
@@ -17,19 +16,13 @@ from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, re
 from llava.train.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
 from tests.ranks import Ranks, kill_in_step, kill_while_writing, slow_steps, train_in_ranks, zero_flags
+from tests.results import KINDS, check_folder, check_losses, losses, make_projector
 from tests.tiny_world import TinyWorld, make_tiny_world
 
-KINDS: dict[str, dict[str, Any]] = {
+EXTRAS: dict[str, dict[str, Any]] = {
     "full": {"group_by_modality_length": True, "mm_projector_lr": 5e-3},
-    "lora": {
-        "lora_enable": True,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.1,
-        "unfreeze_mm_vision_tower": True,
-        "mm_vision_tower_lr": 1e-3,
-    },
-    "projector": {"tune_mm_mlp_adapter": True, "version": "plain"},
+    "lora": {"lora_dropout": 0.1, "weight_decay": 0.0},
+    "projector": {},
 }
 STEPS = 5
 
@@ -55,12 +48,12 @@ def flags_of(kind: str, stage: int, world: TinyWorld, folder: Path, **settings: 
         "learning_rate": 5e-3,
         "data_path": world.captions if kind == "projector" else world.data,
     }
-    return world.flags(folder, **{**common, **KINDS[kind], **zero_flags(stage), **settings})
+    return world.flags(folder, **{**common, **KINDS[kind], **EXTRAS[kind], **zero_flags(stage), **settings})
 
 
-def losses(folder: Path) -> dict[int, float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+@pytest.fixture(scope="module")
+def projector(world: TinyWorld) -> Path:
+    return make_projector(world)
 
 
 @pytest.mark.slow
@@ -79,21 +72,31 @@ def losses(folder: Path) -> dict[int, float]:
     ],
 )
 def test_sigkill(
-    kind: str, stage: int, trap: Any, number: int, goes_on_from: int | None, world: TinyWorld, tmp_path: Path
+    kind: str,
+    stage: int,
+    trap: Any,
+    number: int,
+    goes_on_from: int | None,
+    world: TinyWorld,
+    projector: Path,
+    tmp_path: Path,
 ) -> None:
     """Started again after SIGKILL, it goes on from the last whole checkpoint; its losses are the whole run's."""
     ranks = 2 if stage else 1
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_in_ranks(flags_of(kind, stage, world, whole), ranks, tmp_path / "whole.log")
-    flags = flags_of(kind, stage, world, parts)
+    begin = {"pretrain_mm_mlp_adapter": projector / "mm_projector.bin"}
+    train_in_ranks(flags_of(kind, stage, world, whole, **begin), ranks, tmp_path / "whole.log")
+    flags = flags_of(kind, stage, world, parts, **begin)
     victim = ranks - 1 if trap is kill_in_step else 0
     codes = Ranks(flags, ranks, log=tmp_path / "killed.log", before=trap, arguments=(victim, number)).join()
     assert codes[victim] == -9
     train_in_ranks(flags, ranks, tmp_path / "parts.log")
     log = (tmp_path / "parts.log").read_text()
     assert (f"resuming from {parts}/checkpoint-{goes_on_from}" in log) == (goes_on_from is not None)
+    check_losses(whole, STEPS)
     assert losses(parts) == losses(whole)
-    assert len(losses(whole)) == STEPS
+    for folder in (whole / "checkpoint-4", parts / "checkpoint-4", parts):
+        check_folder(folder, kind, world, projector)
     assert not (parts / ".incomplete").exists()
 
 
