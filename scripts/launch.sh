@@ -5,6 +5,8 @@
 #   NUM_GPUS      processes on this machine (default: one for each GPU; one on a machine without)
 #   HOSTFILE      DeepSpeed's list of machines, for more than one
 #   MASTER_PORT   port at which the processes meet, where another run uses 29500
+#   METHOD        a folder of configs/ (prumerge, trim, stf, ...): its recipe for this stage
+#   REDUCTION     a method's name, or JSON such as {"encoder": {"name": "prumerge", "ratio": 0.25}}
 
 LLAVA_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ -z "${VIRTUAL_ENV:-}" && ! -x "${CONDA_PREFIX:-}/bin/deepspeed" && -f "$LLAVA_ROOT/.venv/bin/activate" ]]; then
@@ -29,7 +31,28 @@ if [[ -n "${NUM_GPUS:-}" ]]; then LAUNCHER+=(--num_gpus "$NUM_GPUS"); fi
 if [[ -n "${HOSTFILE:-}" ]]; then LAUNCHER+=(--hostfile "$HOSTFILE"); fi
 if [[ -n "${MASTER_PORT:-}" ]]; then LAUNCHER+=(--master_port "$MASTER_PORT"); fi
 
-# A method of visual-token reduction: a name, or JSON such as {"encoder": {"name": "prumerge", "ratio": 0.25}}.
-REDUCTION="${REDUCTION:-${METHOD:-}}"
-REDUCTION_FLAG=(--reduction "$REDUCTION")
-if [[ -z "$REDUCTION" ]]; then REDUCTION_FLAG=(); fi
+# What the caller's variables say, as flags. They come behind the script's own flags and those of METHOD.
+GIVEN_FLAGS=()
+for pair in MODEL:model_name_or_path VISION_TOWER:vision_tower DATA_PATH:data_path IMAGE_FOLDER:image_folder \
+    PRETRAIN_MM_MLP_ADAPTER:pretrain_mm_mlp_adapter OUTPUT_DIR:output_dir DEEPSPEED_CONFIG:deepspeed \
+    REDUCTION:reduction; do
+    variable="${pair%%:*}"
+    if [[ -n "${!variable:-}" && "${SCRIPT_IGNORES:-}" != *"$variable"* ]]; then
+        GIVEN_FLAGS+=("--${pair#*:}" "${!variable}")
+    fi
+done
+
+# METHOD names a folder of configs/ with a file for this stage, whose own settings replace the script's; a method
+# without such a recipe is taken as it is, on the script's settings. RECIPES is the ending of such folders for scripts
+# of another model than LLaVA-1.5.
+METHOD_FLAGS=()
+if [[ -n "${METHOD:-}" ]]; then
+    recipe="$LLAVA_ROOT/configs/$METHOD${RECIPES:-}/$(basename "$0" .sh).yaml"
+    if [[ -f "$recipe" ]]; then
+        flags="$(python -m llava.train.config "$recipe")"
+        while IFS= read -r flag; do METHOD_FLAGS+=("$flag"); done <<<"$flags"
+    else
+        echo "no $recipe: --reduction $METHOD on this script's own settings" >&2
+        METHOD_FLAGS=(--reduction "$METHOD")
+    fi
+fi

@@ -24,7 +24,7 @@ OUTPUT=outputs/quickstart
 export IMAGE_FOLDER="$DATA/images"
 # For every stage. The toy's pictures are not square; its models need neither 16-bit types nor checkpointing.
 flags=(--image_aspect_ratio pad --gradient_checkpointing False --dataloader_num_workers 0 --save_strategy no
-    --per_device_train_batch_size 16)
+    --per_device_train_batch_size 16 --global_batch_size 0)
 if ! nvidia-smi -L >/dev/null 2>&1; then
     export DS_ACCELERATOR=cpu
     cores="$(getconf _NPROCESSORS_ONLN)"

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from llava.train import arguments as arguments_module
+from llava.train.arguments import accumulation_steps
 from llava.train.config import load_config
 from llava.train.legacy import LEGACY_FLAGS, translate_legacy
 from llava.train.parsing import check_args, flag_names, parse_args, resolved, to_flags
@@ -47,26 +48,80 @@ def script_flags(script: str, folder: Path, extra: list[str], **environment: str
     return json.loads(written.read_text())
 
 
-@pytest.mark.parametrize("stage", CONFIGS)
-def test_script_and_yaml_give_the_same_run(stage: str, world: TinyWorld, tmp_path: Path) -> None:
+def recipes() -> list[Any]:
+    """Every recipe that has a script: (script, METHOD, YAML file)."""
+    found = []
+    for file in sorted((ROOT / "configs").glob("*/*.yaml")):
+        folder = file.parent.name
+        version = "v1_6" if folder.endswith("_next") else "v1_5"
+        script = ROOT / "scripts" / version / f"{file.stem}.sh"
+        if script.is_file() and not folder.endswith("_13b"):
+            method = "" if folder.startswith("llava_") else folder.removesuffix("_next")
+            found.append(pytest.param(str(script), method, file, id=f"{folder}-{file.stem}"))
+    return found
+
+
+@pytest.mark.parametrize(("script", "method", "file"), recipes())
+def test_script_and_yaml_give_the_same_run(
+    script: str, method: str, file: Path, world: TinyWorld, tmp_path: Path
+) -> None:
     adapter = tmp_path / "mm_projector.bin"
     torch.save({}, adapter)
     paths = {"MODEL": world.llm, "VISION_TOWER": world.clip, "DATA_PATH": world.data}
-    paths |= {"IMAGE_FOLDER": world.images, "OUTPUT_DIR": tmp_path / "out", "PRETRAIN_MM_MLP_ADAPTER": adapter}
+    paths |= {"IMAGE_FOLDER": world.images, "PRETRAIN_MM_MLP_ADAPTER": adapter}
     environment = {name: str(path) for name, path in paths.items()}
-    script = f"scripts/v1_5/{stage}.sh"
-    argv = script_flags(script, tmp_path, ["--max_steps", "7", "--seed=3"], NUM_GPUS="2", **environment)
+    argv = script_flags(script, tmp_path, ["--max_steps", "7", "--seed=3"], NUM_GPUS="2", METHOD=method, **environment)
     assert argv[:3] == ["--num_gpus", "2", str(ROOT / "llava/train/train_mem.py")]
     names = {"MODEL": "model_name_or_path"}
     overrides = [f"{names.get(k, k.lower())}={v}" for k, v in environment.items()]
-    if stage == "pretrain":
+    if file.stem == "pretrain":
         overrides = [text for text in overrides if not text.startswith("pretrain_mm")]
-    flags, options = load_config(ROOT / "configs" / CONFIGS[stage], [*overrides, "max_steps=7", "seed=3", "num_gpus=2"])
+    flags, options = load_config(file, [*overrides, "max_steps=7", "seed=3", "num_gpus=2"])
     assert options.num_gpus == 2
     by_script, by_yaml = (settings_without_deepspeed(f) for f in (argv[3:], flags))
     assert by_script == by_yaml
+    assert bool(by_yaml["reduction"]) == bool(method)
     config = re.compile(r"--deepspeed[= ]\S*(zero\d\.json)")
-    assert config.search(" ".join(argv)).group(1) == config.search(" ".join(flags)).group(1)  # type: ignore[union-attr]
+    assert config.findall(" ".join(argv))[-1] == config.search(" ".join(flags)).group(1)  # type: ignore[union-attr]
+
+
+def test_what_the_caller_says_comes_before_the_recipe(world: TinyWorld, tmp_path: Path) -> None:
+    environment = {"METHOD": "trim", "OUTPUT_DIR": "mine", "REDUCTION": "{name: trim, ratio: 0.05}"}
+    argv = script_flags("scripts/v1_5/finetune.sh", tmp_path, ["--output_dir", "last"], **environment)
+    outputs = [argv[i + 1] for i, word in enumerate(argv) if word == "--output_dir"]
+    assert outputs[-2:] == ["mine", "last"]
+    reductions = [argv[i + 1] for i, word in enumerate(argv) if word == "--reduction"]
+    assert reductions == ["{name: trim, ratio: 0.05}"]
+    assert any(word.startswith("--reduction=") and "conversation" in word for word in argv)
+    without_recipe = script_flags("scripts/v1_5/finetune.sh", tmp_path, [], METHOD="random")
+    assert without_recipe[-2:] == ["--reduction", "random"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_device", "processes", "steps"), [(128, 16, 8, 1), (128, 16, 2, 4), (128, 2, 64, 1), (6, 3, 1, 2)]
+)
+def test_the_global_batch_stays_the_same(batch: int, per_device: int, processes: int, steps: int) -> None:
+    assert accumulation_steps(batch, per_device, processes) == steps
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_device", "processes", "advice"),
+    [
+        (128, 16, 16, "with --per_device_train_batch_size 8 it is"),
+        (128, 16, 6, "choose a multiple of 6"),
+        (128, 3, 8, "with --per_device_train_batch_size 2 it is"),
+        (-1, 2, 2, "is no multiple"),
+    ],
+)
+def test_a_global_batch_that_the_devices_cannot_share(batch: int, per_device: int, processes: int, advice: str) -> None:
+    with pytest.raises(ValueError, match=advice):
+        accumulation_steps(batch, per_device, processes)
+
+
+def test_the_global_batch_of_a_run(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_args(world.flags(tmp_path, global_batch_size=8)).training.gradient_accumulation_steps == 4
+    with pytest.raises(ValueError, match="derives --gradient_accumulation_steps"):
+        parse_args(world.flags(tmp_path, global_batch_size=8, gradient_accumulation_steps=2))
 
 
 def settings_without_deepspeed(flags: list[str]) -> dict[str, Any]:
@@ -89,8 +144,9 @@ def test_the_published_hyperparameters() -> None:
         assert values["model_max_length"] == "2048"
     rates = {stage: float(values["learning_rate"]) for stage, values in flags.items()}
     assert rates == {"pretrain": 1e-3, "finetune": 2e-5, "finetune_lora": 2e-4}
-    batches = {stage: 8 * int(values["per_device_train_batch_size"]) for stage, values in flags.items()}
+    batches = {stage: int(values["global_batch_size"]) for stage, values in flags.items()}
     assert batches == {"pretrain": 256, "finetune": 128, "finetune_lora": 128}
+    assert batches == {stage: 8 * int(values["per_device_train_batch_size"]) for stage, values in flags.items()}
     lora = flags["finetune_lora"]
     assert (lora["lora_r"], lora["lora_alpha"], float(lora["mm_projector_lr"])) == ("128", "256", 2e-5)
 

@@ -66,6 +66,7 @@ def settings_of(kind: str, world: TinyWorld, pretrained: Path, **changes: Any) -
 def launch_script(kind: str, folder: Path, stage: int, world: TinyWorld, **settings: Any) -> None:
     """By the shell script, with flags that override its own."""
     config = str(ROOT / f"scripts/zero{stage}.json")
+    settings.setdefault("global_batch_size", 0)
     command = ["bash", f"scripts/v1_5/{SCRIPTS[kind]}", *world.flags(folder, **settings)]
     check(command, DEEPSPEED_CONFIG=config, NUM_GPUS="2", MASTER_PORT=str(free_port()))
 
@@ -147,6 +148,7 @@ def test_dropping_inside_the_language_model(
         "per_device_train_batch_size": 1,
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": True,
+        "packing": method == "fastv",
     }
     folder, alone = tmp_path / "run", tmp_path / "alone"
     launch_script("lora", folder, stage, world, **settings)
@@ -174,3 +176,30 @@ def test_an_error_in_one_line(world: TinyWorld, pretrained: Path, tmp_path: Path
     assert result.returncode == 2
     assert "unknown conversation template 'nosuch'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_both_stages_of_a_fused_projector(world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
+    """The projector learns, then it and the language model; a result whose config names no method is gone on from."""
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    new = {"pretrain_mm_mlp_adapter": None, "reduction": "{name: stf, mbtf: 1}"}
+    launch_script("projector", first, 3, world, **settings_of("projector", world, pretrained, **new))
+    projector = weight_files(first, "projector")
+    assert {name.split(".")[1] for name in projector} == {"mm_projector", "mm_projector_crosslayer"}
+
+    settings = settings_of("full", world, pretrained, pretrain_mm_mlp_adapter=first / "mm_projector.bin")
+    launch_script("full", second, 2, world, **settings)
+    learned, start = weight_files(second, "full"), load_file(world.llm / "model.safetensors")
+    assert not any(torch.equal(learned[name], weight) for name, weight in projector.items())
+    assert not torch.equal(learned["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])
+    tower = {f"model.vision_tower.vision_tower.{k}": v for k, v in load_file(world.clip / "model.safetensors").items()}
+    kept = {name: weight for name, weight in learned.items() if "vision_tower" in name}
+    assert kept
+    assert all(torch.equal(weight, tower[name].to(weight.dtype)) for name, weight in kept.items())
+
+    config = json.loads((second / "config.json").read_text())
+    assert config.pop("reduction") == {"projector": {"mbtf": 1, "name": "stf"}}
+    (second / "config.json").write_text(json.dumps(config))
+    settings |= {"model_name_or_path": second, "pretrain_mm_mlp_adapter": None, "learning_rate": 0.0, "max_steps": 1}
+    launch_yaml(third, 3, world, **settings)
+    assert json.loads((third / "config.json").read_text())["reduction"]["projector"]["name"] == "stf"
+    assert all(torch.equal(weight, learned[name]) for name, weight in weight_files(third, "full").items())

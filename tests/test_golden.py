@@ -159,8 +159,47 @@ def test_prumerge_batches_images_of_different_counts(golden: Path, method: str) 
         torch.testing.assert_close(tokens.features[i][tokens.mask[i]], case["output"][0], atol=1e-4, rtol=0)
 
 
-def test_projector_folder_opens_on_its_base(golden: Path) -> None:
-    model = open_checkpoint(golden, "llava-v1.5-7b-pretrain", "vicuna")
-    saved = torch.load(golden / "checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin", weights_only=True)
+@pytest.fixture(scope="module")
+def llava_stf(golden: Path) -> Any:
+    return open_checkpoint(golden, "llava-v1.5-7b-STF")
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_stf(golden: Path, llava_stf: Any, i: int) -> None:
+    """The config of this checkpoint names no method: its weights do."""
+    case, about = read_case(golden, f"stf_{i}")
+    image = pixels(golden, "pixels_pad")[i : i + 1]
+    logits = check_answer(llava_stf, case, images=image)
+    assert logits.shape[1] == about["sequence_length"]
+    tokens, counts = llava_stf.get_model().encode_images(image)
+    assert counts.tolist() == [144]
+    torch.testing.assert_close(tokens, case["output"][0], **LOGITS)
+
+
+@torch.no_grad()
+def test_stf_tokens(golden: Path, llava_stf: Any) -> None:
+    case, about = read_case(golden, "stf_0")
+    model = llava_stf.get_model()
+    assert list(model.projector_reducer.blocks(24, 23)) == about["layers"]
+    states = {block: case[f"hidden_{block}"][:, 1:] for block in about["layers"]}
+    vision = VisionFeatures(states[23], grid=(24, 24), hidden_states=states)
+    tokens = model.projector_reducer(vision, model.mm_projector, model.mm_projector_crosslayer)
+    torch.testing.assert_close(tokens.features, case["output"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_stf_in_a_batch(golden: Path, llava_stf: Any) -> None:
+    images = pixels(golden, "pixels_pad")
+    tokens, counts = llava_stf.get_model().encode_images(images)
+    assert counts.tolist() == [144] * 3
+    outputs = [read_case(golden, f"stf_{i}")[0]["output"][0] for i in range(3)]
+    torch.testing.assert_close(tokens, torch.cat(outputs), **LOGITS)
+
+
+@pytest.mark.parametrize("folder", ["llava-v1.5-7b-pretrain", "llava-v1.5-7b-STF-pretrain"])
+def test_projector_folder_opens_on_its_base(golden: Path, folder: str) -> None:
+    model = open_checkpoint(golden, folder, "vicuna")
+    saved = torch.load(golden / "checkpoints" / folder / "mm_projector.bin", weights_only=True)
+    assert saved.keys() == {n for n, _ in model.named_parameters() if "mm_projector" in n}
     for name, weight in saved.items():
         torch.testing.assert_close(model.get_parameter(name), weight.float())

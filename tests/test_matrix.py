@@ -1,4 +1,4 @@
-"""Every encoder method, every kind of budget: alone and in a batch, trained and asked, in two precisions."""
+"""Every method before the language model, every budget: alone and in a batch, trained and asked, in two types."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 ADAPTIVE = ("prumerge", "prumerge_plus", "trim")
 VARIANTS = {"prumerge": ("release", "paper"), "prumerge_plus": ("release", "paper"), "trim": ("release", "paper")}
 BUDGETS: dict[str, dict[str, Any]] = {"adaptive": {}, "fixed": {"ratio": 0.3}, "tokens": {"tokens": 5}}
-CASES = [
+ENCODER_CASES = [
     pytest.param({"name": name, **({"variant": variant} if variant else {}), **budget}, id=f"{name}-{variant}-{kind}")
     for name in available()["encoder"]
     for variant in VARIANTS.get(name, (None,))
     for kind, budget in BUDGETS.items()
     if kind != "adaptive" or name in ADAPTIVE
 ]
+PROJECTOR_CASES = [
+    pytest.param({"name": "stf", "mbtf": 1}, id="stf-release"),
+    pytest.param({"name": "stf", "mbtf": 3, "variant": "paper", "tokens_out": 2}, id="stf-paper-two-tokens"),
+    pytest.param({"name": "stf", "mbtf": None}, id="stf-alone"),
+    pytest.param({"name": "stf", "kernel": 1, "mbtf": [2, 1]}, id="mbtf-alone"),
+    pytest.param({"name": "avgpool"}, id="avgpool"),
+    pytest.param({"name": "token_concat", "kernel": 4}, id="token_concat"),
+]
+CASES = [*ENCODER_CASES, *PROJECTOR_CASES]
 # Batches of one sample, of three alike, and of three that differ: two images, none, one.
 ROWS = {
     "one": [prompt(3, "image", 4)],
@@ -107,7 +116,7 @@ def test_bfloat16_answers(model: Any, reduction: dict[str, Any]) -> None:
     assert tokens.shape == (3, 3)
 
 
-@pytest.mark.parametrize("reduction", CASES)
+@pytest.mark.parametrize("reduction", ENCODER_CASES)
 @pytest.mark.parametrize("grid", [(16, 16), (12, 20), (1, 7)], ids=str)
 def test_any_grid(grid: tuple[int, int], reduction: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,15 @@ REDUCTIONS = (
     {"name": "sequential", "ratio": 0.5},
     {"name": "spatial", "rows": 2, "columns": 3},
     {"name": "random", "tokens": 5},
+    {"name": "stf", "mbtf": 2},
+    {"name": "stf", "mbtf": [4, 1], "variant": "paper", "tokens_out": 2},
+    {"name": "stf", "mbtf": 2, "kernel": 1},
+    {"name": "avgpool", "kernel": 2},
+    {"name": "token_concat", "kernel": 2},
+    {
+        "projector": {"name": "stf", "mbtf": 2, "tokens_out": 2},
+        "decoder": {"name": "pyramiddrop", "layers": [1], "ratios": [0.5]},
+    },
 )
 # Keeping everything, without merging.
 EVERYTHING = (
@@ -30,6 +39,9 @@ EVERYTHING = (
     {"name": "sequential", "ratio": 1.0},
     {"name": "spatial", "rows": 4, "columns": 4},
     {"name": "random", "ratio": 1.0},
+    {"name": "stf", "mbtf": "off", "kernel": 1},
+    {"name": "avgpool", "kernel": 1},
+    {"name": "token_concat", "kernel": 1},
 )
 # Two images, one image, text only, a tall image, a wide image.
 ROWS = [

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model.staged import StagedCache, StagedPass, keep_best, pack_columns, plan_pools
+from llava.model.language_model.drop_plan import keep_best, pack_columns, plan_pools
+from llava.model.language_model.staged import StagedCache, StagedPass
 from llava.reduction import build
 from llava.reduction.base import LayerInput
 from llava.reduction.decoder.ranking import received_attention
@@ -442,6 +443,36 @@ def test_no_gradient_through_the_ranking() -> None:
     ones = torch.ones(1, 5, dtype=torch.bool)
     given = LayerInput(model.layers[1], hidden, embeddings, ones, torch.tensor([[4]]), torch.ones(1, 1).bool())
     assert not received_attention(given).requires_grad
+
+
+@torch.no_grad()
+def test_adapted_weights_rank() -> None:
+    """With LoRA the layer's adapted projections rank: unmerged and merged adapters drop the same tokens."""
+    from peft import LoraConfig, get_peft_model
+
+    model = staged_model()
+    batch = padded("left")
+    plain = kept_columns(model, batch)
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], exclude_modules=r"(?!model\.layers\.).*")
+    adapted = get_peft_model(model, config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(generator=torch.Generator().manual_seed(0))
+    unmerged = kept_columns(adapted.get_base_model(), batch)
+    merged = kept_columns(adapted.merge_and_unload(), batch)
+    assert unmerged == merged
+    assert unmerged != plain
+
+
+def kept_columns(model: Any, batch: dict[str, Any]) -> list[list[int]]:
+    """Columns of the spliced batch that reach the last layer."""
+    spliced = model.splice_images(**batch)
+    staged = StagedPass(spliced.image_index)
+    model.get_model()(
+        inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, staged=staged, use_cache=False
+    )
+    assert staged.kept is not None
+    return staged.kept.tolist()
 
 
 def test_half_precision() -> None:

@@ -17,9 +17,11 @@ class DataCollatorForSupervisedDataset:
 
     Attributes:
         tokenizer: gives `pad_token_id` and `padding_side`.
+        packing: ask the model to run the batch as one row without padding.
     """
 
     tokenizer: Any
+    packing: bool = False
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of B samples.
@@ -29,7 +31,8 @@ class DataCollatorForSupervisedDataset:
 
         Returns:
             `input_ids`, `labels` and `attention_mask` (LongTensor [B, S], padded on the tokenizer's side),
-            `images` and `image_sizes` (flat lists over the batch, empty without images), `texts` (B strings).
+            `images` and `image_sizes` (flat lists over the batch, empty without images), `texts` (B strings), and
+            `packed` where asked for.
 
         Raises:
             ValueError: the tokenizer has no padding token.
@@ -47,6 +50,7 @@ class DataCollatorForSupervisedDataset:
             "images": [image for instance in instances for image in instance["images"]],
             "image_sizes": [size for instance in instances for size in instance["image_sizes"]],
             "texts": [instance["text"] for instance in instances],
+            **({"packed": True} if self.packing else {}),
         }
 
     def _pad(self, sequences: Sequence[torch.Tensor], value: int) -> torch.Tensor:

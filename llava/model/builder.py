@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -17,20 +16,27 @@ from transformers.utils import is_flash_attn_2_available
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
-from llava.model.weights import raise_for_keys, read_weights, strip_prefixes
+from llava.model.projector_method import method_of_weights
+from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_weights, strip_prefixes
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+LLAVA_1_5 = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "pad",
+    "use_mm_proj": True,
+}
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 LORA_WEIGHTS = "non_lora_trainables.bin"
 PROJECTOR_WEIGHTS = "mm_projector.bin"
+# Patterns that bitsandbytes' modules are matched with, from the start of the name.
+NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.vision_tower", "lm_head"]
 
 
 def load_pretrained_model(
@@ -93,7 +99,7 @@ def load_pretrained_model(
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     _match_vocabulary(model, tokenizer)
     if reduction is not None:
-        model.set_reduction(reduction)
+        model.set_reduction(reduction, keep_projector=True)
     if "device_map" not in kwargs:
         model.to(device or _best_device())
     model.eval()
@@ -111,17 +117,17 @@ def _open(
     folder: Path, model_base: str | os.PathLike | None, tower: str | None, merge: bool, kwargs: dict[str, Any]
 ) -> _Checkpoint:
     """Tell the layout by the files and open it."""
-    has_weights = any((folder / name).is_file() for name in _WEIGHTS)
+    has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
     if (folder / "adapter_config.json").is_file():
         return _open_lora(folder, model_base, tower, merge, kwargs)
     if not has_weights and (folder / PROJECTOR_WEIGHTS).is_file():
         return _open_projector(folder, model_base, tower, kwargs)
     if not has_weights:
         raise ValueError(
-            f"{folder} holds no checkpoint: expected one of {', '.join(_WEIGHTS)}, an adapter_config.json (LoRA) or a "
-            f"{PROJECTOR_WEIGHTS} (projector only)"
+            f"{folder} holds no checkpoint: expected one of {', '.join(WEIGHT_FILES)}, an adapter_config.json (LoRA) "
+            f"or a {PROJECTOR_WEIGHTS} (projector only)"
         )
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if "text_config" in raw and "vision_config" in raw:
         from llava.model.hf_layout import open_hf_checkpoint
 
@@ -142,7 +148,7 @@ def _open_lora(
     folder: Path, model_base: str | os.PathLike | None, tower: str | None, merge: bool, kwargs: dict[str, Any]
 ) -> _Checkpoint:
     """A PEFT adapter and the weights that were trained beside it, on their base."""
-    adapter = _read_json(folder / "adapter_config.json")
+    adapter = read_json(folder / "adapter_config.json")
     base = model_base or adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
@@ -183,7 +189,8 @@ def _open_projector(
     folder: Path, model_base: str | os.PathLike | None, tower: str | None, kwargs: dict[str, Any]
 ) -> _Checkpoint:
     """A pretrained projector on its language model."""
-    base = model_base or _read_json(folder / "config.json").get("_name_or_path")
+    config = folder / "config.json"
+    base = model_base or (read_json(config).get("_name_or_path") if config.is_file() else None)
     if not base:
         raise ValueError(f"{folder} holds a projector only; pass the language model as model_base=")
     model = _open_on_base(folder, base, tower, read_weights(folder / PROJECTOR_WEIGHTS), kwargs)
@@ -199,7 +206,7 @@ def _open_on_base(
 ) -> Any:
     """The base with the configuration of `folder` and the projector weights in `weights`."""
     base_folder = local_folder(base)
-    cls, config = _llava_config(folder)
+    cls, config = _config_on_base(folder, base_folder, tower, weights)
     embeddings = {k: v for k, v in weights.items() if k.endswith("embed_tokens.weight")}
     vocabulary = config.vocab_size
     config.vocab_size = AutoConfig.from_pretrained(base_folder).vocab_size
@@ -215,6 +222,26 @@ def _open_on_base(
     return model
 
 
+def _config_on_base(
+    folder: Path, base: Path, tower: str | None, weights: dict[str, Tensor]
+) -> tuple[Any, PreTrainedConfig]:
+    """What the config.json of `folder` describes; without one, the base with the released STF, if `weights` are that.
+
+    STF's release of the pretrained projector has no config.json. The projector's weights tell the method, and the rest
+    is as in LLaVA-1.5, on which it was trained.
+    """
+    if (folder / "config.json").is_file() or method_of_weights(weights) is None:
+        return _llava_config(folder)
+    if tower is None:
+        raise ValueError(f"{folder} has no config.json to name a vision tower; pass vision_tower=")
+    cls, config = _llava_config(base)
+    settings = {**LLAVA_1_5, "mm_vision_tower": tower}
+    logger.info("%s has no config.json; settings of LLaVA-1.5: %s", folder, settings)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return cls, config
+
+
 def _fill_embeddings(parameter: Tensor, value: Tensor, folder: Path) -> None:
     if parameter.shape != value.shape:
         raise ValueError(
@@ -226,7 +253,7 @@ def _fill_embeddings(parameter: Tensor, value: Tensor, folder: Path) -> None:
 
 def _llava_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
     """The model class and configuration that config.json describes."""
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if model_type is None:
         raise ValueError(f"{folder / 'config.json'} has no model_type")
@@ -247,15 +274,6 @@ def local_folder(path: str | os.PathLike) -> Path:
         raise ValueError(
             f"{os.fspath(path)!r} is neither a folder nor a model of the hub that can be reached from here: {error}"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the checkpoint is incomplete")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
 
 
 def _tokenizer(*folders: str | os.PathLike) -> Any:
@@ -307,13 +325,12 @@ def _quantization(four_bit: bool, dtype: torch.dtype | None) -> Any:
         raise ValueError("load_4bit and load_8bit need bitsandbytes: pip install 'llava[qlora]'") from error
     from transformers import BitsAndBytesConfig
 
-    skip = ["mm_projector", "vision_tower", "lm_head"]
     if not four_bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=dtype or torch.float16,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=skip,
+        llm_int8_skip_modules=NOT_QUANTIZED,
     )

@@ -163,7 +163,7 @@ def _write_hf(
     max_shard_size: str,
 ) -> None:
     anyres = _check_expressible(model.config, drop_reduction)
-    model.set_reduction(None)
+    model.set_reduction(None, keep_projector=True)
     prompt = get_template(template or _TEMPLATES[_language_config_class(model.config).model_type])
     chat = chat_template(prompt, bool(getattr(model.config, "mm_use_im_start_end", False)))
     kept = _kept_settings(model.config, tokenizer)

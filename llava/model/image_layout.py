@@ -24,7 +24,7 @@ class LayoutSpec:
 
     Attributes:
         merge_type: `mm_patch_merge_type`: flat, spatial or spatial_unpad.
-        grid: (h, w), patches of one tile.
+        grid: (h, w), patches of one tile, or cells where the projector fuses patches.
         tile_size: side of a tile in pixels.
         pinpoints: `image_grid_pinpoints`, the (width, height) that anyres may choose; None without anyres.
     """
@@ -48,7 +48,8 @@ def image_layout(source: Tensor, mask: Tensor, image_size: tuple[int, int] | Non
     token, the row of aggregates included. A picture thinner than a patch has newlines only.
 
     Args:
-        source: [T, M] int64, the patch each token came from, -1 for an aggregate.
+        source: [T, M] int64, the patch (or cell) each token came from, -1 for an aggregate. Tokens of one patch stay
+            together, in their order.
         mask: [T, M] bool, real tokens.
         image_size: (width, height) of the original picture in pixels; needed for several tiles, unless flat.
         spec: how to lay out.
@@ -117,15 +118,15 @@ def _raster(
         ends = ends * width + width - 1
         position = torch.cat([position, ends])
         index = torch.cat([index, torch.full_like(ends, NEWLINE)])
-    return index[position.argsort()]
+    return index[position.argsort(stable=True)]
 
 
 def unpadded_box(columns: int, rows: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The part of a padded grid that shows the picture: top, bottom, left, right, in patches.
 
     Args:
-        columns: width of the grid, in patches.
-        rows: height of the grid, in patches.
+        columns: width of the grid, in patches (or cells).
+        rows: height of the grid, in patches (or cells).
         image_size: (width, height) of the original picture in pixels.
     """
     width, height = image_size

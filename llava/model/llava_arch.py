@@ -1,7 +1,7 @@
 """What turns a language model into LLaVA: two mixins, for the inner model and for the model with its head.
 
-images -> vision tower -> [encoder reducer] -> projector -> layout -> splice into the text -> language model, with a
-[decoder reducer] between its layers
+images -> vision tower -> [encoder reducer] -> projector, with a [projector reducer] in it -> layout -> splice into the
+text -> language model, with a [decoder reducer] between its layers
 
 Shapes: B samples, S tokens a row of ids, N images, T tiles of all images, P patches, M kept tokens a tile,
 K visual tokens of all images together, C vision width, D language-model width.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,8 @@ from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.builder import build_projector_modules
+from llava.model.projector_method import add_projector_method, method_of_adapter
 from llava.model.splice import Spliced, plan_splice, splice
 from llava.model.weights import (
     VISION_TOWER_PREFIX,
@@ -41,7 +43,7 @@ from llava.model.weights import (
     strip_prefixes,
     without_load_report,
 )
-from llava.reduction.base import DecoderReducer, Reducer, VisionFeatures, VisualTokens
+from llava.reduction.base import DecoderReducer, ProjectorReducer, Reducer, VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -52,14 +54,16 @@ RELEASED_NAMES = {r"vision_tower\.vision_tower\.visual_projection": "vision_towe
 
 
 class LlavaMetaModel:
-    """Mixin for the inner model: adds vision tower, reducer, projector and newline token to a transformer's layers.
+    """Mixin for the inner model: adds vision tower, reducers, projector and newline token to a transformer's layers.
 
     A config without `mm_vision_tower` gives the language model alone; `initialize_vision_modules` adds the rest.
     """
 
     vision_tower: VisionTower | None
     mm_projector: nn.Module
+    mm_projector_crosslayer: nn.Module | None
     encoder_reducer: nn.Module | None
+    projector_reducer: ProjectorReducer | None
     decoder_reducer: DecoderReducer | None
     config: Any
     embed_tokens: nn.Embedding
@@ -69,6 +73,8 @@ class LlavaMetaModel:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision_tower = None
         self.encoder_reducer = None
+        self.mm_projector_crosslayer = None
+        self.projector_reducer = None
         self.decoder_reducer = None
         if getattr(config, "mm_vision_tower", None):
             self._add_vision_modules()
@@ -81,7 +87,8 @@ class LlavaMetaModel:
         self.vision_tower = build_vision_tower(config, with_text=reads_text(reducer))
         self.vision_tower.requires_grad_(False)
         config.mm_hidden_size = self.vision_tower.hidden_size
-        self.mm_projector = build_vision_projector(config)
+        self.projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
+        self._set_projector(build_projector_modules(config, self.vision_tower, self.projector_reducer))
         self._add_newline()
         self.encoder_reducer = reducer
         self.decoder_reducer = self._build_decoder_reducer(reduction)
@@ -91,6 +98,15 @@ class LlavaMetaModel:
         if reducer is not None:
             reducer.drops(self.config.num_hidden_layers)  # raises for layers that are not there
         return reducer
+
+    def _set_projector(self, modules: dict[str, nn.Module]) -> None:
+        self.mm_projector = modules["mm_projector"]
+        self.mm_projector_crosslayer = modules.get("mm_projector_crosslayer")
+
+    def _projector_modules(self) -> dict[str, nn.Module]:
+        """What lies between vision tower and language model, by name."""
+        modules = {"mm_projector": self.mm_projector, "mm_projector_crosslayer": self.mm_projector_crosslayer}
+        return {name: module for name, module in modules.items() if module is not None}
 
     def _add_newline(self) -> None:
         """Learned token that ends the rows of an unpadded picture."""
@@ -115,8 +131,9 @@ class LlavaMetaModel:
 
         Args:
             model_args: with `vision_tower`, `mm_vision_select_layer`, `mm_vision_select_feature`,
-                `mm_projector_type`, `mm_patch_merge_type` and `pretrain_mm_mlp_adapter` (a file of projector
-                weights, or None).
+                `mm_projector_type`, `mm_patch_merge_type`, `pretrain_mm_mlp_adapter` (a file of projector
+                weights, or None) and `reduction` (what `ReductionConfig.parse` reads; None for the model's own, or
+                what the projector's file shows).
 
         Raises:
             ValueError: the tower or the projector's weights do not fit; the keys or shapes are named.
@@ -126,29 +143,39 @@ class LlavaMetaModel:
         for name, value in changes.items():
             setattr(config, name, value)
         config.use_mm_proj = True
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        weights = {} if adapter is None else read_weights(adapter)
+        reduction = self._reduction_of(model_args, weights)
         if self.vision_tower is None:
+            config.reduction = reduction.to_dict()
             self._add_vision_modules()
             tower = self._tower()
-            self._to_language_model(tower, self.mm_projector)
+            self._to_language_model(tower, *self._projector_modules().values())
             tower.load_weights()
         else:
             self._change_vision_modules(changes)
-        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+            self.set_reduction(reduction)
         if adapter is not None:
-            self.load_projector(read_weights(adapter), adapter)
+            self.load_projector(weights, adapter)
+
+    def _reduction_of(self, model_args: Any, projector_weights: Mapping[str, Tensor]) -> ReductionConfig:
+        """What the run asks for; else the model's own, with the method of a projector that is about to be read."""
+        given = getattr(model_args, "reduction", None)
+        if given is not None:
+            return ReductionConfig.parse(given)
+        own = ReductionConfig.of_model(self.config)
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        method = None if adapter is None else method_of_adapter(adapter, projector_weights)
+        if own.projector or method is None:
+            return own
+        logger.info("%s was trained with %s: the run takes that method", adapter, method)
+        return replace(own, projector=method)
 
     def _change_vision_modules(self, changes: dict[str, Any]) -> None:
         config, tower = self.config, self._tower()
         if "mm_vision_tower" in changes:
             tower.rename(config.mm_vision_tower)
         tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
-        if "mm_projector_type" in changes:
-            logger.warning(
-                "mm_projector_type=%s is new to this model: its projector starts anew",
-                config.mm_projector_type,
-            )
-            self.mm_projector = build_vision_projector(config)
-            self._to_language_model(self.mm_projector)
         self._add_newline()
 
     def _to_language_model(self, *modules: nn.Module) -> None:
@@ -171,22 +198,53 @@ class LlavaMetaModel:
         raise_for_keys(origin, missing=sorted(needed - set(own)), unexpected=sorted(set(own) - known))
         load_into(cast(nn.Module, self), own, origin)
 
-    def set_reduction(self, value: ReductionConfig | dict | str | None) -> None:
+    def set_reduction(self, value: ReductionConfig | dict | str | None, *, keep_projector: bool = False) -> None:
         """Reduce visual tokens with this method from now on, and keep it in the config.
 
         Args:
             value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction.
+            keep_projector: refuse a method whose projector has other weights than this model's, in place of
+                starting it anew.
+
+        Raises:
+            ValueError: an unknown method or option, or one that does not suit the vision tower; or see above.
         """
         reduction = ReductionConfig.parse(value)
         reducer = reduction.build("encoder")
+        projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
+        decoder_reducer = self._build_decoder_reducer(reduction)
+        if self.vision_tower is not None:
+            self._fit_projector(projector_reducer, reduction, keep_projector)
         if reads_text(reducer) and self.vision_tower is not None and self.vision_tower.text_tower is None:
             add_text_tower(self.vision_tower, self.config)
             self._to_language_model(self.vision_tower)
             own = {name for name, _ in self.vision_tower.named_parameters() if name.startswith("text_tower.")}
             self.vision_tower.load_weights(own)
-        self.decoder_reducer = self._build_decoder_reducer(reduction)
         self.config.reduction = reduction.to_dict()
-        self.encoder_reducer = reducer
+        self.encoder_reducer, self.projector_reducer = reducer, projector_reducer
+        self.decoder_reducer = decoder_reducer
+
+    def _fit_projector(self, reducer: ProjectorReducer | None, reduction: ReductionConfig, keep: bool) -> None:
+        """Start the projector anew where it is not of the layers that the method and the config ask for.
+
+        Raises:
+            ValueError: it is not, and `keep` forbids to start it anew.
+        """
+        with torch.device("meta"):
+            wanted = _layers(build_projector_modules(self.config, self._tower(), reducer))
+        present = _layers(self._projector_modules())
+        if wanted == present:
+            return
+        asked = f"reduction={reduction.to_dict() or 'none'} with mm_projector_type={self.config.mm_projector_type}"
+        if keep:
+            own = ReductionConfig.of_model(self.config).to_dict() or "none"
+            raise ValueError(
+                f"{asked} needs another projector than this checkpoint has, which was trained with reduction={own}. "
+                f"Needed: {wanted}; there is: {present}. Keep its method of the site projector, or train a projector"
+            )
+        logger.warning("%s is new to this model: its projector starts anew", asked)
+        self._set_projector(build_projector_modules(self.config, self._tower(), reducer))
+        self._to_language_model(*self._projector_modules().values())
 
     def forward(self, *args: Any, past_key_values: Any = None, staged: StagedPass | None = None, **kwargs: Any) -> Any:
         """The language model's own forward, or the staged one where a decoder reducer has something to do.
@@ -200,7 +258,7 @@ class LlavaMetaModel:
         return forward_in_stages(self, *args, past_key_values=past_key_values, staged=staged, **kwargs)
 
     def encode_tiles(self, pixels: Tensor, text: Tensor | None = None) -> tuple[Tensor, VisualTokens]:
-        """Tower, reducer and projector.
+        """Tower, reducers and projector.
 
         Args:
             pixels: [T, 3, H, W].
@@ -210,9 +268,14 @@ class LlavaMetaModel:
             The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
             and the reducer's output, for what came from where.
         """
-        reducer = self.encoder_reducer
-        vision: VisionFeatures = self._tower()(pixels, needs=() if reducer is None else reducer.needs)
+        reducer, fuser, tower = self.encoder_reducer, self.projector_reducer, self._tower()
+        needs = () if reducer is None else reducer.needs
+        blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
+        vision: VisionFeatures = tower(pixels, needs=needs, blocks=blocks)
         vision.text = text
+        if fuser is not None:
+            tokens = fuser(vision, self.mm_projector, self.mm_projector_crosslayer)
+            return tokens.features.flatten(0, 1), tokens
         tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
         flat = tokens.features.flatten(0, 1) if tokens.mask is None else tokens.features[tokens.mask]
         return self.mm_projector(flat.to(self._projector_dtype())), tokens
@@ -261,7 +324,7 @@ class LlavaMetaModel:
 
     def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
         """For each image, indices into the projected tokens, or NEWLINE."""
-        spec = self._layout_spec()
+        spec = self._layout_spec(tokens.grid)
         t, m = tokens.features.shape[:2]
         # The one copy to the host: lengths and places of the tokens become shapes and indices.
         mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
@@ -276,7 +339,7 @@ class LlavaMetaModel:
             start += count
         return layouts
 
-    def _layout_spec(self) -> LayoutSpec:
+    def _layout_spec(self, grid: tuple[int, int] | None) -> LayoutSpec:
         config, tower = self.config, self._tower()
         merge_type = getattr(config, "mm_patch_merge_type", "flat")
         if merge_type != "flat" and tower.has_cls and tower.select_feature == "cls_patch":
@@ -286,7 +349,7 @@ class LlavaMetaModel:
             )
         return LayoutSpec(
             merge_type=merge_type,
-            grid=tower.grid,
+            grid=grid or tower.grid,
             tile_size=tower.image_size,
             pinpoints=getattr(config, "image_grid_pinpoints", None),
         )
@@ -330,6 +393,7 @@ class LlavaMetaForCausalLM:
             config = cls._read_config(path)
         if vision_tower is not None and getattr(config, "mm_vision_tower", None):
             config.mm_vision_tower, config.mm_vision_config = vision_tower, None
+        add_projector_method(config, path, projector_weights, kwargs.get("cache_dir"))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", RELEASED_NAMES)
         with without_load_report():
@@ -369,9 +433,9 @@ class LlavaMetaForCausalLM:
         """The vision tower, or None for a bare language model."""
         return self.get_model().get_vision_tower()
 
-    def set_reduction(self, value: ReductionConfig | dict | str | None) -> None:
+    def set_reduction(self, value: ReductionConfig | dict | str | None, *, keep_projector: bool = False) -> None:
         """Reduce visual tokens with this method from now on; see `LlavaMetaModel.set_reduction`."""
-        self.get_model().set_reduction(value)
+        self.get_model().set_reduction(value, keep_projector=keep_projector)
 
     def forward(
         self,
@@ -385,6 +449,7 @@ class LlavaMetaForCausalLM:
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         image_index: Tensor | None = None,
+        packed: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where labels are given.
@@ -401,11 +466,13 @@ class LlavaMetaForCausalLM:
                 where the model was opened with its tokenizer.
             image_index: [B, L] for `inputs_embeds` that hold images, as `splice_images` returns it; only a decoder
                 reducer reads it.
+            packed: run the batch as one row without padding, in which the samples do not see each other; only where
+                images are spliced in here, and without a cache.
 
         Returns:
             transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
             `config.tokenizer_padding_side` is, else on the right. With a decoder reducer, of the tokens that reach
-            the last layer.
+            the last layer. Packed, [1, T, V] for the real tokens of all rows.
 
         Raises:
             ValueError: markers and images do not match; the sample is named.
@@ -414,7 +481,14 @@ class LlavaMetaForCausalLM:
         if inputs_embeds is None and input_ids is not None and not cached:
             max_length = getattr(self.config, "tokenizer_model_max_length", None)
             spliced = self.splice_images(
-                input_ids, attention_mask, labels, images, image_sizes, texts, max_length=max_length
+                input_ids,
+                attention_mask,
+                labels,
+                images,
+                image_sizes,
+                texts,
+                left=False if packed else None,
+                max_length=max_length,
             )
             input_ids, inputs_embeds = None, spliced.inputs_embeds
             attention_mask, position_ids, labels = (
@@ -431,12 +505,13 @@ class LlavaMetaForCausalLM:
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if self.get_model().decoder_reducer is None or image_index is None or cached:
+        drops = packed or self.get_model().decoder_reducer is not None
+        if not drops or image_index is None or cached:
             return super().forward(**inputs, labels=labels)  # type: ignore[misc]
-        return self._forward_staged(inputs, StagedPass(image_index, labels))
+        return self._forward_staged(inputs, StagedPass(image_index, labels, packed))
 
     def _forward_staged(self, inputs: dict[str, Any], staged: StagedPass) -> Any:
-        """Forward through a decoder reducer: the loss is that of the labels whose tokens reach the end."""
+        """Forward through a decoder reducer, or packed: the loss is that of the labels whose tokens reach the end."""
         as_tuple = inputs.pop("return_dict", None) is False
         output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
         if staged.labels is not None:
@@ -575,6 +650,14 @@ class LlavaMetaForCausalLM:
         if model_args.mm_use_im_start_end and adapter is not None:
             trained = {k: v for k, v in read_weights(adapter).items() if k.endswith("embed_tokens.weight")}
             load_into(self.get_model(), trained, adapter, prefix="model.")
+
+
+def _layers(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The layers of each module with their widths: what they are, also where ZeRO-3 leaves empty tensors in them."""
+    return {
+        name: ", ".join(f"{key} {part}".strip() for key, part in module.named_modules() if not list(part.children()))
+        for name, module in modules.items()
+    }
 
 
 def _vision_settings(model_args: Any, config: Any) -> dict[str, Any]:

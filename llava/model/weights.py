@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 # Buffers that old releases of transformers saved and present ones compute.
 _OBSOLETE = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+# Where a checkpoint's weights may be; the first that is there is read.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 VISION_TOWER_PREFIX = "model.vision_tower."
 
 
@@ -25,12 +34,48 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: no such file, or not a file of tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}: the file does not exist")
-    try:
+    with _readable(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a file, as `read_weights` reads it, without reading the weights.
+
+    Raises:
+        ValueError: no such file, or not a file of tensors.
+    """
+    path = Path(path)
+    with _readable(path):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        weights = torch.load(path, map_location="meta", weights_only=True)
+        return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        ValueError: it is missing or no JSON; the place is named.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the checkpoint is incomplete")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a file of weights into a ValueError that names it."""
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}: the file does not exist")
+    try:
+        yield
     except Exception as error:  # each format raises its own types for a torn or foreign file
         raise ValueError(f"{path} can't be read as a file of weights ({error}); copy or download it again") from error
 
@@ -139,8 +184,8 @@ def raise_for_keys(
     if parts:
         raise ValueError(
             f"the weights of {origin} do not fit the model that its config describes; " + "; ".join(parts) + ". Check "
-            "that weights and config belong together: mm_projector_type, vision tower and language model must be those "
-            "they were trained with"
+            "that weights and config belong together: mm_projector_type, reduction, vision tower and language model "
+            "must be those they were trained with"
         )
 
 

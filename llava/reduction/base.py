@@ -7,7 +7,7 @@ D language-model width, h x w the grid of patches (P = h * w).
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -22,13 +22,14 @@ class VisionFeatures:
     Only `features` is always there. The rest is computed where the reducer names it in `needs`.
 
     Attributes:
-        features: [N, P, C], the selected hidden state without CLS.
+        features: [N, P, C], the selected hidden state without CLS; the first of `hidden_states`, if there are any.
         grid: (h, w), rows and columns of the patches.
         keys: [N, 1 + P, C], output of the last block's key projection, CLS first (no CLS row for a tower without it).
         queries: [N, 1 + P, C], the same for the queries; a reducer that needs `cls_query` reads row 0 only and
             may be handed [N, 1, C].
         num_heads: heads of the tower's attention, into which keys and queries are divided.
-        hidden_states: block number -> [N, P, C], output of that many blocks, without CLS.
+        hidden_states: block number -> [N, P, C], output of that many blocks, without CLS; in the order in which the
+            reducer named the blocks.
         patch_embeds: [N, P, E], the patches in the space that CLIP shares between images and texts.
         text: [N, E], the embedding there of the text that goes with each image.
     """
@@ -52,11 +53,13 @@ class VisualTokens:
         mask: [N, M] bool, True at real tokens, which come first in each row; None where all are real.
         source: [N, M] int64, the patch each token came from, in raster order of the grid; -1 for an aggregate of
             several patches and for rows beyond the count. None where token i is patch i.
+        grid: (h, w), where `source` counts cells of a coarser grid in place of patches; None: the patches'.
     """
 
     features: Tensor
     mask: Tensor | None = None
     source: Tensor | None = None
+    grid: tuple[int, int] | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -133,11 +136,47 @@ class EncoderReducer(Reducer, abc.ABC):
 
 
 class ProjectorReducer(Reducer, abc.ABC):
-    """Is the projector: fewer tokens out than patches in, at the language model's width."""
+    """Works in the projector: fewer tokens out than patches in, at the language model's width.
+
+    It has no weights of its own. It says which modules it needs; they are the model's, under LLaVA's names, so that
+    they are trained, saved and opened as the projector.
+    """
+
+    def blocks(self, depth: int, selected: int) -> tuple[int, ...]:
+        """Blocks of the tower whose outputs are read, in this order; none: the selected hidden state is.
+
+        Args:
+            depth: blocks of the tower.
+            selected: the block whose output `mm_vision_select_layer` names.
+
+        Raises:
+            ValueError: the tower does not have the blocks that the options name.
+        """
+        return ()
 
     @abc.abstractmethod
-    def forward(self, vision: VisionFeatures) -> VisualTokens:
-        """[N, P, C] patches in, [N, M, D] tokens out."""
+    def reduced_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the cells that take the patches' place.
+
+        Raises:
+            ValueError: the method can't divide a grid of (h, w) patches.
+        """
+
+    @abc.abstractmethod
+    def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:
+        """New modules for `forward`, by their names in the model: `mm_projector`, and what comes before it.
+
+        Args:
+            vision_width: C.
+            width: D.
+            plain: makes the projector of `mm_projector_type`, for the width that enters it.
+        """
+
+    @abc.abstractmethod
+    def forward(
+        self, vision: VisionFeatures, mm_projector: nn.Module, mm_projector_crosslayer: nn.Module | None = None
+    ) -> VisualTokens:
+        """[N, P, C] patches in, [N, M, D] tokens out, through the modules of `build_modules`."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ class ReductionConfig:
             if method:
                 options = {k: v for k, v in method.items() if k != "name"}
                 method_class(method["name"], site).options_class.parse(method["name"], options)
+        if self.encoder and self.projector:
+            raise ValueError(
+                f"reduction: the encoder's method '{self.encoder['name']}' keeps patches here and there, and "
+                f"the projector's method '{self.projector['name']}' fuses neighbours on the whole grid; leave one out"
+            )
 
     @classmethod
     def parse(cls, value: ReductionConfig | Mapping[str, Any] | str | None) -> ReductionConfig:

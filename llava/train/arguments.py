@@ -208,12 +208,21 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_projector_lr: float | None = flag(None, "Learning rate of the projector.")
     mm_vision_tower_lr: float | None = flag(None, "Learning rate of the vision tower.")
     group_by_modality_length: bool = flag(False, "Batches of one modality and similar length.")
+    global_batch_size: int = flag(
+        0, "Samples of one step on all devices: gradient_accumulation_steps is derived from it. 0: it is not fixed."
+    )
+    packing: bool = flag(False, "Run a batch as one row without padding, in which the samples do not see each other.")
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, list):
             self.report_to = ",".join(self.report_to)
         check_training(self)
         self.report_to = split_names(self.report_to or "none")
+        if self.global_batch_size:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            self.gradient_accumulation_steps = accumulation_steps(
+                self.global_batch_size, self.per_device_train_batch_size, processes
+            )
         if self.warmup_ratio:
             self.warmup_steps = self.warmup_steps or self.warmup_ratio
         self._rename_checkpointing()
@@ -244,6 +253,30 @@ class TrainingArguments(transformers.TrainingArguments):
             import deepspeed
 
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
+    """How many micro-batches make one step.
+
+    Args:
+        global_batch_size: samples of a step.
+        per_device: samples of a micro-batch on one device.
+        processes: devices.
+
+    Raises:
+        ValueError: no whole number of micro-batches makes that step; sizes that do are named.
+    """
+    if global_batch_size > 0 and global_batch_size % (per_device * processes) == 0:
+        return global_batch_size // (per_device * processes)
+    share = global_batch_size // processes
+    fitting = [n for n in range(1, per_device + 1) if global_batch_size % (n * processes) == 0]
+    advice = (
+        f"with --per_device_train_batch_size {fitting[-1]} it is" if fitting else f"choose a multiple of {processes}"
+    )
+    raise ValueError(
+        f"--global_batch_size {global_batch_size} is no multiple of {processes} devices x "
+        f"--per_device_train_batch_size {per_device} (a device's share is {share}); {advice}"
+    )
 
 
 def check_training(args: Any) -> None:

@@ -58,6 +58,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[l
     return to_flags({key: _flag_value(key, value) for key, value in values.items()}), LaunchOptions(**launch)
 
 
+def own_flags(path: str | Path) -> list[str]:
+    """The flags that a YAML file states itself, without what it extends: what a method changes of its base."""
+    own = _load_yaml(Path(path).resolve(), ())
+    own.pop(EXTENDS, None)
+    values = _merge({}, own, str(path))
+    return to_flags({key: _flag_value(key, value) for key, value in values.items() if key not in LAUNCH_KEYS})
+
+
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in children:
@@ -135,3 +143,9 @@ def _flag_value(key: str, value: Any) -> Any:
         if not isinstance(value, str):
             return json.dumps(reduction.to_dict()) if reduction else "none"
     return json.dumps(value) if isinstance(value, (dict, list)) else value
+
+
+if __name__ == "__main__":  # for scripts/launch.sh: a flag a line
+    import sys
+
+    sys.stdout.writelines(f"{flag}\n" for flag in own_flags(sys.argv[1]))

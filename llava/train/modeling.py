@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
+from llava.model.builder import NOT_QUANTIZED
 from llava.model.language_model import llava_class_for
 from llava.train.arguments import (
     DataArguments,
@@ -30,7 +31,6 @@ VISION_DEFAULTS = {
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": True,
 }
-NOT_QUANTIZED = ["mm_projector", "vision_tower", "lm_head"]
 
 
 def run_kind(arguments: Arguments) -> RunKind:
@@ -115,8 +115,6 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
         **quantization(training),
     )
     model.get_model().initialize_vision_modules(model_args)
-    if model_args.reduction is not None:
-        model.set_reduction(model_args.reduction)
     model.initialize_vision_tokenizer(model_args, tokenizer)
     write_llava_config(model.config, model_args, data_args, training, tokenizer)
     select_trainable(model, arguments)

@@ -157,6 +157,12 @@ def check_contradictions(values: dict[str, Any]) -> None:
         "--group_by_modality_length and --train_sampling_strategy both choose the order: leave one out": (
             grouped and values["train_sampling_strategy"] != "random"
         ),
+        "--global_batch_size derives --gradient_accumulation_steps: leave that out, or set --global_batch_size 0": (
+            values["global_batch_size"] and values["gradient_accumulation_steps"] != 1
+        ),
+        "--packing needs flash_attention_2 or sdpa: leave out --attn_implementation eager": (
+            values["packing"] and values["attn_implementation"] == "eager"
+        ),
         "--fsdp saves whole models only: use --deepspeed for LoRA or projector runs": (
             values["fsdp"] and (lora or projector_only)
         ),

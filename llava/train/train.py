@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
+from llava.model.language_model.packed import PACKED_SDPA
 from llava.model.multimodal_encoder.processor import load_image_processor
 from llava.reduction.config import ReductionConfig
 from llava.train.arguments import require_package
@@ -52,6 +53,8 @@ def train(arguments: Arguments) -> LLaVATrainer:
     training = arguments.training
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
+    if training.packing and training.attn_implementation == "sdpa":
+        training.attn_implementation = PACKED_SDPA
     config = read_config(arguments)
     tokenizer = load_tokenizer(arguments)
     dataset = load_dataset(arguments, config, tokenizer)
@@ -62,7 +65,7 @@ def train(arguments: Arguments) -> LLaVATrainer:
         model=model,
         args=training,
         train_dataset=dataset,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=training.packing),
         processing_class=tokenizer,
     )
     write_run_config(arguments)

@@ -18,7 +18,7 @@ from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from llava.reduction.base import EncoderReducer
+from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.checkpoint_folders import CannotWriteError, remove_old_checkpoints, write_errors_named, write_file_list
@@ -110,7 +110,7 @@ class LLaVATrainer(Trainer):
         self.kind = kind
         self._resumed_from: str | None = None
         self._is_staging = False
-        reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer)]
+        reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:

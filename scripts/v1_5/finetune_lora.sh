@@ -4,7 +4,7 @@
 #
 #   REDUCTION=prumerge OUTPUT_DIR=./checkpoints/mine bash scripts/v1_5/finetune_lora.sh --lora_r 64
 #
-# LLaVA-1.5 trained on 8 GPUs: keep GPUs x per_device_train_batch_size x gradient_accumulation_steps at 128.
+# The global batch stays 128, on any number of GPUs: gradients are accumulated as often as it takes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
@@ -36,7 +36,7 @@ exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
     --num_train_epochs 1 \
     --per_device_train_batch_size 16 \
     --per_device_eval_batch_size 4 \
-    --gradient_accumulation_steps 1 \
+    --global_batch_size 128 \
     --eval_strategy "no" \
     --save_strategy "steps" \
     --save_steps 50000 \
@@ -52,5 +52,6 @@ exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
     --dataloader_num_workers 4 \
     --lazy_preprocess True \
     --report_to none \
-    ${REDUCTION_FLAG[@]+"${REDUCTION_FLAG[@]}"} \
+    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} \
+    ${GIVEN_FLAGS[@]+"${GIVEN_FLAGS[@]}"} \
     "$@"

@@ -4,8 +4,9 @@
 #
 #   OUTPUT_DIR=./checkpoints/mine bash scripts/v1_5/pretrain.sh --learning_rate 5e-4
 #
-# LLaVA-1.5 trained on 8 GPUs: keep GPUs x per_device_train_batch_size x gradient_accumulation_steps at 256.
+# The global batch stays 256, on any number of GPUs: gradients are accumulated as often as it takes.
 set -euo pipefail
+SCRIPT_IGNORES=PRETRAIN_MM_MLP_ADAPTER # what is trained here
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 MODEL="${MODEL:-lmsys/vicuna-7b-v1.5}"
@@ -32,7 +33,7 @@ exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
     --num_train_epochs 1 \
     --per_device_train_batch_size 32 \
     --per_device_eval_batch_size 4 \
-    --gradient_accumulation_steps 1 \
+    --global_batch_size 256 \
     --eval_strategy "no" \
     --save_strategy "steps" \
     --save_steps 24000 \
@@ -48,5 +49,6 @@ exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
     --dataloader_num_workers 4 \
     --lazy_preprocess True \
     --report_to none \
-    ${REDUCTION_FLAG[@]+"${REDUCTION_FLAG[@]}"} \
+    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} \
+    ${GIVEN_FLAGS[@]+"${GIVEN_FLAGS[@]}"} \
     "$@"

@@ -1,15 +1,20 @@
 """Run the layers of a language model in stages, each with fewer image tokens: one runner for all decoder reducers.
 
+It also runs batches packed, with or without a reducer: hidden states then lie in one row without padding, and only
+attention and ranking see the samples apart.
+
 It serves every backbone of transformers that has `layers`, `norm` and `rotary_emb`; the layers are transformers' own.
 A batch is planned on the host, from one copy of its image indices; after that lengths are known and nothing waits for
 the device. What decoding needs of the prefill (which tokens each stage has, and how far its positions are shifted)
 lies in the cache.
 
-Shapes: B rows, L tokens a row, P pools of image tokens that compete for places, Q query tokens a row, D width.
+Shapes: B rows, L tokens a row, P pools of image tokens that compete for places, Q query tokens a row, D width,
+T tokens of all rows, padding left out.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +28,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from llava.constants import IGNORE_INDEX
+from llava.model.language_model.drop_plan import Pools, keep_best, pack_columns, plan_pools
+from llava.model.language_model.packed import CAN_PACK
 from llava.reduction.base import DecoderReducer, LayerInput
 
 
@@ -33,17 +40,26 @@ class StagedPass:
     Attributes:
         image_index: [B, L] int64, number of the image that a token belongs to; -1 for text and padding.
         labels: [B, L] int64 or None. With labels the tokens before the answers rank, without them the last one does.
+        packed: whether to run the batch as one row without padding; the output then is one row too.
         kept: set by the runner: [B, L'] int64, the columns that reach the end; -1 at padding.
+        place: set by the runner where the batch is packed: [T], index of each token of the row into [B, L'].
     """
 
     image_index: Tensor
     labels: Tensor | None = None
+    packed: bool = False
     kept: Tensor | None = None
+    place: Tensor | None = None
 
     def kept_labels(self) -> Tensor:
-        """The labels of the tokens that reach the end, [B, L']."""
+        """The labels of the tokens that reach the end, [B, L'], or [1, T] where packed."""
         assert self.labels is not None and self.kept is not None
-        return self.labels.gather(1, self.kept.clamp(min=0)).masked_fill(self.kept < 0, IGNORE_INDEX)
+        labels = self.labels.gather(1, self.kept.clamp(min=0)).masked_fill(self.kept < 0, IGNORE_INDEX)
+        if self.place is None:
+            return labels
+        # In a packed row the token before a sample is another sample's: nothing predicts the first one.
+        first = torch.nn.functional.pad(labels[:, 1:], (1, 0), value=IGNORE_INDEX)
+        return first.flatten()[self.place].unsqueeze(0)
 
 
 @dataclass
@@ -91,149 +107,61 @@ class StagedCache(DynamicCache):
 
 @dataclass
 class Rows:
-    """The tokens of a batch that are still there.
+    """The tokens of a batch that are still there, and where they are stored.
 
     Attributes:
         columns: [B, L'] int64, their columns in the batch that entered; anything at padding.
         mask: [B, L'] bool, real tokens.
         position_ids: [B, L'] int64.
-        is_padded: whether there is any padding, known on the host.
+        lengths: real tokens of each row, known on the host; None in decoding.
+        real: [T] int64 where the batch is packed, index of the real tokens into [B, L'].
     """
 
     columns: Tensor
     mask: Tensor
     position_ids: Tensor
-    is_padded: bool
+    lengths: list[int] | None = None
+    real: Tensor | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        return self.lengths is None or min(self.lengths) < self.mask.shape[1]
 
     def of(self, values: Tensor, fill: int = 0) -> Tensor:
         """[B, L] values of the batch that entered, for these tokens; `fill` at padding."""
         return values.gather(1, self.columns).masked_fill(~self.mask, fill)
 
+    def pack(self) -> None:
+        """Store the tokens as one row, without padding."""
+        assert self.lengths is not None
+        self.real = torch.nonzero_static(self.mask.flatten(), size=sum(self.lengths))[:, 0]
 
-@dataclass
-class Pools:
-    """Which image tokens compete, and how many there are; on the host but for the tensors of shape [B, L].
+    def store(self, values: Tensor) -> Tensor:
+        """[B, L', ...] as it is stored: [1, T, ...] where packed."""
+        return values if self.real is None else values.flatten(0, 1).index_select(0, self.real).unsqueeze(0)
 
-    Attributes:
-        pool: [B, L] int64, the pool of a token, -1 for what is never dropped.
-        is_query: [B, L] bool, tokens whose attention ranks; they are never dropped themselves.
-        sizes: [P] int64, tokens of each pool that entered the language model.
-        row: [P] int64, the row that a pool lies in.
-        least: [P] int64, tokens that a pool keeps in any case: its queries; all, in a row without a query.
-        others: [B] int64, real tokens of a row outside all pools.
-        queries: Q, the most queries of a row, at least 1.
-        left: whether rows are padded on the left.
-    """
+    def index(self) -> Tensor:
+        """[B, L'], where each token is stored."""
+        if self.real is None:
+            return torch.arange(self.mask.numel(), device=self.mask.device).view(self.mask.shape)
+        return (self.mask.flatten().cumsum(0) - 1).clamp(min=0).view(self.mask.shape)
 
-    pool: Tensor
-    is_query: Tensor
-    sizes: Tensor
-    row: Tensor
-    least: Tensor
-    others: Tensor
-    queries: int
-    left: bool
+    def unpack(self, stored: Tensor) -> Tensor:
+        """What `store` gave, as [B, L', ...] again; anything at padding."""
+        return stored if self.real is None else stored[0][self.index()]
 
-    def counts(self, keep: float) -> Tensor:
-        """[P] tokens that each pool has where the fraction `keep` of what entered is to stay."""
-        return torch.maximum((self.sizes.double() * keep).long(), self.least)
+    def take(self, stored: Tensor, columns: Tensor, new: Rows) -> Tensor:
+        """Of what is stored here, the `columns` [B, L''] of each row, as `new` stores them."""
+        wanted = new.store(self.index().gather(1, columns))
+        return stored.flatten(0, 1).index_select(0, wanted.flatten()).unflatten(0, wanted.shape)
 
-    def row_lengths(self, counts: Tensor) -> list[int]:
-        """Real tokens of each row where the pools have `counts` tokens."""
-        return self.others.index_add(0, self.row, counts).tolist()
-
-
-def plan_pools(image_index: Tensor, mask: Tensor, labels: Tensor | None, pool_of: str) -> Pools:
-    """Find the pools and the queries of a batch. This is the one copy to the host.
-
-    Args:
-        image_index: [B, L] int64, -1 for text and padding.
-        mask: [B, L] bool, real tokens.
-        labels: [B, L] int64 or None; see `StagedPass`.
-        pool_of: "image" or "sample".
-    """
-    device = image_index.device
-    image, real = image_index.cpu(), mask.cpu()
-    b = len(image)
-    is_image = (image >= 0) & real
-    if pool_of == "image":
-        before = torch.cat([image.new_full((b, 1), -1), image[:, :-1]], dim=1)
-        starts = is_image & (image != before)
-        pool = starts.flatten().cumsum(0).view_as(image) - 1
-        row = starts.nonzero()[:, 0]
-    else:
-        has_image = is_image.any(dim=1)
-        pool = (has_image.cumsum(0) - 1).unsqueeze(1).expand_as(image)
-        row = has_image.nonzero()[:, 0]
-    pool = pool.masked_fill(~is_image, -1)
-    is_query = _queries(real, None if labels is None else labels.cpu())
-    sizes = torch.bincount(pool[is_image], minlength=len(row))
-    protected = torch.bincount(pool[is_image & is_query], minlength=len(row))
-    return Pools(
-        pool=pool.to(device),
-        is_query=is_query.to(device),
-        sizes=sizes,
-        row=row,
-        least=torch.where(is_query.any(dim=1)[row], protected, sizes),
-        others=(real & ~is_image).sum(dim=1),
-        queries=max(1, int(is_query.sum(dim=1).max())),
-        # Unless the batch is padded on the right, rows stay aligned at their end, where the next token is read.
-        left=bool(real[:, -1].all()),
-    )
-
-
-def _queries(real: Tensor, labels: Tensor | None) -> Tensor:
-    """[B, L] bool: the token before each answer; without labels the last token."""
-    after = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
-    if labels is None:
-        return real & (after.flip(1).cumsum(1).flip(1) == 0)
-    learnt = (labels != IGNORE_INDEX) & real
-    learnt_after = torch.cat([learnt[:, 1:], torch.zeros_like(learnt[:, :1])], dim=1)
-    return real & ~learnt & learnt_after
-
-
-def keep_best(scores: Tensor, pool: Tensor, counts: Tensor, sizes: Tensor) -> Tensor:
-    """Keep the best tokens of each pool; of equal ones, the earlier.
-
-    Args:
-        scores: [B, L] float32.
-        pool: [B, L] int64, -1 for what is kept in any case.
-        counts: [P] int64 on the host, how many to keep of each pool.
-        sizes: [P] int64 on the host, how many of `pool` are of each.
-
-    Returns:
-        [B, L] bool.
-    """
-    flat, device = pool.flatten(), pool.device
-    order = scores.flatten().argsort(descending=True, stable=True)
-    order = order[flat[order].argsort(stable=True)]  # pool by pool (-1 first), the best first
-    starts = (flat.numel() - int(sizes.sum()) + sizes.cumsum(0) - sizes).to(device)
-    place = torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=device))
-    rank = place - torch.cat([starts, starts.new_zeros(1)])[flat]  # pool -1 reads the zero at the end
-    limit = torch.cat([counts.to(device), counts.new_full((1,), flat.numel()).to(device)])
-    return (rank < limit[flat]).view_as(pool)
-
-
-def pack_columns(keep: Tensor, lengths: list[int], left: bool) -> tuple[Tensor, Tensor]:
-    """Close the gaps that dropped tokens leave.
-
-    Args:
-        keep: [B, L] bool.
-        lengths: tokens kept in each row.
-        left: pad on the left.
-
-    Returns:
-        Columns [B, L'] of the kept tokens in their order, 0 at padding; and [B, L'] bool, what is no padding.
-    """
-    b, old = keep.shape
-    length = max(lengths)
-    count = torch.tensor(lengths, device=keep.device).unsqueeze(1)
-    shift = length - count if left else torch.zeros_like(count)
-    target = torch.where(keep, keep.cumsum(1) - 1 + shift, length)
-    columns = torch.zeros(b, length + 1, dtype=torch.int64, device=keep.device)
-    columns.scatter_(1, target, torch.arange(old, device=keep.device).expand(b, -1))
-    new = torch.arange(length, device=keep.device).expand(b, -1)
-    return columns[:, :length], (new >= shift) & (new < shift + count)
+    def boundaries(self) -> dict[str, Any]:
+        """Where the samples of a packed row begin and end, as transformers' attention functions are told."""
+        if self.real is None or self.lengths is None:
+            return {}
+        ends = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=self.real.device)
+        longest = max(self.lengths)
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 @merge_with_config_defaults
@@ -265,6 +193,7 @@ def forward_in_stages(
             f"attention_mask has shape {tuple(attention_mask.shape)}: with a decoder reduction it must be [batch, "
             "tokens], for each stage makes its own causal mask of it"
         )
+    use_cache = bool(use_cache) and not (staged is not None and staged.packed)
     cache = open_cache(model, past_key_values) if use_cache else None
     kwargs["use_cache"] = use_cache
     if staged is None:
@@ -299,13 +228,18 @@ def _prefill(
     staged: StagedPass,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    reducer: DecoderReducer = model.decoder_reducer
+    reducer: DecoderReducer | None = model.decoder_reducer
     rows = _entering_rows(hidden, attention_mask, position_ids)
-    pools = plan_pools(staged.image_index, rows.mask, staged.labels, reducer.pool)
+    pools = plan_pools(staged.image_index, rows.mask, staged.labels, "image" if reducer is None else reducer.pool)
     counts, first_rows, start = pools.sizes, rows, 0
-    rows.is_padded = any(n < hidden.shape[1] for n in pools.row_lengths(counts))
+    rows.lengths = pools.row_lengths(counts)
+    if staged.packed:
+        check_packing(model.config)
+        rows.pack()
+    hidden = rows.store(hidden)
     stage = _Stage(model, hidden, rows, start, cache, kwargs)
-    for drop in reducer.drops(len(model.layers)):
+    for drop in [] if reducer is None else reducer.drops(len(model.layers)):
+        assert reducer is not None
         judged = stage.run(hidden, drop.ranked_by)
         hidden = stage.run(judged, drop.after)
         left = pools.counts(drop.keep)
@@ -318,22 +252,30 @@ def _prefill(
         pool, is_query = rows.of(pools.pool, -1), rows.of(pools.is_query)
         keep = rows.mask & keep_best(scores.masked_fill(is_query, torch.inf), pool, left, counts)
         columns, mask = pack_columns(keep, pools.row_lengths(left), pools.left)
-        hidden = _take_rows(hidden, columns)
-        rows = _drop_rows(rows, columns, mask, pools.row_lengths(left), reducer.renumbers)
-        counts, start = left, drop.after
+        new = _drop_rows(rows, columns, mask, pools.row_lengths(left), reducer.renumbers)
+        hidden = rows.take(hidden, columns, new)
+        rows, counts, start = new, left, drop.after
         stage = _Stage(model, hidden, rows, start, cache, kwargs)
     hidden = stage.run(hidden, len(model.layers))
     _remember(cache, range(start, len(model.layers)), rows, first_rows)
-    staged.kept = rows.columns.masked_fill(~rows.mask, -1)
+    staged.kept, staged.place = rows.columns.masked_fill(~rows.mask, -1), rows.real
     return hidden
+
+
+def check_packing(config: Any) -> None:
+    """Raise ValueError where the config's attention would let the samples of a packed row see each other."""
+    if config._attn_implementation not in CAN_PACK:
+        raise ValueError(
+            f"packed batches need attn_implementation {' or '.join(CAN_PACK)}, not {config._attn_implementation}, "
+            "which lets samples see each other"
+        )
 
 
 def _entering_rows(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Rows:
     b, length = hidden.shape[:2]
     columns = torch.arange(length, device=hidden.device).expand(b, -1)
     mask = torch.ones_like(columns, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    positions = _positions(mask) if position_ids is None else position_ids.expand(b, -1)
-    return Rows(columns, mask, positions, is_padded=True)
+    return Rows(columns, mask, _positions(mask) if position_ids is None else position_ids.expand(b, -1))
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -342,26 +284,23 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _drop_rows(rows: Rows, columns: Tensor, mask: Tensor, lengths: list[int], renumbers: bool) -> Rows:
-    return Rows(
+    new = Rows(
         columns=rows.columns.gather(1, columns),
         mask=mask,
         position_ids=_positions(mask) if renumbers else rows.position_ids.gather(1, columns),
-        is_padded=min(lengths) < columns.shape[1],
+        lengths=lengths,
     )
-
-
-def _take_rows(hidden: Tensor, columns: Tensor) -> Tensor:
-    """hidden[b, columns[b]]: [B, L, D] and [B, L'] give [B, L', D]."""
-    b, length, d = hidden.shape
-    flat = (columns + length * torch.arange(b, device=columns.device).unsqueeze(1)).flatten()
-    return hidden.reshape(-1, d).index_select(0, flat).view(b, -1, d)
+    if rows.real is not None:
+        new.pack()
+    return new
 
 
 def _layer_input(layer: Any, hidden: Tensor, stage: _Stage, pools: Pools) -> LayerInput:
     rows = stage.rows
+    cos, sin = (rows.unpack(table) for table in stage.position_embeddings)
     is_query = rows.of(pools.is_query)
     queries = is_query.long().argsort(dim=1, descending=True, stable=True)[:, : pools.queries]
-    return LayerInput(layer, hidden, stage.position_embeddings, rows.mask, queries, is_query.gather(1, queries))
+    return LayerInput(layer, rows.unpack(hidden), (cos, sin), rows.mask, queries, is_query.gather(1, queries))
 
 
 def _remember(cache: StagedCache | None, layers: range, rows: Rows, first: Rows) -> None:
@@ -389,7 +328,7 @@ def _decode(
     answer = attention_mask[:, cache.prompt_length :].bool()
     for stage in cache.stages:
         mask = torch.cat([stage.mask, answer], dim=1)
-        rows = Rows(mask, mask, position_ids + stage.shift, is_padded=True)
+        rows = Rows(mask, mask, position_ids + stage.shift)
         hidden = _Stage(model, hidden, rows, stage.layers.start, cache, kwargs).run(hidden, stage.layers.stop)
     return hidden
 
@@ -406,26 +345,28 @@ class _Stage:
     def __init__(
         self, model: Any, hidden: Tensor, rows: Rows, start: int, cache: StagedCache | None, kwargs: dict[str, Any]
     ) -> None:
-        self.model, self.rows, self.cache, self.kwargs = model, rows, cache, kwargs
+        self.model, self.rows, self.cache = model, rows, cache
+        self.kwargs = {**kwargs, **rows.boundaries()}
         self.next = start
         self.layer_types = _layer_types(model.config)
         self.masks = dict(self._masks(hidden))
-        self.position_embeddings = model.rotary_emb(hidden, position_ids=rows.position_ids)
+        self.position_ids = rows.store(rows.position_ids)
+        self.position_embeddings = model.rotary_emb(hidden, position_ids=self.position_ids)
 
     def _masks(self, hidden: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-        """For each kind of layer the mask that transformers makes for it."""
+        """For each kind of layer the mask that transformers makes for it; a packed row has boundaries instead."""
         following = self.layer_types[self.next :]
         for kind in dict.fromkeys(following):
-            yield (
-                kind,
-                LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+            mask = None
+            if self.rows.real is None:
+                mask = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
                     config=self.model.config,
                     inputs_embeds=hidden,
                     attention_mask=self.rows.mask if self.rows.is_padded else None,
                     past_key_values=self.cache,
                     layer_idx=self.next + following.index(kind),  # whose cache has this stage's length
-                ),
-            )
+                )
+            yield kind, mask
 
     def run(self, hidden: Tensor, stop: int) -> Tensor:
         """Run the layers up to number `stop`, not included."""
@@ -434,7 +375,7 @@ class _Stage:
                 hidden,
                 attention_mask=self.masks[self.layer_types[i]],
                 position_embeddings=self.position_embeddings,
-                position_ids=self.rows.position_ids,
+                position_ids=self.position_ids,
                 past_key_values=self.cache,
                 **self.kwargs,
             )

@@ -6,7 +6,7 @@ Shapes: N images, P patches, C vision width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,8 @@ def resolve_vision_config(name_or_path: str) -> PreTrainedConfig:
 class VisionTower(nn.Module):
     """Wraps transformers' encoder under the attribute `vision_tower`, so that weight names are LLaVA's.
 
-    Blocks after the selected layer are not run, unless a reducer reads the last one's keys and queries; then only
-    those projections are computed.
+    Blocks after the selected layer are not run, unless a reducer reads their outputs, or the last one's keys and
+    queries; then only those projections are computed of it.
 
     Args:
         config: the encoder's configuration.
@@ -72,7 +72,7 @@ class VisionTower(nn.Module):
         """
         if feature not in SELECT_FEATURES:
             raise ValueError(f"mm_vision_select_feature={feature!r}: choose one of {', '.join(SELECT_FEATURES)}")
-        depth = self.config.num_hidden_layers
+        depth = self.depth
         if not -depth - 1 <= layer <= depth:
             raise ValueError(
                 f"mm_vision_select_layer={layer}: the tower {self.name!r} has {depth} blocks, so it must lie in "
@@ -122,6 +122,11 @@ class VisionTower(nn.Module):
         """Rows and columns of patches."""
         side = self.config.image_size // self.config.patch_size
         return side, side
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.config.num_hidden_layers
 
     @property
     def num_patches(self) -> int:
@@ -197,35 +202,40 @@ class VisionTower(nn.Module):
         self.vision_tower = encoder if old.device.type == "meta" else encoder.to(old.device)
         logger.info("vision tower: weights from %s", name)
 
-    def forward(self, pixels: Tensor, needs: Collection[str] = ()) -> VisionFeatures:
+    def forward(self, pixels: Tensor, needs: Collection[str] = (), blocks: Sequence[int] = ()) -> VisionFeatures:
         """Encode images.
 
         Args:
             pixels: [N, 3, H, W], normalised by the image processor.
             needs: names of further `VisionFeatures` to compute, as a reducer declares them.
+            blocks: those whose outputs become `hidden_states`, in this order. The first of them is then `features`
+                too, in place of the selected one, which nobody reads.
 
         Returns:
             Features in the dtype of the tower's weights.
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(learns):
-            return self._encode(pixels.to(device=self.vision_tower.device, dtype=self.dtype), frozenset(needs))
+            pixels = pixels.to(device=self.vision_tower.device, dtype=self.dtype)
+            return self._encode(pixels, frozenset(needs), blocks)
 
-    def _encode(self, pixels: Tensor, needs: frozenset[str]) -> VisionFeatures:
+    def _encode(self, pixels: Tensor, needs: frozenset[str], read: Sequence[int]) -> VisionFeatures:
         encoder = self.vision_tower
         blocks = encoder.encoder.layers
         last = len(blocks) - 1
         attends = bool(needs & {"keys", "queries", "cls_query"})
-        wanted = {self.num_blocks, last} if attends else {self.num_blocks}
+        selected = read[0] if read else self.num_blocks
+        wanted = {selected, *read, *([last] if attends else [])}
         hidden = encoder.embeddings(pixels)
         if hasattr(encoder, "pre_layrnorm"):  # CLIP has one, spelt so; SigLIP has none
             hidden = encoder.pre_layrnorm(hidden)
-        states = {0: hidden}
+        states = {0: hidden} if 0 in wanted else {}
         for i in range(max(wanted)):
             hidden = blocks[i](hidden, None)
             if i + 1 in wanted:
                 states[i + 1] = hidden
-        result = VisionFeatures(self._select(states[self.num_blocks]), grid=self.grid)
+        result = VisionFeatures(self._select(states[selected]), grid=self.grid)
+        result.hidden_states = {block: self._select(states[block]) for block in read}
         if attends:
             self.project_attention(blocks[last], states[last], needs, result)
         if "patch_embeds" in needs:

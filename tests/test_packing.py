@@ -1,0 +1,97 @@
+"""Batches run as one row without padding: the same losses, gradients and logits, and samples that stay apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava.model.language_model.packed import PACKED_SDPA
+from llava.model.language_model.staged import StagedPass
+from llava.train.parsing import parse_args
+from llava.train.train import train
+from tests.test_model import FIRST, ROWS, pictures
+from tests.test_staged import BACKBONES, METHODS, gradients, padded, staged_model, training_batch
+from tests.tiny_world import make_tiny_world
+
+
+def packing_model(backbone: str, reduction: Any, **settings: Any) -> Any:
+    model = staged_model(backbone, reduction, **settings)
+    model.set_attn_implementation(PACKED_SDPA)
+    return model
+
+
+@pytest.mark.parametrize("reduction", ["none", "prumerge", *METHODS], ids=str)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_losses_and_gradients_are_those_of_the_padded_batch(backbone: str, reduction: Any) -> None:
+    model = packing_model(backbone, reduction).train()
+    batch = training_batch()
+    loss, expected = gradients(model, batch)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        packed_loss, got = gradients(model, {**batch, "packed": True})
+        torch.testing.assert_close(packed_loss, loss, atol=1e-5, rtol=0)
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("anyres", [False, True], ids=["flat", "anyres"])
+@pytest.mark.parametrize("reduction", ["none", METHODS[0], METHODS[3]], ids=str)
+@torch.no_grad()
+def test_a_packed_row_is_its_samples_one_behind_the_other(reduction: Any, anyres: bool) -> None:
+    settings = {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"} if anyres else {}
+    model = packing_model("llama", reduction, anyres=anyres, **settings)
+    batch = {**training_batch(), "images": pictures(anyres)}
+    alone = []
+    for i, row in enumerate(ROWS):
+        chosen = slice(FIRST[i], FIRST[i] + int((row < 0).sum()))
+        labels = batch["labels"][i : i + 1, : len(row)]
+        inputs = {"images": batch["images"][chosen], "image_sizes": batch["image_sizes"][chosen]}
+        alone.append(model(input_ids=row.unsqueeze(0), labels=labels, **inputs).logits[0])
+    torch.testing.assert_close(model(**batch, packed=True).logits[0], torch.cat(alone), atol=1e-4, rtol=0)
+
+
+def test_nothing_predicts_the_first_token_of_a_sample() -> None:
+    labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
+    kept = torch.tensor([[0, 1, 2], [0, 1, -1]])
+    staged = StagedPass(
+        torch.full_like(labels, -1), labels, packed=True, kept=kept, place=torch.tensor([0, 1, 2, 3, 4])
+    )
+    assert staged.kept_labels().tolist() == [[-100, 6, 7, -100, 9]]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_that_cannot_keep_samples_apart_is_refused(attention: str) -> None:
+    model = staged_model()
+    model.set_attn_implementation(attention)
+    with pytest.raises(ValueError, match="packed batches need attn_implementation packed_sdpa or flash_attention_2"):
+        model(**training_batch(), packed=True)
+
+
+@torch.no_grad()
+def test_without_packing_it_is_sdpa() -> None:
+    model = staged_model()
+    expected = model(**padded("right")).logits
+    model.set_attn_implementation(PACKED_SDPA)
+    assert torch.equal(model(**padded("right")).logits, expected)
+
+
+@pytest.mark.parametrize("settings", [{"lora_enable": True, "lora_dropout": 0.0}, {}], ids=["lora", "full"])
+def test_a_packed_run_has_the_losses_of_the_padded_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    world = make_tiny_world(tmp_path / "world")
+    losses = []
+    for packing in (False, True):
+        flags = world.flags(tmp_path / str(packing), max_steps=3, learning_rate=1e-3, packing=packing, **settings)
+        history = train(parse_args(flags)).state.log_history
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_packing_with_eager_attention_is_refused_before_the_run(tmp_path: Path) -> None:
+    world = make_tiny_world(tmp_path / "world")
+    with pytest.raises(ValueError, match="--packing needs flash_attention_2 or sdpa"):
+        parse_args(world.flags(tmp_path, packing=True, attn_implementation="eager"))
