@@ -102,7 +102,7 @@ def test_qlora_quantizes_the_language_model_only(
     assert (config.load_in_4bit, config.load_in_8bit) == (True, False)
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("fp4", False)
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
-    assert config.llm_int8_skip_modules == NOT_QUANTIZED == ["mm_projector", "vision_tower", "lm_head"]
+    assert config.llm_int8_skip_modules == NOT_QUANTIZED
     training.bits = 8
     config = quantization(training)["quantization_config"]
     assert (config.load_in_4bit, config.load_in_8bit) == (False, True)

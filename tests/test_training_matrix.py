@@ -20,7 +20,7 @@ from tests.tiny_world import TinyWorld, make_tiny_world
 
 METHODS = {"none": "none", "prumerge": "prumerge", "pyramiddrop": "{name: pyramiddrop, layers: [1], ratios: [0.25]}"}
 if "stf" in available()["projector"]:
-    METHODS["stf"] = "stf"
+    METHODS["stf"] = "{name: stf, kernel: 2, mbtf: [3, 1]}"
 CELLS = [
     pytest.param(kind, stage, method, marks=pytest.mark.slow if stage else [])
     for stage in (0, 2, 3)
