@@ -149,13 +149,20 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name
 
 
+def _in_tower(name: str) -> bool:
+    return ".vision_tower.vision_tower." in name
+
+
 def _base_name(name: str) -> str:
     """Name of a weight without the layer that PEFT puts around it, as it is in the base model."""
     return name.replace(".base_layer.", ".")
 
 
 def _lora_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n, p) for n, p in model.named_parameters() if _is_adapter(n) or p.requires_grad]
+    kept = {name for name, p in model.named_parameters() if _is_adapter(name) or p.requires_grad}
+    # A tower that is trained is kept whole, its frozen last blocks too: readers take it from one place.
+    has_tower = any(_in_tower(name) for name in kept)
+    return [(name, p) for name, p in model.named_parameters() if name in kept or (has_tower and _in_tower(name))]
 
 
 def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:

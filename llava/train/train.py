@@ -24,6 +24,7 @@ from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
+from llava.train.run_info import write_run_info
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,9 @@ def train(arguments: Arguments) -> LLaVATrainer:
         data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=training.packing),
         processing_class=tokenizer,
     )
-    write_run_config(arguments)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
+    checkpoint = checkpoint_to_resume(training)
+    write_run_config(arguments, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.raise_if_stopped()
     trainer.save_state()
     trainer.save_model()
@@ -142,9 +144,10 @@ def checkpoint_to_resume(training: Any) -> str | None:
     return checkpoint
 
 
-def write_run_config(arguments: Arguments) -> None:
-    """Write the run's settings to `output_dir`, in the form that `llava train` reads."""
+def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
+    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`."""
     if arguments.training.should_save:
         text = yaml.safe_dump(arguments.given, sort_keys=False)
         with atomic_folder(Path(arguments.training.output_dir)) as folder:
             (folder / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")
+            write_run_info(arguments, checkpoint, folder)

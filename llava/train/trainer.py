@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -22,6 +22,8 @@ from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.checkpoint_folders import CannotWriteError, remove_old_checkpoints, write_errors_named, write_file_list
+from llava.train.metrics_file import MetricsFile, TrainingBar
+from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
 from llava.train.statistics import VisualTokenMeter
 from llava.train.stop import RunStoppedError, StopOnSignal, ignore_signals
@@ -112,10 +114,16 @@ class LLaVATrainer(Trainer):
         self._is_staging = False
         reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
+        self._meter = RunMeter(self.model, self.args)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TrainingBar)
+        self.add_callback(MetricsFile)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As transformers'; SIGTERM, SIGUSR1 and Ctrl-C end it with a checkpoint, see `raise_if_stopped`."""
         self._resumed_from = resume_from_checkpoint
+        self._meter.watch.lap()
         with self._stop.listening():
             return super().train(resume_from_checkpoint, **kwargs)
 
@@ -128,9 +136,11 @@ class LLaVATrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As transformers', with the visual tokens that were kept since the last time."""
+        """As transformers', with the visual tokens, the padding and the throughput since the last time."""
         for meter in self._meters:
             logs.update(meter.read())
+        if "loss" in logs:
+            logs.update(self._meter.read())
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -197,6 +207,11 @@ class LLaVATrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoint-STEP under another name and rename it when all ranks are done."""
+        self._meter.watch.pause()
+        self._write_checkpoint(model, trial)
+        self._meter.watch.go_on()
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_dir / STAGING
@@ -227,6 +242,13 @@ class LLaVATrainer(Trainer):
         logger.info("wrote %s", target)
         best = self.state.best_model_checkpoint
         remove_old_checkpoints(target.parent, self.state.global_step, self.args.save_total_limit, keep=best)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers'."""
+        self._meter.watch.pause()
+        metrics = super().evaluate(*args, **kwargs)
+        self._meter.watch.go_on()
+        return metrics
 
     def _save_pending_loss(self, folder: Path) -> None:
         """Keep the sum of the losses since the last line of log, which the next line is the mean of."""
