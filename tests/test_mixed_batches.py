@@ -65,6 +65,8 @@ def test_a_rank_that_sees_text_only(
     run = Ranks(world.flags(tmp_path / "run", **settings, **small), 2, log=tmp_path / "log")
     assert run.join(timeout=60) == [0, 0], run.printed()[-4000:]
     check_losses(tmp_path / "run", steps=2)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["image_tokens"] > 0  # of all ranks together: one has none
     alone = {**settings, "per_device_train_batch_size": 4, "deepspeed": None}
     train(parse_args(world.flags(tmp_path / "alone", **alone)))
     expected, actual = losses(tmp_path / "alone"), losses(tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -95,6 +96,9 @@ def test_sigkill(
     assert (f"resuming from {parts}/checkpoint-{goes_on_from}" in log) == (goes_on_from is not None)
     check_losses(whole, STEPS)
     assert losses(parts) == losses(whole)
+    steps = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["loss"] for line in steps if "loss" in line} == losses(whole)
+    assert len(steps) == STEPS + 1  # and the summary
     for folder in (whole / "checkpoint-4", parts / "checkpoint-4", parts):
         check_folder(folder, kind, world, projector)
     assert not (parts / ".incomplete").exists()

@@ -66,7 +66,7 @@ def leave(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    if is_distributed and code == 0:
+    if is_distributed and code in (0, EXIT_STOPPED):
         torch.distributed.destroy_process_group()
     sys.exit(code)
 

@@ -66,6 +66,12 @@ class StopOnSignal(TrainerCallback):
             timeout = datetime.timedelta(seconds=args.ddp_timeout)
             self._group = distributed.new_group(backend="gloo", timeout=timeout)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the group, whose threads must not outlive the interpreter; see `llava.train.process.leave`."""
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training where a rank was told to stop before the last step."""
         number = self._received_anywhere()
