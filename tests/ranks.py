@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava.train.process import remove_shared_buffer
 from tests.tiny_world import ROOT
 
 ZERO = {"bf16": True, "dataloader_num_workers": 0}
@@ -56,7 +57,8 @@ class Ranks:
         context.set_forkserver_preload(["tests.preload"])
         self.log = log
         place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.address, self.port = "127.0.0.1", str(free_port())
+        place |= {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
         self.processes = []
         for rank in range(ranks):
             environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -84,8 +86,9 @@ class Ranks:
 
     def kill(self) -> None:
         """End all ranks with SIGKILL."""
-        for process in self.processes:
+        for rank, process in enumerate(self.processes):
             process.kill()
+            remove_shared_buffer(rank, self.address, self.port)
 
     def join(self, timeout: float = 120) -> list[int]:
         """Exit codes by rank; of one that a signal ended, minus the signal. One that fails ends the others."""

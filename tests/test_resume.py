@@ -136,6 +136,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     assert list(losses(folder)) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
+def test_ranks_on_the_cpu_leave_no_shared_memory(world: TinyWorld, tmp_path: Path) -> None:
+    run = Ranks(flags_of("projector", 2, world, tmp_path / "run", max_steps=1), 2, log=tmp_path / "log")
+    assert run.join() == [0, 0]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{run.port}_*"))
+
+
 def test_a_second_ctrl_c_ends_the_run_at_once(world: TinyWorld, tmp_path: Path) -> None:
     flags = flags_of("projector", 0, world, tmp_path / "run")
     run = Ranks(flags, log=tmp_path / "log", before=slow_steps, arguments=(60,))

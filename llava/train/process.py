@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -48,6 +49,18 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def remove_shared_buffer(rank: int, address: str, port: str) -> None:
+    """Give back the memory (69 MB) in which DeepSpeed's ranks on the CPU add up; DeepSpeed leaves it behind.
+
+    Args:
+        rank: whose buffer; ranks that still use it keep it.
+        address: MASTER_ADDR of the run.
+        port: MASTER_PORT of the run.
+    """
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
 def leave(code: int) -> NoReturn:
     """End this process with an exit code, whatever threads still run in it.
 
@@ -61,6 +74,8 @@ def leave(code: int) -> NoReturn:
     runs its exit handlers, and ends without finalizing the interpreter.
     """
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        remove_shared_buffer(int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     if is_distributed and "gloo" in torch.distributed.get_backend():
         atexit._run_exitfuncs()
         sys.stdout.flush()

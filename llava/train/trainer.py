@@ -75,14 +75,14 @@ class _OnScheduleCallback(TrainerCallback):
             control.should_save = False
 
 
-class _PendingLossCallback(TrainerCallback):
-    """Restores the pending loss behind transformers' own reset of it."""
+class _FirstLineCallback(TrainerCallback):
+    """Begins the first line of log when training begins: with the pending loss, which transformers has just reset."""
 
     def __init__(self, trainer: LLaVATrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.restore_pending_loss()
+        self.trainer.begin_line_of_log()
 
 
 def _init_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None:
@@ -106,7 +106,7 @@ class LLaVATrainer(Trainer):
     def __init__(self, *, kind: RunKind, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_callback(_OnScheduleCallback)
-        self.add_callback(_PendingLossCallback(self))
+        self.add_callback(_FirstLineCallback(self))
         self._stop = StopOnSignal()
         self.add_callback(self._stop)
         self.kind = kind
@@ -123,7 +123,6 @@ class LLaVATrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As transformers'; SIGTERM, SIGUSR1 and Ctrl-C end it with a checkpoint, see `raise_if_stopped`."""
         self._resumed_from = resume_from_checkpoint
-        self._meter.watch.lap()
         with self._stop.listening():
             return super().train(resume_from_checkpoint, **kwargs)
 
@@ -257,8 +256,9 @@ class LLaVATrainer(Trainer):
             values = {"loss": pending, "last_logged": self._globalstep_last_logged}
             (folder / PENDING_LOSS_FILE).write_text(json.dumps(values), encoding="utf-8")
 
-    def restore_pending_loss(self) -> None:
-        """Go on with the sum that the checkpoint kept; called when training begins."""
+    def begin_line_of_log(self) -> None:
+        """Start the watch, and go on with the sum of losses that the checkpoint kept."""
+        self._meter.watch.lap()
         file = Path(self._resumed_from or "", PENDING_LOSS_FILE)
         if self._resumed_from and file.is_file():
             values = json.loads(file.read_text(encoding="utf-8"))
