@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -156,8 +157,9 @@ def slow_steps(rank: int, seconds: float, signal_all: bool = False) -> None:
         calls.append(None)
         print(f"rank {rank}: step {self.state.global_step + 1} begins", flush=True)
         if signal_all and len(calls) == 3:
-            for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
-                os.kill(int(process.pid or 0), signal.SIGTERM)
+            processes = [*multiprocessing.active_children(), multiprocessing.current_process()]
+            # By another process: a worker takes its parent's SIGTERM for the orderly end.
+            subprocess.run(["kill", *(str(process.pid) for process in processes)], check=True)
         time.sleep(seconds)
         return whole(self, *args, **kwargs)
 

@@ -185,7 +185,8 @@ class LLaVATrainer(Trainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
-        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
+        starts_workers = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has the real one inside
+        starts_workers.worker_init_fn = partial(_init_worker, starts_workers.worker_init_fn)
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
