@@ -79,11 +79,11 @@ def layer_flops(n: int, d: int, m: int) -> int:
     return 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
 
 
-def step(model: Any, batch: dict[str, torch.Tensor], train: bool) -> Any:
-    """One prefill with a KV cache, or one training step; the prefill's cache is returned."""
+def step(model: Any, batch: dict[str, torch.Tensor], train: bool) -> int | None:
+    """One prefill, whose cache's bytes are returned, or one training step."""
     if not train:
         with torch.no_grad():
-            return model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+            return cache_bytes(model(**batch, use_cache=True, logits_to_keep=1).past_key_values)
     model(**batch, use_cache=False).loss.backward()
     model.zero_grad(set_to_none=True)
     return None
@@ -108,7 +108,7 @@ def compare(args: argparse.Namespace, model: Any, image_tokens: int) -> None:
     batch = make_batch(args, image_tokens, model)
     runs: dict[str, Any] = {"none": None, **METHODS}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    caches: dict[str, Any] = {}
+    caches: dict[str, int | None] = {}
     peaks: dict[str, int] = {}
     for turn in range(args.repeats + 1):  # the first warms up
         for name, method in runs.items():
@@ -138,7 +138,7 @@ def compare(args: argparse.Namespace, model: Any, image_tokens: int) -> None:
         if caches[name] is not None:
             heads, width = args.kv_heads or args.heads, args.width // args.heads
             formula = sum(lengths) * args.batch * 2 * heads * width * model.dtype.itemsize
-            got = cache_bytes(caches[name])
+            got = caches[name]
             print(
                 f"  {'':12s} KV cache {got:,} bytes; by the formula {formula:,}{'' if got == formula else '  DIFFERS'}"
             )

@@ -147,6 +147,8 @@ def like(model: Any) -> torch.Tensor:
 
 def step(model: Any, batch: dict[str, torch.Tensor], packed: bool, device: str) -> float:
     """Seconds of a forward and a backward pass."""
+    if device != "cpu":
+        torch.cuda.synchronize()  # the batch may still be on its way
     start = time.perf_counter()
     model(**batch, packed=packed).loss.backward()
     if device != "cpu":

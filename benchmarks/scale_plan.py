@@ -91,12 +91,14 @@ def main() -> None:
             seen = lengths(shape, tokens, decoder)
             per_device = min(16, args.global_batch // busy)
             steps = accumulation_steps(args.global_batch, per_device, busy)
-            stage = 2 if memory(shape, seen, per_device, busy, 2) < 0.9 * args.memory else 3
+            need = {stage: memory(shape, seen, per_device, busy, stage) for stage in (2, 3)}
+            fitting = [stage for stage in need if need[stage] < 0.9 * args.memory]
+            stage = fitting[0] if fitting else 3
             rate = busy * args.peak * 1e12 * args.utilization / sample_flops(shape, seen)  # samples/s
             note = f" ({busy} of them)" if busy < gpus else ""
             print(
-                f"| {gpus}{note} | {name} | {stage} | {per_device} x {steps} | "
-                f"{memory(shape, seen, per_device, busy, stage):.0f} | {rate * (tokens + TEXT):,.0f} | "
+                f"| {gpus}{note} | {name} | {stage}{'' if fitting else ', offload'} | {per_device} x {steps} | "
+                f"{need[stage]:.0f} | {rate * (tokens + TEXT):,.0f} | "
                 f"{SAMPLES / rate / 3600:.1f} |"
             )
     model, resume = shape.weights * 2 / 1e9, shape.weights * 14 / 1e9

@@ -17,11 +17,12 @@ if ! command -v deepspeed >/dev/null; then
     echo "deepspeed is not installed here: run  bash $LLAVA_ROOT/scripts/setup_env.sh" >&2
     exit 1
 fi
-if [[ "${DS_ACCELERATOR:-}" == cpu ]] ||
-    ! python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then
+# With a hostfile this machine may be one without GPUs, from which others are started.
+if [[ "${DS_ACCELERATOR:-}" == cpu ]] || { [[ -z "${HOSTFILE:-}" ]] &&
+    ! python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; }; then
     export DS_ACCELERATOR=cpu
-    NUM_GPUS="${NUM_GPUS:-1}"
-    threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_GPUS))
+    if [[ -z "${HOSTFILE:-}" ]]; then NUM_GPUS="${NUM_GPUS:-1}"; fi
+    threads=$(($(getconf _NPROCESSORS_ONLN) / ${NUM_GPUS:-1}))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 fi
 
@@ -46,6 +47,11 @@ done
 # without such a recipe is taken as it is, on the script's settings. RECIPES is the ending of such folders for scripts
 # of another model than LLaVA-1.5.
 METHOD_FLAGS=()
+OUTPUT_SUFFIX="" # keeps a run with a method apart from the baseline's folder
+if [[ -n "${REDUCTION:-}" && "${REDUCTION}" != none ]]; then
+    OUTPUT_SUFFIX="-reduced"
+    if [[ "$REDUCTION" =~ ^[a-z_]+$ ]]; then OUTPUT_SUFFIX="-$REDUCTION"; fi
+fi
 if [[ -n "${METHOD:-}" ]]; then
     recipe="$LLAVA_ROOT/configs/$METHOD${RECIPES:-}/$(basename "$0" .sh).yaml"
     if [[ -f "$recipe" ]]; then
@@ -54,5 +60,6 @@ if [[ -n "${METHOD:-}" ]]; then
     else
         echo "no $recipe: --reduction $METHOD on this script's own settings" >&2
         METHOD_FLAGS=(--reduction "$METHOD")
+        OUTPUT_SUFFIX="-$METHOD"
     fi
 fi

@@ -95,6 +95,11 @@ def test_what_the_caller_says_comes_before_the_recipe(world: TinyWorld, tmp_path
     assert any(word.startswith("--reduction=") and "conversation" in word for word in argv)
     without_recipe = script_flags("scripts/v1_5/finetune.sh", tmp_path, [], METHOD="random")
     assert without_recipe[-2:] == ["--reduction", "random"]
+    # A folder of its own: the baseline's checkpoints are not gone on from, and not overwritten.
+    assert "./checkpoints/llava-v1.5-7b-random" in without_recipe
+    assert "./checkpoints/llava-v1.5-7b-fastv" in script_flags(
+        "scripts/v1_5/finetune.sh", tmp_path, [], REDUCTION="fastv"
+    )
 
 
 @pytest.mark.parametrize(

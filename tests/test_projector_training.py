@@ -128,6 +128,10 @@ def test_the_projectors_file_tells_the_method(
     torch.save(read_bin(pretrained), alone)
     model, _ = build(world, tmp_path / "run", pretrain_mm_mlp_adapter=alone)
     assert model.config.reduction["projector"] == {"name": "stf", "variant": "release", "kernel": 2, "mbtf": 1}
+    with_decoder = "{name: fastv, layer: 1}"  # leaves the projector open
+    model, _ = build(world, tmp_path / "run", pretrain_mm_mlp_adapter=alone, reduction=with_decoder)
+    assert model.config.reduction["projector"] == {"name": "stf", "variant": "release", "kernel": 2, "mbtf": 1}
+    assert model.config.reduction["decoder"] == {"name": "fastv", "layer": 1}
     for other in ("none", "avgpool"):
         with pytest.raises(ValueError, match=r"unexpected \(4\): mm_projector_crosslayer.*wrong shape|crosslayer"):
             build(world, tmp_path / "run", pretrain_mm_mlp_adapter=alone, reduction=other)
@@ -152,6 +156,9 @@ def test_finetuning_goes_on_from_a_checkpoint_with_its_method_or_another(
     given = {"model_name_or_path": tmp_path / "stf", "mm_projector_type": None}
     model, _ = build(world, tmp_path / "run", **given)
     assert all(torch.equal(model.get_parameter(name), weights[name]) for name in STF_NAMES)
+    assert "its projector starts anew" not in caplog.text
+    model, _ = build(world, tmp_path / "run", **given, reduction="{name: fastv, layer: 1}")
+    assert model.config.reduction == {"projector": {"name": "stf", "mbtf": 1}, "decoder": {"name": "fastv", "layer": 1}}
     assert "its projector starts anew" not in caplog.text
     model, _ = build(world, tmp_path / "run", **given, reduction="none")
     assert "its projector starts anew" in caplog.text

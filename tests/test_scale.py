@@ -17,6 +17,7 @@ from llava.train.config import LaunchOptions
 from llava.train.launch import launch_command
 from llava.train.parsing import parse_args
 from llava.train.train import train
+from tests.test_arguments import script_flags
 from tests.test_deepspeed import free_port, losses
 from tests.tiny_world import ROOT, TinyWorld, make_tiny_world
 
@@ -26,16 +27,39 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles an extension with g++"),
 ]
 
-# Starts the tasks of two nodes on this machine, as srun does on two, and ends with the highest of their exit codes.
+# Starts the tasks of two nodes on this machine, as srun does on two. A task that ends with an error ends the others,
+# and its exit code counts. SIGNALLED: a signal comes to all processes of the step after a while.
 SRUN = """
-import os, subprocess, sys
+import os, signal, subprocess, sys, time
 command = [word for word in sys.argv[1:] if not word.startswith("--kill")]
 steps = []
 for node in range(2):
     slurm = {"SLURM_PROCID": node, "SLURM_LOCALID": 0, "SLURM_NTASKS": 2, "SLURM_NODEID": node}
-    steps.append(subprocess.Popen(command, env={**os.environ, **{k: str(v) for k, v in slurm.items()}}))
-sys.exit(max(step.wait() for step in steps))
+    environment = {**os.environ, **{k: str(v) for k, v in slurm.items()}}
+    steps.append(subprocess.Popen(command, env=environment, start_new_session=True))
+if "SIGNALLED" in os.environ:
+    time.sleep(1)
+    for step in steps:
+        os.killpg(step.pid, signal.SIGTERM)
+codes = []
+while len(codes) < len(steps):
+    time.sleep(0.05)
+    codes = [step.poll() for step in steps if step.poll() is not None]
+    if any(codes):
+        for step in steps:
+            if step.poll() is None:
+                os.killpg(step.pid, signal.SIGKILL)
+        break
+sys.exit(max(codes))
 """
+# In place of a training: the ranks need different times for their checkpoints.
+STOPS = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(rank), sys.exit(75)))
+time.sleep(60)
+"""
+FAILS = "import sys\nsys.exit(2)"
 SCONTROL = """
 import os, sys
 if sys.argv[1] == "show":
@@ -92,15 +116,16 @@ def test_torchrun_on_two_nodes(world: TinyWorld, expected: list[float], tmp_path
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-2)
 
 
-def sbatch(folder: Path, arguments: list[str], srun: str) -> subprocess.CompletedProcess[str]:
-    """Run the batch script as Slurm would, with stand-ins for Slurm's commands."""
-    for name, code in (("srun", srun), ("scontrol", SCONTROL)):
-        program = folder / "bin" / name
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f"#!{sys.executable}\n{code}")
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_SUBMIT_DIR": str(ROOT)}
-    variables = environment(MASTER_PORT=str(free_port()), REQUEUED=str(folder / "requeued"), **slurm)
+def sbatch(folder: Path, arguments: list[str], llava: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the batch script as Slurm would, with stand-ins for Slurm's commands and, if given, for the training."""
+    for name, code in (("srun", SRUN), ("scontrol", SCONTROL), ("llava", llava)):
+        if code:
+            program = folder / "bin" / name
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(f"#!{sys.executable}\n{code}")
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_SUBMIT_DIR": str(folder)}
+    variables = environment(MASTER_PORT=str(free_port()), REQUEUED=str(folder / "requeued"), **slurm, **more)
     variables["PATH"] = f"{folder / 'bin'}{os.pathsep}{variables['PATH']}"
     variables["VIRTUAL_ENV"] = sys.prefix
     command = ["bash", str(ROOT / "scripts/slurm/train.sbatch"), *arguments]
@@ -110,32 +135,23 @@ def sbatch(folder: Path, arguments: list[str], srun: str) -> subprocess.Complete
 def test_slurm_on_two_nodes(world: TinyWorld, expected: list[float], tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(settings_of(world, tmp_path / "run", deepspeed=ROOT / "scripts/zero2.json")))
-    result = sbatch(tmp_path, [str(config)], SRUN)
+    result = sbatch(tmp_path, [str(config)])
     assert result.returncode == 0, result.stderr[-4000:]
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-2)
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(75, True), (2, False)])
-def test_slurm_queues_a_stopped_run_again(status: int, requeued: bool, tmp_path: Path) -> None:
-    result = sbatch(tmp_path, ["any.yaml"], f"import sys\nsys.exit({status})")
-    assert result.returncode == status
-    assert (tmp_path / "requeued").exists() == requeued
-    if requeued:
-        assert (tmp_path / "requeued").read_text() == "requeue 7"
-
-
-def test_slurm_hands_the_signal_to_its_tasks(tmp_path: Path) -> None:
-    """The step ends on its own terms: the batch script waits for what it writes."""
-    waits = (
-        "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(75)))\n"
-        "os.kill(os.getppid(), signal.SIGTERM)\n"
-        "time.sleep(60)\n"
-    )
-    result = sbatch(tmp_path, ["any.yaml"], waits)
-    assert result.returncode == 75
+def test_slurm_queues_a_stopped_run_again(tmp_path: Path) -> None:
+    """Also where one rank has its checkpoint before the other: nobody ends the other."""
+    result = sbatch(tmp_path, ["any.yaml"], STOPS, SIGNALLED="1")
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "requeued").read_text() == "requeue 7"
+    assert not list(tmp_path.glob(".stopped*"))
+
+
+def test_slurm_does_not_queue_a_failed_run_again(tmp_path: Path) -> None:
+    assert sbatch(tmp_path, ["any.yaml"], FAILS).returncode == 2
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_the_command_for_a_hostfile() -> None:
@@ -145,3 +161,10 @@ def test_the_command_for_a_hostfile() -> None:
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert command[3:7] == ["--hostfile", "hosts", "--master_port", "1234"]
     assert "--num_gpus" not in command
+
+
+def test_the_script_leaves_the_count_of_gpus_to_the_hostfile(tmp_path: Path) -> None:
+    """It may be started from a machine without any."""
+    argv = script_flags("scripts/v1_5/finetune.sh", tmp_path, [], HOSTFILE="hosts")
+    assert argv[:2] == ["--hostfile", "hosts"]
+    assert "--num_gpus" not in argv

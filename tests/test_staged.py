@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.drop_plan import keep_best, pack_columns, plan_pools
@@ -355,8 +355,62 @@ def test_another_cache_is_refused() -> None:
     inputs = {"input_ids": prompt(3, "image", 4).unsqueeze(0), "images": pictures(False)[:1]}
     with pytest.raises(ValueError, match="a DynamicCache can't hold the stages"):
         model(**inputs, past_key_values=DynamicCache(config=model.config), use_cache=True)
-    with pytest.raises(ValueError, match="can't hold the stages"):
+    with pytest.raises(ValueError, match="cache_implementation='static' can't hold the stages"):
         model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
+    settings = GenerationConfig(cache_implementation="dynamic", **GREEDY)
+    with torch.no_grad():
+        tokens = model.generate(**inputs, generation_config=settings)
+        assert tokens.tolist() == model.generate(**inputs, **GREEDY).tolist()
+    assert settings.cache_implementation == "dynamic"
+
+
+@torch.no_grad()
+def test_embeddings_come_with_their_image_index() -> None:
+    model = staged_model()
+    inputs = {"input_ids": prompt(3, "image", 4).unsqueeze(0), "images": pictures(False)[:1]}
+    spliced = model.splice_images(**inputs)
+    embeds = {"inputs_embeds": spliced.inputs_embeds, "image_index": spliced.image_index}
+    assert torch.equal(model(**embeds).logits, model(**inputs).logits)
+    assert model.generate(**embeds, **GREEDY).tolist() == model.generate(**inputs, **GREEDY).tolist()
+    with pytest.raises(ValueError, match="pass image_index"):
+        model(inputs_embeds=spliced.inputs_embeds)
+
+
+@torch.no_grad()
+def test_going_on_from_a_cache_is_checked() -> None:
+    model = staged_model()
+    inputs = {"input_ids": prompt(3, "image", 4).unsqueeze(0), "images": pictures(False)[:1]}
+    cache = model(**inputs, use_cache=True).past_key_values
+    one = torch.tensor([[5]])
+    with pytest.raises(ValueError, match="covers 1 tokens, but the cache holds 24 and 1 are new"):
+        model(input_ids=one, attention_mask=torch.ones_like(one), past_key_values=cache)
+    with pytest.raises(ValueError, match="images enter with the prompt"):
+        model(**inputs, past_key_values=cache)
+    with pytest.raises(ValueError, match="can't remove 1 tokens from a cache with 24, of which 24 are the prompt"):
+        cache.crop(-1)
+
+
+@torch.no_grad()
+def test_an_empty_row_changes_nothing() -> None:
+    model = staged_model()
+    batch = padded("left")
+    ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
+    expected = model.generate(ids, attention_mask=mask, **batch, **GREEDY)
+    more = torch.cat([ids, torch.zeros_like(ids[:1])]), torch.cat([mask, torch.zeros_like(mask[:1])])
+    assert model.generate(more[0], attention_mask=more[1], **batch, **GREEDY)[:-1].tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_rows_stay_padded_on_their_side() -> None:
+    """Two rows as long as each other of which one loses more: on the right, as they came."""
+    model = staged_model()
+    images = pictures(False)[:3]
+    rows = [prompt(3, "image", 20, seed=1), prompt(2, "image", 1, "image", 4, seed=2)]
+    ids, mask = pad(rows, "right")
+    logits = model(input_ids=ids, attention_mask=mask, images=images).logits
+    for row, own, got in zip(rows, (images[:1], images[1:]), logits, strict=True):
+        expected = model(input_ids=row.unsqueeze(0), images=own).logits[0]
+        torch.testing.assert_close(got[: len(expected)], expected, **CLOSE)
 
 
 # Training

@@ -9,6 +9,7 @@ K visual tokens of all images together, C vision width, D language-model width.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -159,17 +160,19 @@ class LlavaMetaModel:
             self.load_projector(weights, adapter)
 
     def _reduction_of(self, model_args: Any, projector_weights: Mapping[str, Tensor]) -> ReductionConfig:
-        """What the run asks for; else the model's own, with the method of a projector that is about to be read."""
+        """What the run asks for, else the model's own; with the method of its projector, or of one about to be read."""
         given = getattr(model_args, "reduction", None)
-        if given is not None:
-            return ReductionConfig.parse(given)
         own = ReductionConfig.of_model(self.config)
+        reduction = own if given is None else ReductionConfig.parse(given)
+        if reduction.projector or (given is not None and not reduction):
+            return reduction
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        method = None if adapter is None else method_of_adapter(adapter, projector_weights)
-        if own.projector or method is None:
-            return own
-        logger.info("%s was trained with %s: the run takes that method", adapter, method)
-        return replace(own, projector=method)
+        method = own.projector or (None if adapter is None else method_of_adapter(adapter, projector_weights))
+        if not method:
+            return reduction
+        if not own.projector:
+            logger.info("%s was trained with %s: the run takes that method", adapter, method)
+        return replace(reduction, projector=method)
 
     def _change_vision_modules(self, changes: dict[str, Any]) -> None:
         config, tower = self.config, self._tower()
@@ -202,7 +205,8 @@ class LlavaMetaModel:
         """Reduce visual tokens with this method from now on, and keep it in the config.
 
         Args:
-            value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction.
+            value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction. Methods that leave the
+                site `projector` open keep this model's method there, whose weights are the projector's.
             keep_projector: refuse a method whose projector has other weights than this model's, in place of
                 starting it anew.
 
@@ -210,6 +214,8 @@ class LlavaMetaModel:
             ValueError: an unknown method or option, or one that does not suit the vision tower; or see above.
         """
         reduction = ReductionConfig.parse(value)
+        if reduction and not reduction.projector:
+            reduction = replace(reduction, projector=ReductionConfig.of_model(self.config).projector)
         reducer = reduction.build("encoder")
         projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
         decoder_reducer = self._build_decoder_reducer(reduction)
@@ -464,10 +470,10 @@ class LlavaMetaForCausalLM:
             image_sizes: N pairs (width, height) in pixels, for anyres.
             texts: B texts for a reducer that reads them (trim). Without them the question is read off the prompt,
                 where the model was opened with its tokenizer.
-            image_index: [B, L] for `inputs_embeds` that hold images, as `splice_images` returns it; only a decoder
-                reducer reads it.
-            packed: run the batch as one row without padding, in which the samples do not see each other; only where
-                images are spliced in here, and without a cache.
+            position_ids: [B, L] for `inputs_embeds`; those of `input_ids` follow from the mask, whatever is given.
+            image_index: [B, L] for `inputs_embeds`, as `splice_images` returns it (-1 for text); a decoder reducer and
+                packing need it.
+            packed: run the batch as one row without padding, in which the samples do not see each other.
 
         Returns:
             transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
@@ -478,6 +484,7 @@ class LlavaMetaForCausalLM:
             ValueError: markers and images do not match; the sample is named.
         """
         cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        left = None
         if inputs_embeds is None and input_ids is not None and not cached:
             max_length = getattr(self.config, "tokenizer_model_max_length", None)
             spliced = self.splice_images(
@@ -496,7 +503,11 @@ class LlavaMetaForCausalLM:
                 spliced.position_ids,
                 spliced.labels,
             )
-            image_index = spliced.image_index
+            image_index, left = spliced.image_index, spliced.left
+        elif images is not None and cached:
+            raise ValueError(
+                "images enter with the prompt: pass the whole prompt, without a cache that holds it already"
+            )
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -505,10 +516,16 @@ class LlavaMetaForCausalLM:
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        drops = packed or self.get_model().decoder_reducer is not None
-        if not drops or image_index is None or cached:
+        if packed and past_key_values is not None:
+            raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
+        if cached or not (packed or self.get_model().decoder_reducer is not None):
             return super().forward(**inputs, labels=labels)  # type: ignore[misc]
-        return self._forward_staged(inputs, StagedPass(image_index, labels, packed))
+        if image_index is None:
+            raise ValueError(
+                "inputs_embeds do not tell which tokens are an image's: pass image_index [batch, tokens] with them, as "
+                "splice_images returns it, or all -1 for text only"
+            )
+        return self._forward_staged(inputs, StagedPass(image_index, labels, packed, left))
 
     def _forward_staged(self, inputs: dict[str, Any], staged: StagedPass) -> Any:
         """Forward through a decoder reducer, or packed: the loss is that of the labels whose tokens reach the end."""
@@ -544,16 +561,36 @@ class LlavaMetaForCausalLM:
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
         if inputs is None:
+            self._choose_cache(kwargs)
             return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         kwargs.pop("position_ids", None)  # they follow from the mask
         spliced = self.splice_images(inputs, attention_mask, None, images, image_sizes, texts, left=True)
         if self.get_model().decoder_reducer is not None:
             kwargs["image_index"] = spliced.image_index
-            if kwargs.get("use_cache") is not False and not kwargs.keys() & {"past_key_values", "cache_implementation"}:
-                kwargs["past_key_values"] = StagedCache(config=self.config)
+            self._choose_cache(kwargs)
         return super().generate(  # type: ignore[misc]
             inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
         )
+
+    def _choose_cache(self, kwargs: dict[str, Any]) -> None:
+        """Put the cache that a decoder reducer needs into the arguments of `generate`.
+
+        Raises:
+            ValueError: they ask for one that has one length for all layers.
+        """
+        if self.get_model().decoder_reducer is None or kwargs.get("past_key_values") is not None:
+            return
+        kind = kwargs.pop("cache_implementation", None)
+        kind = kind or getattr(kwargs.get("generation_config"), "cache_implementation", None)
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r} can't hold the stages of a decoder reduction, whose layers keep "
+                "different numbers of tokens: leave it out"
+            )
+        if kind is not None and "generation_config" in kwargs:
+            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            kwargs["generation_config"].cache_implementation = None
+        kwargs["past_key_values"] = StagedCache(config=self.config)
 
     def splice_images(
         self,

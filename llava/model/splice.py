@@ -27,6 +27,7 @@ class Spliced:
         position_ids: [B, L] int64, 0, 1, 2, ... over the real tokens of a row; 0 at padding.
         labels: [B, L] int64, -100 at images and padding; None where none were given.
         image_index: [B, L] int64, number of the image in the batch that a token belongs to; -1 for text and padding.
+        left: whether rows are padded on the left.
     """
 
     inputs_embeds: Tensor
@@ -34,6 +35,7 @@ class Spliced:
     position_ids: Tensor
     labels: Tensor | None
     image_index: Tensor
+    left: bool
 
 
 @dataclass
@@ -44,6 +46,7 @@ class SplicePlan:
     attention_mask: Tensor  # [B, L] bool
     position_ids: Tensor  # [B, L]
     image_index: Tensor  # [B, L]
+    left: bool
 
 
 def plan_splice(
@@ -95,7 +98,7 @@ def plan_splice(
 
     zero_row = b * s + int(image_lengths.sum())
     source = rows(source, zero_row)
-    return SplicePlan(source, source != zero_row, rows(position, 0), rows(image_number, -1))
+    return SplicePlan(source, source != zero_row, rows(position, 0), rows(image_number, -1), left)
 
 
 def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | None, plan: SplicePlan) -> Spliced:
@@ -118,4 +121,4 @@ def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | N
         is_text = (plan.image_index < 0) & plan.attention_mask
         gathered = flat[plan.source.clamp(max=flat.numel() - 1)]
         labels = gathered.masked_fill(~is_text, IGNORE_INDEX)
-    return Spliced(embeds, plan.attention_mask.long(), plan.position_ids, labels, plan.image_index)
+    return Spliced(embeds, plan.attention_mask.long(), plan.position_ids, labels, plan.image_index, plan.left)

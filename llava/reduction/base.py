@@ -101,11 +101,27 @@ def check_choice(method: str, option: str, value: object, allowed: tuple[str, ..
         raise ValueError(f"method '{method}': {option}={value!r} is not known; choose one of: {', '.join(allowed)}")
 
 
+def is_count(value: object) -> bool:
+    """Whether `value` is a whole number, 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_count(method: str, option: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number, 1 or more."""
+    if not is_count(value):
+        raise ValueError(f"method '{method}': {option}={value!r} must be a whole number, 1 or more")
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a number, whole or not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_fraction(method: str, option: str, value: object) -> None:
     """Raise ValueError unless `value` is None or a number in (0, 1]."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
         raise ValueError(f"method '{method}': {option}={value!r} must be a number above 0 and at most 1, or null")
 
 

@@ -13,7 +13,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA_PATH="${DATA_PATH:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGE_FOLDER="${IMAGE_FOLDER:-./playground/data}"
 PRETRAIN_MM_MLP_ADAPTER="${PRETRAIN_MM_MLP_ADAPTER:-./checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin}"
-OUTPUT_DIR="${OUTPUT_DIR:-./checkpoints/llava-v1.5-7b-lora}"
+OUTPUT_DIR="${OUTPUT_DIR:-./checkpoints/llava-v1.5-7b-lora$OUTPUT_SUFFIX}"
 DEEPSPEED_CONFIG="${DEEPSPEED_CONFIG:-$LLAVA_ROOT/scripts/zero3.json}"
 
 exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \

@@ -19,7 +19,7 @@ class Pools:
 
     Attributes:
         pool: [B, L] int64, the pool of a token, -1 for what is never dropped.
-        is_query: [B, L] bool, tokens whose attention ranks; they are never dropped themselves.
+        is_query: [B, L] bool, tokens whose attention ranks, in rows with images; they are never dropped themselves.
         sizes: [P] int64, tokens of each pool that entered the language model.
         row: [P] int64, the row that a pool lies in.
         least: [P] int64, tokens that a pool keeps in any case: its queries; all, in a row without a query.
@@ -37,6 +37,10 @@ class Pools:
     queries: int
     left: bool
 
+    def to(self, device: torch.device) -> None:
+        """Follow the hidden states to another device."""
+        self.pool, self.is_query = self.pool.to(device), self.is_query.to(device)
+
     def counts(self, keep: float) -> Tensor:
         """[P] tokens that each pool has where the fraction `keep` of what entered is to stay."""
         return torch.maximum((self.sizes.double() * keep).long(), self.least)
@@ -46,7 +50,9 @@ class Pools:
         return self.others.index_add(0, self.row, counts).tolist()
 
 
-def plan_pools(image_index: Tensor, mask: Tensor, labels: Tensor | None, pool_of: str) -> Pools:
+def plan_pools(
+    image_index: Tensor, mask: Tensor, labels: Tensor | None, pool_of: str, left: bool | None = None
+) -> Pools:
     """Find the pools and the queries of a batch. This is the one copy to the host.
 
     Args:
@@ -54,12 +60,15 @@ def plan_pools(image_index: Tensor, mask: Tensor, labels: Tensor | None, pool_of
         mask: [B, L] bool, real tokens.
         labels: [B, L] int64 or None; see `StagedPass`.
         pool_of: "image" or "sample".
+        left: the side on which rows are padded; None: as they are, and on the left where there is no padding, so that
+            they end alike and the next token is read off the last column.
     """
     device = image_index.device
     image, real, targets = torch.stack([image_index, mask.long(), mask.long() if labels is None else labels]).cpu()
     real = real.bool()
     b = len(image)
-    is_image = (image >= 0) & real
+    image = image.masked_fill(~real, -1)
+    is_image = image >= 0
     if pool_of == "image":
         before = torch.cat([image.new_full((b, 1), -1), image[:, :-1]], dim=1)
         starts = is_image & (image != before)
@@ -70,7 +79,8 @@ def plan_pools(image_index: Tensor, mask: Tensor, labels: Tensor | None, pool_of
         pool = (has_image.cumsum(0) - 1).unsqueeze(1).expand_as(image)
         row = has_image.nonzero()[:, 0]
     pool = pool.masked_fill(~is_image, -1)
-    is_query = _queries(real, None if labels is None else targets)
+    # Rows without an image have nothing to rank.
+    is_query = _queries(real, None if labels is None else targets) & is_image.any(dim=1, keepdim=True)
     sizes = torch.bincount(pool[is_image], minlength=len(row))
     protected = torch.bincount(pool[is_image & is_query], minlength=len(row))
     return Pools(
@@ -81,8 +91,7 @@ def plan_pools(image_index: Tensor, mask: Tensor, labels: Tensor | None, pool_of
         least=torch.where(is_query.any(dim=1)[row], protected, sizes),
         others=(real & ~is_image).sum(dim=1),
         queries=max(1, int(is_query.sum(dim=1).max())),
-        # Unless the batch is padded on the right, rows stay aligned at their end, where the next token is read.
-        left=bool(real[:, -1].all()),
+        left=bool(real[real.any(dim=1), -1].all()) if left is None else left,
     )
 
 

@@ -4,9 +4,9 @@ It also runs batches packed, with or without a reducer: hidden states then lie i
 attention and ranking see the samples apart.
 
 It serves every backbone of transformers that has `layers`, `norm` and `rotary_emb`; the layers are transformers' own.
-A batch is planned on the host, from one copy of its image indices; after that lengths are known and nothing waits for
-the device. What decoding needs of the prefill (which tokens each stage has, and how far its positions are shifted)
-lies in the cache.
+A batch is planned on the host, from one copy of its image indices; after that all lengths are known, and nothing here
+waits for the device (transformers' masks of padded batches do). What decoding needs of the prefill (which tokens each
+stage has, and how far its positions are shifted) lies in the cache.
 
 Shapes: B rows, L tokens a row, P pools of image tokens that compete for places, Q query tokens a row, D width,
 T tokens of all rows, padding left out.
@@ -41,6 +41,7 @@ class StagedPass:
         image_index: [B, L] int64, number of the image that a token belongs to; -1 for text and padding.
         labels: [B, L] int64 or None. With labels the tokens before the answers rank, without them the last one does.
         packed: whether to run the batch as one row without padding; the output then is one row too.
+        left: whether rows are padded on the left; None: as the mask shows.
         kept: set by the runner: [B, L'] int64, the columns that reach the end; -1 at padding.
         place: set by the runner where the batch is packed: [T], index of each token of the row into [B, L'].
     """
@@ -48,6 +49,7 @@ class StagedPass:
     image_index: Tensor
     labels: Tensor | None = None
     packed: bool = False
+    left: bool | None = None
     kept: Tensor | None = None
     place: Tensor | None = None
 
@@ -100,6 +102,19 @@ class StagedCache(DynamicCache):
         for stage in self.stages:
             stage.mask, stage.shift = (t.repeat_interleave(repeats, dim=0) for t in (stage.mask, stage.shift))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, of the answer only.
+
+        Raises:
+            ValueError: the prompt would be cut, whose stages have different lengths.
+        """
+        if self.stages and abs(tokens_to_remove) > self.get_seq_length() - self.prompt_length:
+            raise ValueError(
+                f"can't remove {abs(tokens_to_remove)} tokens from a cache with {self.get_seq_length()}, of which "
+                f"{self.prompt_length} are the prompt: its image tokens are dropped already; run the prompt anew"
+            )
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
         self.stages = []
@@ -130,6 +145,13 @@ class Rows:
     def of(self, values: Tensor, fill: int = 0) -> Tensor:
         """[B, L] values of the batch that entered, for these tokens; `fill` at padding."""
         return values.gather(1, self.columns).masked_fill(~self.mask, fill)
+
+    def to(self, device: torch.device) -> None:
+        """Follow the hidden states to another device, where the model is spread over several."""
+        self.columns, self.mask, self.position_ids = (
+            t.to(device) for t in (self.columns, self.mask, self.position_ids)
+        )
+        self.real = None if self.real is None else self.real.to(device)
 
     def pack(self) -> None:
         """Store the tokens as one row, without padding."""
@@ -230,7 +252,8 @@ def _prefill(
 ) -> Tensor:
     reducer: DecoderReducer | None = model.decoder_reducer
     rows = _entering_rows(hidden, attention_mask, position_ids)
-    pools = plan_pools(staged.image_index, rows.mask, staged.labels, "image" if reducer is None else reducer.pool)
+    pool_of = "image" if reducer is None else reducer.pool
+    pools = plan_pools(staged.image_index, rows.mask, staged.labels, pool_of, staged.left)
     counts, first_rows, start = pools.sizes, rows, 0
     rows.lengths = pools.row_lengths(counts)
     if staged.packed:
@@ -247,10 +270,12 @@ def _prefill(
         # drops nothing goes the same way.
         if not model.training and torch.equal(left, counts):
             continue
+        rows.to(hidden.device)
+        pools.to(hidden.device)
         scores = reducer.score(_layer_input(model.layers[drop.ranked_by], judged, stage, pools))
         _remember(cache, range(start, drop.after), rows, first_rows)
         pool, is_query = rows.of(pools.pool, -1), rows.of(pools.is_query)
-        keep = rows.mask & keep_best(scores.masked_fill(is_query, torch.inf), pool, left, counts)
+        keep = rows.mask & keep_best(scores.to(pool.device).masked_fill(is_query, torch.inf), pool, left, counts)
         columns, mask = pack_columns(keep, pools.row_lengths(left), pools.left)
         new = _drop_rows(rows, columns, mask, pools.row_lengths(left), reducer.renumbers)
         hidden = rows.take(hidden, columns, new)
@@ -297,17 +322,21 @@ def _drop_rows(rows: Rows, columns: Tensor, mask: Tensor, lengths: list[int], re
 
 def _layer_input(layer: Any, hidden: Tensor, stage: _Stage, pools: Pools) -> LayerInput:
     rows = stage.rows
-    cos, sin = (rows.unpack(table) for table in stage.position_embeddings)
     is_query = rows.of(pools.is_query)
     queries = is_query.long().argsort(dim=1, descending=True, stable=True)[:, : pools.queries]
-    return LayerInput(layer, rows.unpack(hidden), (cos, sin), rows.mask, queries, is_query.gather(1, queries))
+    stored = (rows.unpack(values.to(rows.mask.device)) for values in (hidden, *stage.position_embeddings))
+    # Where the model is spread over devices, the layer that ranks may be on another one.
+    device = layer.input_layernorm.weight.device
+    parts = (*stored, rows.mask, queries, is_query.gather(1, queries))
+    states, cos, sin, mask, queries, query_mask = (values.to(device) for values in parts)
+    return LayerInput(layer, states, (cos, sin), mask, queries, query_mask)
 
 
 def _remember(cache: StagedCache | None, layers: range, rows: Rows, first: Rows) -> None:
     if cache is None:
         return
     last, first_last = (r.position_ids.masked_fill(~r.mask, 0).amax(dim=1, keepdim=True) for r in (rows, first))
-    cache.stages.append(CachedStage(layers, rows.mask, last - first_last))
+    cache.stages.append(CachedStage(layers, rows.mask, last - first_last.to(last.device)))
 
 
 def _decode(
@@ -320,6 +349,11 @@ def _decode(
 ) -> Tensor:
     b, new = hidden.shape[:2]
     seen = cache.get_seq_length()
+    if attention_mask is not None and attention_mask.shape[1] != seen + new:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache holds {seen} and {new} are new: it "
+            "must cover both, the prompt with its image tokens included"
+        )
     if attention_mask is None:
         prompt = cache.stages[0].mask
         attention_mask = torch.cat([prompt, prompt.new_ones(b, seen + new - cache.prompt_length)], dim=1)
@@ -327,8 +361,9 @@ def _decode(
         position_ids = _positions(attention_mask.bool())[:, -new:]
     answer = attention_mask[:, cache.prompt_length :].bool()
     for stage in cache.stages:
-        mask = torch.cat([stage.mask, answer], dim=1)
-        rows = Rows(mask, mask, position_ids + stage.shift)
+        mask, shift = stage.mask.to(hidden.device), stage.shift.to(hidden.device)
+        mask = torch.cat([mask, answer.to(hidden.device)], dim=1)
+        rows = Rows(mask, mask, position_ids.to(hidden.device) + shift)
         hidden = _Stage(model, hidden, rows, stage.layers.start, cache, kwargs).run(hidden, stage.layers.stop)
     return hidden
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava.reduction.base import DecoderReducer, Drop, LayerInput
+from llava.reduction.base import DecoderReducer, Drop, LayerInput, check_count, is_number
 from llava.reduction.decoder.ranking import PoolOptions, check_drops, received_attention
 from llava.reduction.registry import register
 
@@ -23,9 +23,8 @@ class FastVOptions(PoolOptions):
 
     def validate(self, method: str) -> None:
         super().validate(method)
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(f"method '{method}': layer={self.layer!r} must be a whole number, 1 or more")
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio <= 1:
+        check_count(method, "layer", self.layer)
+        if not is_number(self.ratio) or not 0 <= self.ratio <= 1:
             raise ValueError(
                 f"method '{method}': ratio={self.ratio!r} must be a number from 0 to 1, the fraction that is dropped"
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llava.reduction.base import DecoderReducer, Drop, LayerInput, Options
+from llava.reduction.base import DecoderReducer, Drop, LayerInput, Options, check_count, is_count, is_number
 from llava.reduction.decoder.ranking import PoolOptions, check_drops, received_attention
 from llava.reduction.registry import register
 
@@ -37,10 +37,10 @@ class PyramidDropOptions(PoolOptions):
             raise ValueError(f"method '{method}': give layers and ratios, or lambda and stages, not both")
         if self.layers is not None and self.ratios is not None:
             self._validate_lists(method, self.layers, self.ratios)
-        if self.lambda_ is not None and not (_is_number(self.lambda_) and 0 < self.lambda_ <= 1):
+        if self.lambda_ is not None and not (is_number(self.lambda_) and 0 < self.lambda_ <= 1):
             raise ValueError(f"method '{method}': lambda={self.lambda_!r} must be a number above 0 and at most 1")
-        if self.stages is not None and not (_is_whole(self.stages) and self.stages >= 1):
-            raise ValueError(f"method '{method}': stages={self.stages!r} must be a whole number, 1 or more")
+        if self.stages is not None:
+            check_count(method, "stages", self.stages)
 
     @staticmethod
     def _validate_lists(method: str, layers: Any, ratios: Any) -> None:
@@ -49,9 +49,9 @@ class PyramidDropOptions(PoolOptions):
                 f"method '{method}': layers={layers!r} and ratios={ratios!r} must be lists of one length, a ratio for "
                 "each drop"
             )
-        if not all(_is_whole(n) and n >= 1 for n in layers) or sorted(set(layers)) != list(layers):
+        if not all(map(is_count, layers)) or sorted(set(layers)) != list(layers):
             raise ValueError(f"method '{method}': layers={layers!r} must be rising whole numbers, 1 or more")
-        if not all(_is_number(r) and 0 <= r <= 1 for r in ratios) or sorted(ratios, reverse=True) != list(ratios):
+        if not all(is_number(r) and 0 <= r <= 1 for r in ratios) or sorted(ratios, reverse=True) != list(ratios):
             raise ValueError(
                 f"method '{method}': ratios={ratios!r} must fall from at most 1 to at least 0; each is the fraction "
                 "that is left of the tokens that entered the language model"
@@ -64,14 +64,6 @@ class PyramidDropOptions(PoolOptions):
         keep = 0.5 if self.lambda_ is None else self.lambda_
         stages = 4 if self.stages is None else self.stages
         return [(num_layers * stage // stages, keep**stage) for stage in range(1, stages)]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @register("pyramiddrop")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava.reduction.base import Options, ProjectorReducer, VisionFeatures, VisualTokens
+from llava.reduction.base import Options, ProjectorReducer, VisionFeatures, VisualTokens, check_count
 
 
 @dataclass(kw_only=True)
@@ -22,17 +22,6 @@ class KernelOptions(Options):
 
     def validate(self, method: str) -> None:
         check_count(method, "kernel", self.kernel)
-
-
-def is_count(value: object) -> bool:
-    """Whether `value` is a whole number, 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def check_count(method: str, option: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number, 1 or more."""
-    if not is_count(value):
-        raise ValueError(f"method '{method}': {option}={value!r} must be a whole number, 1 or more")
 
 
 class GroupingReducer(ProjectorReducer):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.reduction.base import check_choice
-from llava.reduction.projector.grouping import GroupingReducer, KernelOptions, check_count, is_count
+from llava.reduction.base import check_choice, check_count, is_count
+from llava.reduction.projector.grouping import GroupingReducer, KernelOptions
 from llava.reduction.registry import register
 
 OFF = (None, False, "off")
