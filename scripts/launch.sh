@@ -26,7 +26,8 @@ if [[ "${DS_ACCELERATOR:-}" == cpu ]] || { [[ -z "${HOSTFILE:-}" ]] &&
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 fi
 
-LAUNCHER=(deepspeed)
+# supervise.py lets the run write a checkpoint on SIGTERM, SIGUSR1 and Ctrl-C; its exit code is then 75.
+LAUNCHER=(python "$LLAVA_ROOT/llava/train/supervise.py" deepspeed)
 if [[ -n "${NUM_GPUS:-}" ]]; then LAUNCHER+=(--num_gpus "$NUM_GPUS"); fi
 if [[ -n "${HOSTFILE:-}" ]]; then LAUNCHER+=(--hostfile "$HOSTFILE"); fi
 if [[ -n "${MASTER_PORT:-}" ]]; then LAUNCHER+=(--master_port "$MASTER_PORT"); fi

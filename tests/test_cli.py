@@ -76,7 +76,7 @@ def test_an_error_is_one_line(world: TinyWorld, tmp_path: Path) -> None:
 def test_a_wrong_key_is_found_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("lernin_rate: 1\n")
-    monkeypatch.setattr(launch.subprocess, "run", lambda *args, **kwargs: pytest.fail("started"))
+    monkeypatch.setattr(launch, "supervise", lambda *args, **kwargs: pytest.fail("started"))
     with pytest.raises(ValueError, match="did you mean learning_rate"):
         launch.train_from_config(str(file), [])
 
@@ -85,7 +85,7 @@ def test_how_a_run_is_launched() -> None:
     python = sys.executable
     assert launch_command(["--bf16=True"], LaunchOptions(num_gpus=1)) is None
     with_torchrun = launch_command(["--bf16=True"], LaunchOptions(num_gpus=2, master_port=1234))
-    torchrun = [python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "1234"]
+    torchrun = [python, "-m", "llava.train.torchrun", "--nproc_per_node", "2", "--master_port", "1234"]
     assert with_torchrun == [*torchrun, str(ENTRY), "--bf16=True"]
     flags = ["--deepspeed=scripts/zero2.json"]
     one = launch_command(flags, LaunchOptions(num_gpus=1))

@@ -189,19 +189,6 @@ def test_skipped_samples_of_a_stream_stop_no_rank(world: TinyWorld, pretrained: 
     assert not list(folder.glob("rejects.rank*"))
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("projector", 2), ("lora", 3)])
-def test_resuming(kind: str, stage: int, world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
-    """A run that finds a checkpoint goes on from it and ends like one that was not interrupted."""
-    settings = settings_of(kind, world, pretrained, max_steps=4, save_strategy="steps", save_steps=3)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    launch_script(kind, whole, stage, world, **settings)
-    assert set(weight_files(whole / "checkpoint-3", kind)) == set(weight_files(whole, kind))
-    shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
-    launch_script(kind, parts, stage, world, **settings)
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
-    assert torch.allclose(logits(parts, world.llm), logits(whole, world.llm), atol=1e-2)
-
-
 def test_a_defect_ends_all_processes(world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:
     """The first process finds it before weights are read; the other would wait for it for ever."""
     samples = json.loads(world.captions.read_text())

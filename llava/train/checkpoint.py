@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
 import re
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
-STATE_FILE = "trainer_state.json"
 WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
@@ -151,13 +149,20 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name
 
 
+def _in_tower(name: str) -> bool:
+    return ".vision_tower.vision_tower." in name
+
+
 def _base_name(name: str) -> str:
     """Name of a weight without the layer that PEFT puts around it, as it is in the base model."""
     return name.replace(".base_layer.", ".")
 
 
 def _lora_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n, p) for n, p in model.named_parameters() if _is_adapter(n) or p.requires_grad]
+    kept = {name for name, p in model.named_parameters() if _is_adapter(name) or p.requires_grad}
+    # A tower that is trained is kept whole, its frozen last blocks too: readers take it from one place.
+    has_tower = any(_in_tower(name) for name in kept)
+    return [(name, p) for name, p in model.named_parameters() if name in kept or (has_tower and _in_tower(name))]
 
 
 def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
@@ -206,22 +211,6 @@ def _remove_stale_weights(folder: Path, written: set[str]) -> None:
     for path in folder.iterdir():
         if WEIGHTS_PATTERN.fullmatch(path.name) and path.name not in written:
             path.unlink()
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-STEP` of a run that was written to its end, or None."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / STATE_FILE).is_file():
-            found.append((int(step), str(path)))
-    return max(found)[1] if found else None
-
-
-def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """transformers' record of a run, as a checkpoint has it."""
-    state: dict[str, Any] = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
-    return state
 
 
 def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from llava.data.rejects import REJECTS_FILE, Rejects, forget_rejects, join_rejec
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.model.multimodal_encoder.processor import load_image_processor
 from llava.reduction.config import ReductionConfig
-from llava.train.checkpoint import read_state
+from llava.train.checkpoint_folders import read_state
 from llava.train.parsing import Arguments
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ import torch
 
 from llava.train.config import LaunchOptions, load_config
 from llava.train.parsing import check_args
-from llava.train.process import choose_accelerator
+from llava.train.process import choose_accelerator, run_and_report
+from llava.train.supervise import supervise
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,9 @@ def train_from_config(path: str, overrides: list[str]) -> int:
     if command is None:
         from llava.train.train import main
 
-        main(flags)
-        return 0
+        return run_and_report(main, flags)
     logger.info("starting %s", " ".join(command))
-    return subprocess.run(command, env=_environment(options), check=False).returncode
+    return supervise(command, _environment(options))
 
 
 def launch_command(flags: list[str], options: LaunchOptions) -> list[str] | None:
@@ -66,7 +65,7 @@ def launch_command(flags: list[str], options: LaunchOptions) -> list[str] | None
         raise ValueError("hostfile is read by DeepSpeed's launcher: set deepspeed too, e.g. ./scripts/zero2.json")
     if processes == 1:
         return None
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher = [sys.executable, "-m", "llava.train.torchrun", "--nproc_per_node", str(processes)]
     return [*launcher, *port, str(ENTRY), *flags]
 
 

@@ -184,23 +184,46 @@ def select_trainable(model: Any, arguments: Arguments) -> None:
     """Set requires_grad of every weight.
 
     Pretraining trains the projector, finetuning the language model too, LoRA the projector (its adapters are to
-    come). The vision tower is trained only if asked for. A reducer's weights keep what the reducer chose.
+    come). The vision tower is trained only if asked for, and as far as the projector reads it. A reducer's weights
+    keep what the reducer chose.
     """
     model_args = arguments.model
     kind = run_kind(arguments)
     trains_llm = kind is RunKind.FULL and not model_args.freeze_backbone
+    read = tower_weights_read(model) if model_args.unfreeze_mm_vision_tower else set()
     for name, parameter in model.named_parameters():
         part = part_of(name)
         trained = {
             "language_model": trains_llm,
             "projector": not arguments.training.freeze_mm_mlp_adapter,
-            "vision_tower": model_args.unfreeze_mm_vision_tower,
+            "vision_tower": name in read,
             "reducer": parameter.requires_grad,
         }[part]
         parameter.requires_grad_(trained and parameter.is_floating_point())
     if model_args.mm_use_im_start_end and kind is not RunKind.FULL:
         # The marker tokens' embeddings are new: they must be learned, and kept with what is learned.
         model.get_input_embeddings().requires_grad_(True)
+
+
+def tower_weights_read(model: Any) -> set[str]:
+    """Names of the weights of the vision tower that the projector's input depends on.
+
+    The others get no gradient: blocks behind the last one that is read, the pooled output, CLIP's text tower. DDP
+    would wait for theirs, and DeepSpeed would let weight decay shrink them.
+    """
+    inner = model.get_model()
+    tower, fuser = inner.get_vision_tower(), inner.projector_reducer
+    blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
+    depth = max(blocks or (tower.num_blocks,))
+    encoder = tower.vision_tower
+    unread = {"encoder.layers." + str(i) for i in range(depth, tower.depth)} | {"post_layernorm", "head"}
+    idle = {id(p) for name in unread if _has(encoder, name) for p in encoder.get_submodule(name).parameters()}
+    used = {id(parameter) for parameter in encoder.parameters()} - idle
+    return {name for name, parameter in model.named_parameters() if id(parameter) in used}
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(known == name for known, _ in module.named_modules())
 
 
 def linear_layer_names(model: Any) -> list[str]:
@@ -237,10 +260,15 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
 
 
 def set_trainable_dtype(model: nn.Module, training: TrainingArguments) -> None:
-    """Give trained weights the type that the optimizer needs; see `loading_dtype`."""
+    """Give trained weights the type that the optimizer needs; see `loading_dtype`.
+
+    A vision tower that is trained takes it as a whole: its last block, which is not, may score what the others give.
+    """
     dtype = compute_dtype(training) if training.deepspeed else torch.float32
+    of_tower = [parameter for name, parameter in model.named_parameters() if part_of(name) == "vision_tower"]
+    whole = {id(p) for p in of_tower} if any(p.requires_grad for p in of_tower) else set()
     for parameter in model.parameters():
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+        if (parameter.requires_grad or id(parameter) in whole) and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
 
 

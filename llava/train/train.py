@@ -16,12 +16,14 @@ from transformers import set_seed
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.train.arguments import require_package
-from llava.train.checkpoint import atomic_folder, last_complete_checkpoint
+from llava.train.checkpoint import atomic_folder
+from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint
 from llava.train.data import prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
+from llava.train.run_info import write_run_info
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,11 @@ def main(argv: list[str]) -> None:
 
 
 def train(arguments: Arguments) -> LLaVATrainer:
-    """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint."""
+    """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Raises:
+        RunStoppedError: a signal ended it before its last step.
+    """
     training = arguments.training
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
@@ -64,8 +70,9 @@ def train(arguments: Arguments) -> LLaVATrainer:
         data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=training.packing),
         processing_class=tokenizer,
     )
-    write_run_config(arguments)
+    write_run_config(arguments, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.raise_if_stopped()
     trainer.save_state()
     trainer.save_model()
     report_rejects(trainer)
@@ -100,16 +107,30 @@ def log_trainable(model: Any) -> None:
 
 
 def checkpoint_to_resume(training: Any) -> str | None:
-    """The checkpoint that is asked for, else the last complete one in `output_dir`, else None."""
-    checkpoint = training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
+    """The checkpoint that is asked for, else the last whole one in `output_dir`, else None.
+
+    Raises:
+        ValueError: the one that is asked for is not there or not whole.
+    """
+    asked = training.resume_from_checkpoint
+    if asked and asked.lower() != "true":
+        flaw = flaw_of(Path(asked)) if Path(asked).is_dir() else "no such folder"
+        if flaw:
+            raise ValueError(
+                f"--resume_from_checkpoint {asked}: {flaw}; leave the flag out to go on from the last whole one"
+            )
+        checkpoint: str | None = asked
+    else:
+        checkpoint = last_complete_checkpoint(training.output_dir)
     if checkpoint:
         logger.info("resuming from %s", checkpoint)
     return checkpoint
 
 
-def write_run_config(arguments: Arguments) -> None:
-    """Write the run's settings to `output_dir`, in the form that `llava train` reads."""
+def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
+    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`."""
     if arguments.training.should_save:
         text = yaml.safe_dump(arguments.given, sort_keys=False)
         with atomic_folder(Path(arguments.training.output_dir)) as folder:
             (folder / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")
+            write_run_info(arguments, checkpoint, folder)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import deepspeed_load_checkpoint
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
+from llava.train.checkpoint_folders import CannotWriteError, remove_old_checkpoints, write_errors_named, write_file_list
+from llava.train.metrics_file import MetricsFile, TrainingBar
+from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
 from llava.train.statistics import VisualTokenMeter
+from llava.train.stop import RunStoppedError, StopOnSignal, ignore_signals
 
 logger = logging.getLogger(__name__)
 
 STAGING = ".incomplete"
+PENDING_LOSS_FILE = "pending_loss.json"
 
 
 def parameter_group_names(
@@ -68,6 +77,22 @@ class _OnScheduleCallback(TrainerCallback):
             control.should_save = False
 
 
+class _FirstLineCallback(TrainerCallback):
+    """Begins the first line of log when training begins: with the pending loss, which transformers has just reset."""
+
+    def __init__(self, trainer: LLaVATrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_line_of_log()
+
+
+def _init_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None:
+    ignore_signals(worker)
+    if seed_worker is not None:
+        seed_worker(worker)
+
+
 class LLaVATrainer(Trainer):
     """Trains and saves a LLaVA model.
 
@@ -83,15 +108,40 @@ class LLaVATrainer(Trainer):
     def __init__(self, *, kind: RunKind, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_callback(_OnScheduleCallback)
+        self.add_callback(_FirstLineCallback(self))
+        self._stop = StopOnSignal()
+        self.add_callback(self._stop)
         self.kind = kind
+        self._resumed_from: str | None = None
         self._is_staging = False
         reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
+        self._meter = RunMeter(self.model, self.args)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TrainingBar)
+        self.add_callback(MetricsFile)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As transformers'; SIGTERM, SIGUSR1 and Ctrl-C end it with a checkpoint, see `raise_if_stopped`."""
+        self._resumed_from = resume_from_checkpoint
+        with self._stop.listening():
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def raise_if_stopped(self) -> None:
+        """Raise a RunStoppedError where a signal ended the training before its last step."""
+        if self._stop.stopped_by is not None:
+            raise RunStoppedError(
+                f"stopped by {self._stop.stopped_by} after step {self.state.global_step} of {self.state.max_steps}, "
+                f"with a checkpoint in {self.args.output_dir}; start the same command again to go on"
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As transformers', with the visual tokens that were kept since the last time."""
+        """As transformers', with the visual tokens, the padding and the throughput since the last time."""
         for meter in self._meters:
             logs.update(meter.read())
+        if "loss" in logs:
+            logs.update(self._meter.read())
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -147,6 +197,7 @@ class LLaVATrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(_init_worker, None),
         )
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,13 +205,21 @@ class LLaVATrainer(Trainer):
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.clamp(min=1) if isinstance(count, torch.Tensor) else count
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        starts_workers = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has the real one inside
+        starts_workers.worker_init_fn = partial(_init_worker, starts_workers.worker_init_fn)
+        return loader
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what this kind of run trains; every rank must call it."""
         if self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
         folder = output_dir or self.args.output_dir
-        save_run(self.model, self.kind, folder, writer=self.args.should_save, tokenizer=self.processing_class)
+        # A checkpoint's errors are named where it is written, by the name that it will have.
+        with nullcontext() if self._is_staging else write_errors_named(Path(folder), self.args.output_dir):
+            save_run(self.model, self.kind, folder, writer=self.args.should_save, tokenizer=self.processing_class)
         if not self._is_staging:
             logger.info("wrote %s", folder)
 
@@ -170,25 +229,64 @@ class LLaVATrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoint-STEP under another name and rename it when all ranks are done."""
-        staging = Path(super()._get_output_dir(trial), STAGING)
+        self._meter.watch.pause()
+        self._write_checkpoint(model, trial)
+        self._meter.watch.go_on()
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)  # of a run that was stopped while it wrote
         self.accelerator.wait_for_everyone()
         self._is_staging = True
         try:
-            super()._save_checkpoint(model, trial)
+            with write_errors_named(run_dir / name, run_dir):
+                super()._save_checkpoint(model, trial)
+                self._save_pending_loss(staging / name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish_checkpoint(staging / name, run_dir / name)
+        except CannotWriteError:
+            shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint would take the space of a whole one
+            raise
         finally:
             self._is_staging = False
         self.accelerator.wait_for_everyone()
+
+    def _publish_checkpoint(self, staged: Path, target: Path) -> None:
+        """Give a checkpoint that all ranks have written its name, and remove what is too old."""
+        write_file_list(staged)
+        shutil.rmtree(target, ignore_errors=True)  # a torn one
+        staged.replace(target)
+        staged.parent.rmdir()
+        logger.info("wrote %s", target)
+        best = self.state.best_model_checkpoint
+        remove_old_checkpoints(target.parent, self.state.global_step, self.args.save_total_limit, keep=best)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers'."""
+        self._meter.watch.pause()
+        metrics = super().evaluate(*args, **kwargs)
+        self._meter.watch.go_on()
+        return metrics
+
+    def _save_pending_loss(self, folder: Path) -> None:
+        """Keep the sum of the losses since the last line of log, which the next line is the mean of."""
+        pending = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         if self.args.should_save:
-            for path in staging.iterdir():
-                target = staging.parent / path.name
-                shutil.rmtree(target, ignore_errors=True)
-                path.replace(target)
-                logger.info("wrote %s", target)
-            staging.rmdir()
-            rotate_checkpoints(str(staging.parent), self.args.save_total_limit, use_mtime=False)
-        self.accelerator.wait_for_everyone()
+            values = {"loss": pending, "last_logged": self._globalstep_last_logged}
+            (folder / PENDING_LOSS_FILE).write_text(json.dumps(values), encoding="utf-8")
+
+    def begin_line_of_log(self) -> None:
+        """Start the watch, and go on with the sum of losses that the checkpoint kept."""
+        self._meter.watch.lap()
+        file = Path(self._resumed_from or "", PENDING_LOSS_FILE)
+        if self._resumed_from and file.is_file():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            self._tr_loss.fill_(values["loss"])
+            self._globalstep_last_logged = values["last_logged"]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not (self.is_deepspeed_enabled and self.kind is RunKind.PROJECTOR):

@@ -16,7 +16,7 @@ PRETRAIN_MM_MLP_ADAPTER="${PRETRAIN_MM_MLP_ADAPTER:-./checkpoints/llava-v1.5-7b-
 OUTPUT_DIR="${OUTPUT_DIR:-./checkpoints/llava-v1.5-7b-lora$OUTPUT_SUFFIX}"
 DEEPSPEED_CONFIG="${DEEPSPEED_CONFIG:-$LLAVA_ROOT/scripts/zero3.json}"
 
-"${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
+exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \
     --deepspeed "$DEEPSPEED_CONFIG" \
     --model_name_or_path "$MODEL" \

@@ -17,7 +17,7 @@ PRETRAIN_MM_MLP_ADAPTER="${PRETRAIN_MM_MLP_ADAPTER:-./checkpoints/llava-v1.6-vic
 OUTPUT_DIR="${OUTPUT_DIR:-./checkpoints/llava-v1.6-vicuna-7b$OUTPUT_SUFFIX}"
 DEEPSPEED_CONFIG="${DEEPSPEED_CONFIG:-$LLAVA_ROOT/scripts/zero2.json}"
 
-"${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
+exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
     --deepspeed "$DEEPSPEED_CONFIG" \
     --model_name_or_path "$MODEL" \
     --version v1 \

@@ -17,7 +17,7 @@ IMAGE_FOLDER="${IMAGE_FOLDER:-./playground/data/LLaVA-Pretrain/images}"
 OUTPUT_DIR="${OUTPUT_DIR:-./checkpoints/llava-v1.6-vicuna-7b-pretrain$OUTPUT_SUFFIX}"
 DEEPSPEED_CONFIG="${DEEPSPEED_CONFIG:-$LLAVA_ROOT/scripts/zero2.json}"
 
-"${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
+exec "${LAUNCHER[@]}" "$LLAVA_ROOT/llava/train/train_mem.py" \
     --deepspeed "$DEEPSPEED_CONFIG" \
     --model_name_or_path "$MODEL" \
     --version plain \

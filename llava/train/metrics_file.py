@@ -1,0 +1,76 @@
+"""A run's log as JSON lines in its output folder, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from llava.train.checkpoint_folders import write_errors_named
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each line of log to `metrics.jsonl`: a JSON object with `step` and `time` (seconds since 1970).
+
+    When a run goes on from a checkpoint, lines of later steps are dropped, so each step stands there once; so is a line
+    that a killed run wrote half, and the summary of an earlier end. NaN and infinity are null.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop what the run is about to write again."""
+        file = Path(args.output_dir, METRICS_FILE)
+        if state.is_world_process_zero and file.exists():
+            with write_errors_named(file, args.output_dir):
+                drop_later_lines(file, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append a line."""
+        if not state.is_world_process_zero:
+            return
+        file = Path(args.output_dir, METRICS_FILE)
+        record = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
+        line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
+        with write_errors_named(file, args.output_dir):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(line)
+
+
+def drop_later_lines(file: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`, without summaries (`train_runtime`) and what is not whole."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if _is_kept(line, step)]
+    if kept != lines:
+        new = file.with_name(f".{file.name}-{os.getpid()}")
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(file)
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith("\n") and record["step"] <= step and "train_runtime" not in record
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TrainingBar(ProgressCallback):
+    """transformers' progress bar, whose time left is right in a run that goes on from a checkpoint too."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar where the run stands."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+        self.current_step = state.global_step
