@@ -59,3 +59,10 @@ def test_lora_with_each_method(name: str, world: TinyWorld, tmp_path: Path) -> N
         trained = trainer.model.eval()(input_ids=ids, images=pixels, **texts).logits
     assert reduced.shape[1] < 4 + patches
     torch.testing.assert_close(reduced, trained, atol=1e-4, rtol=1e-4)
+
+
+def test_another_methods_checkpoint_is_not_gone_on_from(world: TinyWorld, tmp_path: Path) -> None:
+    saves = {"lora_enable": True, "lora_r": 4, "save_strategy": "steps", "save_steps": 1}
+    train(parse_args(world.flags(tmp_path, **saves, max_steps=1)))
+    with pytest.raises(ValueError, match=r"checkpoint-1 was trained with reduction=none, and this run .*'fastv'"):
+        train(parse_args(world.flags(tmp_path, **saves, reduction=FLAGS["fastv"])))

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.model.language_model.packed import PACKED_SDPA
+from llava.reduction import ReductionConfig
 from llava.train.arguments import require_package
 from llava.train.checkpoint import atomic_folder
 from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint
@@ -62,6 +65,7 @@ def train(arguments: Arguments) -> LLaVATrainer:
     preflight(arguments, config, dataset)
     model = load_model(arguments, config, tokenizer)
     log_trainable(model)
+    check_method_of(checkpoint, model.config)
     trainer = LLaVATrainer(
         kind=run_kind(arguments),
         model=model,
@@ -125,6 +129,28 @@ def checkpoint_to_resume(training: Any) -> str | None:
     if checkpoint:
         logger.info("resuming from %s", checkpoint)
     return checkpoint
+
+
+def check_method_of(checkpoint: str | None, config: Any) -> None:
+    """Refuse to go on from another method's checkpoint, which lies in the same output_dir by mistake.
+
+    Args:
+        checkpoint: folder, or None.
+        config: of the model of this run.
+
+    Raises:
+        ValueError: the checkpoint's config.json names another reduction.
+    """
+    file = None if checkpoint is None else Path(checkpoint, "config.json")
+    if file is None or not file.is_file():
+        return
+    kept = SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))
+    theirs, ours = (ReductionConfig.of_model(c).to_dict() for c in (kept, config))
+    if theirs != ours:
+        raise ValueError(
+            f"{checkpoint} was trained with reduction={theirs or 'none'}, and this run has reduction={ours or 'none'}: "
+            "give it an --output_dir of its own, or the checkpoint's method"
+        )
 
 
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
