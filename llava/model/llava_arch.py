@@ -213,9 +213,7 @@ class LlavaMetaModel:
         Raises:
             ValueError: an unknown method or option, or one that does not suit the vision tower; or see above.
         """
-        reduction = ReductionConfig.parse(value)
-        if reduction and not reduction.projector:
-            reduction = replace(reduction, projector=ReductionConfig.of_model(self.config).projector)
+        reduction = ReductionConfig.parse(value).keeping_projector_of(ReductionConfig.of_model(self.config))
         reducer = reduction.build("encoder")
         projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
         decoder_reducer = self._build_decoder_reducer(reduction)

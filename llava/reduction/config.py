@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -77,6 +77,13 @@ class ReductionConfig:
         if own is not None:
             return cls.parse(own)
         return cls.parse(_parse_legacy(getattr(config, LEGACY_TRIM_KEY, None)))
+
+    def keeping_projector_of(self, other: ReductionConfig) -> ReductionConfig:
+        """These methods with the other's of the site `projector`, whose weights are there, unless they name one.
+
+        No reduction at all stays that.
+        """
+        return replace(self, projector=other.projector) if self and not self.projector else self
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The sites in use, as plain JSON data; `parse` reads it back."""

@@ -19,6 +19,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model import llava_class_for
+from llava.model.projector_method import add_projector_method
 from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_shapes
 from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
@@ -48,13 +49,21 @@ def build_without_weights(arguments: Arguments, config: Any) -> Any:
         for name in SETTINGS:
             setattr(config, name, getattr(model_args, name))
     config.image_grid_pinpoints = arguments.data.image_grid_pinpoints
-    if model_args.reduction is not None:
-        config.reduction = ReductionConfig.parse(model_args.reduction).to_dict()
+    own = checkpoint_reduction(arguments, config)
+    asked = own if model_args.reduction is None else ReductionConfig.parse(model_args.reduction)
+    config.reduction = asked.keeping_projector_of(own).to_dict()
     with torch.device("meta"), _without_zero3():
         model = llava_class_for(config.model_type)(config)
         model.get_model().initialize_vision_modules(model_args)
         select_trainable(model, arguments)
         return add_lora(model, arguments.training) if arguments.training.lora_enable else model
+
+
+def checkpoint_reduction(arguments: Arguments, config: Any) -> ReductionConfig:
+    """The methods of the checkpoint that the run starts from, by its config or by its projector's weights."""
+    config = copy.deepcopy(config)
+    add_projector_method(config, arguments.model.model_name_or_path or "", cache_dir=arguments.training.cache_dir)
+    return ReductionConfig.of_model(config)
 
 
 @contextlib.contextmanager
@@ -82,8 +91,10 @@ def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Re
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = {name.replace(".base_layer.", "."): tuple(weight.shape) for name, weight in base.named_parameters()}
-    keeps_projector = getattr(config, "mm_vision_tower", None) is not None and (
-        arguments.model.mm_projector_type == getattr(config, "mm_projector_type", None)
+    keeps_projector = (
+        getattr(config, "mm_vision_tower", None) is not None
+        and arguments.model.mm_projector_type == getattr(config, "mm_projector_type", None)
+        and ReductionConfig.of_model(base.config).projector == checkpoint_reduction(arguments, config).projector
     )
     checkpoint, holds_tower = Path(arguments.model.model_name_or_path or ""), False
     with report.catch("checkpoint"):
