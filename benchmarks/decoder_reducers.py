@@ -63,15 +63,11 @@ def make_batch(args: argparse.Namespace, image_tokens: int, model: Any) -> dict[
     return batch
 
 
-def stage_lengths(model: Any, image_tokens: int) -> list[int]:
+def layer_lengths(model: Any, image_tokens: int) -> list[int]:
     """Tokens that each layer sees."""
-    lengths, start, kept = [], 0, image_tokens
-    reducer = model.get_model().decoder_reducer
-    num_layers = len(model.get_model().layers)
-    for drop in [] if reducer is None else reducer.drops(num_layers):
-        lengths += [kept + TEXT_BEFORE + TEXT_AFTER] * (drop.after - start)
-        start, kept = drop.after, int(image_tokens * drop.keep)
-    return lengths + [kept + TEXT_BEFORE + TEXT_AFTER] * (num_layers - start)
+    reducer, layers = model.get_model().decoder_reducer, len(model.get_model().layers)
+    fractions = [1.0] * layers if reducer is None else reducer.kept_fractions(layers)
+    return [int(image_tokens * kept) + TEXT_BEFORE + TEXT_AFTER for kept in fractions]
 
 
 def layer_flops(n: int, d: int, m: int) -> int:
@@ -126,7 +122,7 @@ def compare(args: argparse.Namespace, model: Any, image_tokens: int) -> None:
     print(f"  {'none':12s} {baseline * 1e3:9.1f} ms")
     for name, method in runs.items():
         model.set_reduction(method)
-        lengths = stage_lengths(model, image_tokens)
+        lengths = layer_lengths(model, image_tokens)
         if name != "none":
             flops = sum(layer_flops(n, args.width, args.intermediate) for n in lengths)
             full = args.layers * layer_flops(image_tokens + TEXT_BEFORE + TEXT_AFTER, args.width, args.intermediate)

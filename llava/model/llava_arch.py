@@ -161,18 +161,16 @@ class LlavaMetaModel:
 
     def _reduction_of(self, model_args: Any, projector_weights: Mapping[str, Tensor]) -> ReductionConfig:
         """What the run asks for, else the model's own; with the method of its projector, or of one about to be read."""
-        given = getattr(model_args, "reduction", None)
-        own = ReductionConfig.of_model(self.config)
+        given, own = getattr(model_args, "reduction", None), ReductionConfig.of_model(self.config)
         reduction = own if given is None else ReductionConfig.parse(given)
-        if reduction.projector or (given is not None and not reduction):
-            return reduction
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        method = own.projector or (None if adapter is None else method_of_adapter(adapter, projector_weights))
-        if not method:
-            return reduction
-        if not own.projector:
-            logger.info("%s was trained with %s: the run takes that method", adapter, method)
-        return replace(reduction, projector=method)
+        leaves_open = not reduction.projector and (given is None or bool(reduction))
+        if leaves_open and not own.projector and adapter is not None:
+            method = method_of_adapter(adapter, projector_weights)
+            if method is not None:
+                logger.info("%s was trained with %s: the run takes that method", adapter, method)
+                return replace(reduction, projector=method)
+        return reduction.keeping_projector_of(own)
 
     def _change_vision_modules(self, changes: dict[str, Any]) -> None:
         config, tower = self.config, self._tower()
@@ -479,12 +477,17 @@ class LlavaMetaForCausalLM:
             the last layer. Packed, [1, T, V] for the real tokens of all rows.
 
         Raises:
-            ValueError: markers and images do not match; the sample is named.
+            ValueError: markers and images do not match (the sample is named), or arguments that exclude each other.
         """
         cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if cached and images is not None:
+            raise ValueError(
+                "images enter with the prompt: pass the whole prompt, without a cache that holds it already"
+            )
+        if packed and past_key_values is not None:
+            raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
         left = None
         if inputs_embeds is None and input_ids is not None and not cached:
-            max_length = getattr(self.config, "tokenizer_model_max_length", None)
             spliced = self.splice_images(
                 input_ids,
                 attention_mask,
@@ -493,19 +496,11 @@ class LlavaMetaForCausalLM:
                 image_sizes,
                 texts,
                 left=False if packed else None,
-                max_length=max_length,
+                max_length=getattr(self.config, "tokenizer_model_max_length", None),
             )
-            input_ids, inputs_embeds = None, spliced.inputs_embeds
-            attention_mask, position_ids, labels = (
-                spliced.attention_mask,
-                spliced.position_ids,
-                spliced.labels,
-            )
+            input_ids, inputs_embeds, attention_mask = None, spliced.inputs_embeds, spliced.attention_mask
+            position_ids, labels = spliced.position_ids, spliced.labels
             image_index, left = spliced.image_index, spliced.left
-        elif images is not None and cached:
-            raise ValueError(
-                "images enter with the prompt: pass the whole prompt, without a cache that holds it already"
-            )
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -514,19 +509,25 @@ class LlavaMetaForCausalLM:
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if packed and past_key_values is not None:
-            raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
         if cached or not (packed or self.get_model().decoder_reducer is not None):
             return super().forward(**inputs, labels=labels)  # type: ignore[misc]
+        return self._forward_staged(inputs, image_index, labels, packed, left)
+
+    def _forward_staged(
+        self,
+        inputs: dict[str, Any],
+        image_index: Tensor | None,
+        labels: Tensor | None,
+        packed: bool,
+        left: bool | None,
+    ) -> Any:
+        """Forward through a decoder reducer, or packed: the loss is that of the labels whose tokens reach the end."""
         if image_index is None:
             raise ValueError(
                 "inputs_embeds do not tell which tokens are an image's: pass image_index [batch, tokens] with them, as "
                 "splice_images returns it, or all -1 for text only"
             )
-        return self._forward_staged(inputs, StagedPass(image_index, labels, packed, left))
-
-    def _forward_staged(self, inputs: dict[str, Any], staged: StagedPass) -> Any:
-        """Forward through a decoder reducer, or packed: the loss is that of the labels whose tokens reach the end."""
+        staged = StagedPass(image_index, labels, packed, left)
         as_tuple = inputs.pop("return_dict", None) is False
         output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
         if staged.labels is not None:

@@ -253,6 +253,14 @@ class DecoderReducer(Reducer, abc.ABC):
             ValueError: a drop does not lie between two layers.
         """
 
+    def kept_fractions(self, num_layers: int) -> list[float]:
+        """For each layer the fraction of the image tokens that entered which it sees."""
+        left = {drop.after: drop.keep for drop in self.drops(num_layers)}
+        fractions = [1.0]
+        for layer in range(1, num_layers):
+            fractions.append(left.get(layer, fractions[-1]))
+        return fractions
+
     @abc.abstractmethod
     def score(self, given: LayerInput) -> Tensor:
         """[B, L] float32: the higher a token's score, the longer it stays."""

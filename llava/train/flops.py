@@ -88,7 +88,7 @@ class FlopsModel:
         self.layers = len(inner.layers)
         self.layer = _linear(inner.layers)
         self.head = _linear(model.lm_head)
-        self.attention_width = config.num_attention_heads * _head_dim(config)
+        self.attention_width = config.num_attention_heads * head_dim(config)
         self.projector = _linear(inner.mm_projector)
         crosslayer = getattr(inner, "mm_projector_crosslayer", None)
         if crosslayer is not None:
@@ -96,7 +96,7 @@ class FlopsModel:
             self.projector = Linear(self.projector.frozen + other.frozen, self.projector.trained + other.trained)
         self.tower = _tower_flops(inner)
         reducer = inner.decoder_reducer
-        self.kept = _kept_fractions([] if reducer is None else reducer.drops(self.layers), self.layers)
+        self.kept = [1.0] * self.layers if reducer is None else reducer.kept_fractions(self.layers)
 
     def of(self, totals: Totals) -> float:
         """FLOPs of the training steps that `totals` sums up."""
@@ -122,7 +122,8 @@ def _linear(module: nn.Module) -> Linear:
     return Linear(frozen, trained)
 
 
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
+    """Width of one head of a language model's attention."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -138,16 +139,6 @@ def _tower_flops(inner: Any) -> float:
     linear = tokens * sum(block.frozen + block.trained for block in run) + patches
     forward = 2 * linear + 4 * depth * tokens**2 * tower.hidden_size
     return forward * (3 if any(block.trained for block in run) else 1)
-
-
-def _kept_fractions(drops: list[Any], layers: int) -> list[float]:
-    """For each layer the fraction of image tokens that it sees."""
-    kept, result = 1.0, []
-    by_layer = {drop.after: drop.keep for drop in drops}
-    for layer in range(layers):
-        kept = by_layer.get(layer, kept)
-        result.append(kept)
-    return result
 
 
 def utilization(flops: float, seconds: float, processes: int, computes_16_bit: bool) -> float | None:

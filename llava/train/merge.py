@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from llava.model.builder import load_pretrained_model
+from llava.model.convert import parse_dtype
 from llava.train.checkpoint import RunKind, save_run
-
-DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def merge_checkpoint(
@@ -27,15 +24,13 @@ def merge_checkpoint(
         output: the checkpoint's folder.
         model_base: the language model or LLaVA checkpoint it belongs to; default: the one that it names.
         vision_tower: in place of the config's `mm_vision_tower`.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's.
+        dtype: see `parse_dtype`; "auto" is the checkpoint's.
 
     Raises:
         ValueError: an unknown dtype, or a folder that does not open.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     tokenizer, model, image_processor, _ = load_pretrained_model(
-        model_path, model_base, dtype=DTYPES[dtype], device="cpu", vision_tower=vision_tower, merge_lora=True
+        model_path, model_base, dtype=parse_dtype(dtype), device="cpu", vision_tower=vision_tower, merge_lora=True
     )
     save_run(model, RunKind.FULL, output, writer=True, tokenizer=tokenizer)
     image_processor.save_pretrained(output)

@@ -30,6 +30,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from llava.train.arguments import read_deepspeed_config, zero_stage
 from llava.train.checkpoint import RunKind, part_of
+from llava.train.flops import head_dim
 from llava.train.modeling import compute_dtype, loading_dtype, run_kind
 from llava.train.parsing import Arguments
 from llava.train.preflight.findings import ERROR, NOTE, WARNING, Report
@@ -128,7 +129,7 @@ def activation_bytes(model: Any, training: Any, length: int) -> tuple[float, flo
     config = model.config
     size = compute_dtype(training).itemsize
     heads = config.num_attention_heads
-    keys = config.hidden_size // heads * (getattr(config, "num_key_value_heads", None) or heads)
+    keys = head_dim(config) * (getattr(config, "num_key_value_heads", None) or heads)
     tokens = training.per_device_train_batch_size * length
     inputs = tokens * size * config.hidden_size
     layer = tokens * size * (8 * config.hidden_size + 2 * keys + 4 * config.intermediate_size)
