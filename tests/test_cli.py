@@ -110,7 +110,7 @@ def test_merge_writes_a_full_checkpoint(world: TinyWorld, tmp_path: Path) -> Non
         with torch.no_grad():
             answers.append(model(input_ids=torch.tensor([[1, -200, 60]]), images=pixels).logits)
     torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="dtype 'int4': expected one of"):
+    with pytest.raises(ValueError, match="dtype 'int4': choose one of auto, float16"):
         CliRunner().invoke(cli.app, ["merge", "a", "b", "--dtype", "int4"], catch_exceptions=False)
 
 
