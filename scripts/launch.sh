@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the training scripts: finds the environment and the devices, and defines LAUNCHER, the command
-# that starts one process for each device.
+# that starts one process for each device, and the flags that the scripts share.
 #
 #   NUM_GPUS      processes on this machine (default: one for each GPU; one on a machine without)
 #   HOSTFILE      DeepSpeed's list of machines, for more than one
@@ -32,7 +32,33 @@ if [[ -n "${NUM_GPUS:-}" ]]; then LAUNCHER+=(--num_gpus "$NUM_GPUS"); fi
 if [[ -n "${HOSTFILE:-}" ]]; then LAUNCHER+=(--hostfile "$HOSTFILE"); fi
 if [[ -n "${MASTER_PORT:-}" ]]; then LAUNCHER+=(--master_port "$MASTER_PORT"); fi
 
-# What the caller's variables say, as flags. They come behind the script's own flags and those of METHOD.
+# What all stages of LLaVA-1.5 and LLaVA-NeXT have in common, as configs/llava_v1_5/base.yaml; each script states the
+# rest. Of a flag given twice the last counts.
+COMMON_FLAGS=(
+    --model_name_or_path "${MODEL:-lmsys/vicuna-7b-v1.5}"
+    --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
+    --mm_projector_type mlp2x_gelu
+    --mm_vision_select_layer -2
+    --mm_use_im_start_end False
+    --mm_use_im_patch_token False
+    --num_train_epochs 1
+    --weight_decay 0.
+    --warmup_ratio 0.03
+    --lr_scheduler_type cosine
+    --bf16 True
+    --tf32 True
+    --gradient_checkpointing True
+    --per_device_eval_batch_size 4
+    --dataloader_num_workers 4
+    --lazy_preprocess True
+    --eval_strategy no
+    --save_strategy steps
+    --save_total_limit 1
+    --logging_steps 1
+    --report_to none
+)
+
+# What the caller's variables say, as flags. They come after the script's own flags and those of METHOD.
 GIVEN_FLAGS=()
 for pair in MODEL:model_name_or_path VISION_TOWER:vision_tower DATA_PATH:data_path IMAGE_FOLDER:image_folder \
     PRETRAIN_MM_MLP_ADAPTER:pretrain_mm_mlp_adapter OUTPUT_DIR:output_dir DEEPSPEED_CONFIG:deepspeed \
