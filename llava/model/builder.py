@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
+from llava.model.tokenizer import open_tokenizer
 from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_weights, strip_prefixes
 from llava.reduction.config import ReductionConfig
 
@@ -281,7 +282,7 @@ def _tokenizer(*folders: str | os.PathLike) -> Any:
     for folder in folders:
         local = local_folder(folder)
         if any((local / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
-            return AutoTokenizer.from_pretrained(local)
+            return open_tokenizer(local)
     raise ValueError(
         f"no tokenizer in {', '.join(str(folder) for folder in folders)}: copy that of the language model there"
     )

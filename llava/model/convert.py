@@ -33,6 +33,7 @@ from llava.conversation import Template, get_template
 from llava.mm_utils import get_image_side, parse_grid_pinpoints
 from llava.model.builder import load_pretrained_model, local_folder
 from llava.model.hf_layout import KEPT, to_hf_name
+from llava.model.tokenizer import copy_sentencepiece, save_tokenizer
 from llava.reduction.config import LEGACY_TRIM_KEY, ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -165,10 +166,11 @@ def _write_hf(
     anyres = _check_expressible(model.config, drop_reduction)
     model.set_reduction(None, keep_projector=True)
     prompt = get_template(template or _TEMPLATES[_language_config_class(model.config).model_type])
-    chat = chat_template(prompt, bool(getattr(model.config, "mm_use_im_start_end", False)))
     kept = _kept_settings(model.config, tokenizer)
     tokens = [AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)]
     tokenizer.add_tokens(tokens, special_tokens=True)
+    marked = bool(getattr(model.config, "mm_use_im_start_end", False))
+    chat = chat_template(prompt, marked, _line_break_after(DEFAULT_IM_END_TOKEN if marked else "", tokenizer))
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     config = _hf_config(model, tokenizer, anyres)
@@ -178,7 +180,7 @@ def _write_hf(
     config.save_pretrained(folder)
     _generation_config(model, config.pad_token_id).save_pretrained(folder)
     _write_processor(folder, model, tokenizer, processor, config, chat)
-    _copy_sentencepiece(tokenizer, folder)
+    copy_sentencepiece(tokenizer, folder)
 
 
 def _check_expressible(config: Any, drop_reduction: bool) -> bool:
@@ -315,8 +317,21 @@ def _hf_image_processor(processor: Any, config: Any, pinpoints: list | None) -> 
     return LlavaImageProcessorPil(**settings | {"do_pad": getattr(config, "image_aspect_ratio", None) == "pad"})
 
 
-def chat_template(template: Template, mm_use_im_start_end: bool = False) -> str:
-    """A Jinja chat template that writes what `Template.render` does.
+def _line_break_after(marker: str, tokenizer: Any) -> str:
+    """What to write between an image and the text below it, so that the line break has the ids of training.
+
+    Training tokenizes the text after an image by itself, so it may begin with a space that the tokenizer puts in front.
+    A tokenizer that puts it only in front of a whole prompt needs to be given it.
+    """
+    trained = tokenizer(f"{marker}\n", add_special_tokens=False).input_ids
+    for text in ("\n", " \n"):
+        if tokenizer(DEFAULT_IMAGE_TOKEN + marker + text, add_special_tokens=False).input_ids[1:] == trained:
+            return text
+    return "\n"
+
+
+def chat_template(template: Template, mm_use_im_start_end: bool = False, line_break: str = "\n") -> str:
+    """A Jinja chat template that writes what `Template.render` does, with `line_break` after each image.
 
     It takes transformers' messages; a first one of the role system replaces the template's own system prompt, and the
     images of a message come first, each on a line of its own, as in LLaVA. A prompt ends where the model begins, with
@@ -328,7 +343,7 @@ def chat_template(template: Template, mm_use_im_start_end: bool = False) -> str:
     first = "question_open + head" if template.system_in_question else "head + question_open"
     names = ("system_open", "system_close", "round_open", "question_open", "question_close", "answer_lead")
     texts = {name: getattr(template, name) for name in names}
-    texts |= {"answer_end": template.answer_close + template.after_answer, "image": image + "\n"}
+    texts |= {"answer_end": template.answer_close + template.after_answer, "image": image + line_break}
     return "".join(f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in texts.items()) + (
         _CHAT.replace("FIRST", first).replace("SYSTEM", json.dumps(template.system))
     )
@@ -372,10 +387,9 @@ def _write_llava(
         _restore_vocabulary(model, tokenizer, kept)
     model.generation_config = _generation_config(model, model.config.pad_token_id)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     if kept is not None:
         _drop_tokens(folder, kept["tokenizer"]["size"])
-    _copy_sentencepiece(tokenizer, folder)
     processor.save_pretrained(folder)
 
 
@@ -440,10 +454,3 @@ def _generation_config(model: Any, pad_token_id: int | None) -> Any:
         # Vicuna's sets a temperature without sampling, which transformers refuses to write.
         generation.do_sample = True
     return generation
-
-
-def _copy_sentencepiece(tokenizer: Any, folder: Path) -> None:
-    """LLaVA's own code reads the tokenizer from this file, which transformers 5 no longer writes."""
-    path = getattr(tokenizer, "vocab_file", None)
-    if path and Path(path).name == "tokenizer.model":
-        shutil.copyfile(path, folder / "tokenizer.model")

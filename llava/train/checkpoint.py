@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.model.tokenizer import save_tokenizer
 from llava.model.weights import load_into, raise_for_keys, read_weights
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def save_run(model: nn.Module, kind: RunKind, folder: str | Path, *, writer: boo
     with atomic_folder(folder) as staging:
         write(model, weights, staging)
         if tokenizer is not None and kind is not RunKind.PROJECTOR:
-            tokenizer.save_pretrained(staging)
+            save_tokenizer(tokenizer, staging)
         written = {path.name for path in staging.iterdir()}
     if kind is RunKind.FULL:
         _remove_stale_weights(folder, written)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from llava.model.builder import NOT_QUANTIZED
 from llava.model.language_model import llava_class_for
+from llava.model.tokenizer import open_tokenizer
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -80,10 +81,16 @@ def _config_dict(arguments: Arguments) -> dict[str, Any]:
     return raw
 
 
-def load_tokenizer(arguments: Arguments) -> Any:
-    """The language model's tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        arguments.model.model_name_or_path,
+def load_tokenizer(arguments: Arguments, checkpoint: str | None = None) -> Any:
+    """The language model's tokenizer, with a padding token.
+
+    Args:
+        arguments: of the run.
+        checkpoint: that the run goes on from, with the ids that it began with.
+    """
+    tokenizer = open_tokenizer(
+        str(arguments.model.model_name_or_path),
+        like=checkpoint,
         cache_dir=arguments.training.cache_dir,
         model_max_length=arguments.training.model_max_length,
         padding_side="right",

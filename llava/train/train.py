@@ -60,7 +60,7 @@ def train(arguments: Arguments) -> LLaVATrainer:
     if training.packing and training.attn_implementation == "sdpa":
         training.attn_implementation = PACKED_SDPA
     config = read_config(arguments)
-    tokenizer = load_tokenizer(arguments)
+    tokenizer = load_tokenizer(arguments, checkpoint)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
     preflight(arguments, config, dataset)
     model = load_model(arguments, config, tokenizer)

@@ -51,7 +51,8 @@ def train_tokenizer(folder: Path, rng: random.Random) -> LlamaTokenizer:
         bos_id=1,
         eos_id=2,
         pad_id=-1,
-        normalization_rule_name="identity",
+        normalization_rule_name="identity",  # with the next line: as Llama's, text is kept as it is
+        remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )
