@@ -28,9 +28,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def pack(source: Path, target: Path = HERE) -> None:
-    """Write what `unpack` reads, in place of what is there.
-
-    """
+    """Write what `unpack` reads, in place of what is there."""
     for folder in (FILES, PICTURES):
         shutil.rmtree(target / folder, ignore_errors=True)
     pool: dict[str, Tensor] = {}
