@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from llava.messages import set_up_messages
 
 app = typer.Typer(
     help="Train LLaVA-style models with fewer visual tokens.",
@@ -18,12 +20,25 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llava {version('llava')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show all that libraries say, and the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    del version
     if debug:
         os.environ["LLAVA_DEBUG"] = "1"
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("llava").setLevel(logging.INFO)
+    set_up_messages()
 
 
 @app.command()

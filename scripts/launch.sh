@@ -27,7 +27,8 @@ if [[ "${DS_ACCELERATOR:-}" == cpu ]] || { [[ -z "${HOSTFILE:-}" ]] &&
 fi
 
 # supervise.py lets the run write a checkpoint on SIGTERM, SIGUSR1 and Ctrl-C; its exit code is then 75.
-LAUNCHER=(python "$LLAVA_ROOT/llava/train/supervise.py" deepspeed)
+# DeepSpeed's launcher would repeat the whole command three times, and once more after an error.
+LAUNCHER=(python "$LLAVA_ROOT/llava/train/supervise.py" deepspeed --log_level critical)
 if [[ -n "${NUM_GPUS:-}" ]]; then LAUNCHER+=(--num_gpus "$NUM_GPUS"); fi
 if [[ -n "${HOSTFILE:-}" ]]; then LAUNCHER+=(--hostfile "$HOSTFILE"); fi
 if [[ -n "${MASTER_PORT:-}" ]]; then LAUNCHER+=(--master_port "$MASTER_PORT"); fi

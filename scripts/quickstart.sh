@@ -5,9 +5,11 @@
 #
 # makes the environment .venv, draws the data, pretrains a projector and finetunes with LoRA on the tokens that
 # PruMerge leaves, with the scripts and flags that a real model is trained with, then asks both models about
-# images that neither has seen and prints what it measured. It can be run again: installing is then skipped.
+# images that neither has seen and prints what it measured. It can be run again: what is there already, the environment
+# and the trained stages, is kept, and a stage that was cut off is trained.
 #
-# PYTHON chooses the interpreter for .venv; NUM_GPUS the number of processes (default: 1 GPU, or 2 CPU cores).
+# OUTPUT names another folder for what is trained (default: outputs/quickstart), PYTHON the interpreter for .venv, and
+# NUM_GPUS the number of processes (default: 1 GPU, or 2 CPU cores).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +22,7 @@ setup_env train
 export MODEL=playground/toy/models/vicuna
 export VISION_TOWER=playground/toy/models/clip
 DATA=playground/data/toy
-OUTPUT=outputs/quickstart
+OUTPUT="${OUTPUT:-outputs/quickstart}"
 export IMAGE_FOLDER="$DATA/images"
 # For every stage. The toy's pictures are not square; its models need neither 16-bit types nor checkpointing.
 flags=(--image_aspect_ratio pad --gradient_checkpointing False --dataloader_num_workers 0 --save_strategy no
@@ -35,7 +37,9 @@ export NUM_GPUS="${NUM_GPUS:-1}"
 
 step 2 "data: images and conversations, in $DATA"
 python playground/toy/generate.py --output "$DATA" --pretrain 2400 --finetune 9600 --heldout 100 --objects 2
-rm -rf "$OUTPUT" # else training would go on from the last run's checkpoints
+if [[ -e "$OUTPUT" ]]; then
+    echo "$OUTPUT has an earlier run, which is kept. To begin anew: OUTPUT=outputs/again bash scripts/quickstart.sh"
+fi
 
 step 3 "pretraining the projector: scripts/v1_5/pretrain.sh"
 DATA_PATH="$DATA/pretrain.json" OUTPUT_DIR="$OUTPUT/pretrain" \

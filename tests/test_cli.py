@@ -87,11 +87,11 @@ def test_how_a_run_is_launched() -> None:
     with_torchrun = launch_command(["--bf16=True"], LaunchOptions(num_gpus=2, master_port=1234))
     torchrun = [python, "-m", "llava.train.torchrun", "--nproc_per_node", "2", "--master_port", "1234"]
     assert with_torchrun == [*torchrun, str(ENTRY), "--bf16=True"]
-    flags = ["--deepspeed=scripts/zero2.json"]
+    flags, quiet = ["--deepspeed=scripts/zero2.json"], ["--log_level", "critical"]
     one = launch_command(flags, LaunchOptions(num_gpus=1))
-    assert one == [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(ENTRY), *flags]
+    assert one == [python, "-m", "deepspeed.launcher.runner", *quiet, "--num_gpus", "1", str(ENTRY), *flags]
     many = launch_command(flags, LaunchOptions(hostfile="hosts"))
-    assert many == [python, "-m", "deepspeed.launcher.runner", "--hostfile", "hosts", str(ENTRY), *flags]
+    assert many == [python, "-m", "deepspeed.launcher.runner", *quiet, "--hostfile", "hosts", str(ENTRY), *flags]
     with pytest.raises(ValueError, match="hostfile is read by DeepSpeed's launcher"):
         launch_command([], LaunchOptions(hostfile="hosts"))
 

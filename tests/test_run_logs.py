@@ -18,8 +18,9 @@ from transformers import TrainerControl, TrainerState
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.train import statistics
 from llava.train.flops import FlopsModel, peak_flops, utilization
-from llava.train.metrics_file import TrainingBar, drop_later_lines
+from llava.train.metrics_file import drop_later_lines
 from llava.train.parsing import parse_args
+from llava.train.progress import TrainingBar
 from llava.train.run_info import git_state
 from llava.train.statistics import BatchMeter, Stopwatch, Totals, describe
 from llava.train.train import train

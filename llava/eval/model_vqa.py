@@ -161,7 +161,7 @@ def answer_questions(
     size = answerer.options.batch_size
     with (
         partial.open("a", encoding="utf-8") as file,
-        tqdm(total=len(questions), desc=target.stem) as progress,
+        tqdm(total=len(questions), desc=target.stem, disable=None) as progress,
     ):
         progress.update(done)
         for start in range(done, len(questions), size):

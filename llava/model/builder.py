@@ -95,7 +95,7 @@ def load_pretrained_model(
         kwargs["quantization_config"] = _quantization(load_4bit, dtype)
     if device_map is not None or load_8bit or load_4bit:
         kwargs["device_map"] = device_map or "auto"
-    tower = None if vision_tower is None else os.fspath(vision_tower)
+    tower = None if vision_tower is None else lasting_name(vision_tower)
     checkpoint = _open(folder, model_base, tower, merge_lora, kwargs)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     _match_vocabulary(model, tokenizer)
@@ -260,6 +260,11 @@ def _llava_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
         raise ValueError(f"{folder / 'config.json'} has no model_type")
     cls = llava_class_for(model_type)
     return cls, cls.config_class.from_dict({k: v for k, v in raw.items() if k != "model_type"})
+
+
+def lasting_name(path: str | os.PathLike) -> str:
+    """A folder's absolute path, which config files can name for readers in any folder; a hub name as it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else os.fspath(path)
 
 
 def local_folder(path: str | os.PathLike) -> Path:

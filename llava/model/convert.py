@@ -31,7 +31,7 @@ from transformers import (
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Template, get_template
 from llava.mm_utils import get_image_side, parse_grid_pinpoints
-from llava.model.builder import load_pretrained_model, local_folder
+from llava.model.builder import lasting_name, load_pretrained_model, local_folder
 from llava.model.hf_layout import KEPT, to_hf_name
 from llava.model.tokenizer import copy_sentencepiece, save_tokenizer
 from llava.reduction.config import LEGACY_TRIM_KEY, ReductionConfig
@@ -121,7 +121,7 @@ def _config_json(folder: Path) -> dict[str, Any]:
 def _tower_name(raw: dict[str, Any], wanted: str | os.PathLike | None, opened: str) -> str:
     """The tower's name to write: the one asked for or the source's own, rather than where its weights were read."""
     kept = raw.get(KEPT, {}).get("config", raw)
-    return os.fspath(wanted or kept.get("mm_vision_tower") or opened)
+    return lasting_name(wanted or kept.get("mm_vision_tower") or opened)
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:

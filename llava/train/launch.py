@@ -44,7 +44,7 @@ def train_from_config(path: str, overrides: list[str]) -> int:
         from llava.train.train import main
 
         return run_and_report(main, flags)
-    logger.info("starting %s", " ".join(command))
+    logger.debug("starting %s", " ".join(command))
     return supervise(command, _environment(options))
 
 
@@ -60,7 +60,8 @@ def launch_command(flags: list[str], options: LaunchOptions) -> list[str] | None
     if any(flag.startswith("--deepspeed=") for flag in flags):
         machines = ["--hostfile", options.hostfile] if options.hostfile else []
         count = ["--num_gpus", str(processes)] if options.num_gpus or not machines else []
-        return [sys.executable, "-m", "deepspeed.launcher.runner", *machines, *count, *port, str(ENTRY), *flags]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+        return [*launcher, *machines, *count, *port, str(ENTRY), *flags]
     if options.hostfile:
         raise ValueError("hostfile is read by DeepSpeed's launcher: set deepspeed too, e.g. ./scripts/zero2.json")
     if processes == 1:

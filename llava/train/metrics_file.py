@@ -1,4 +1,4 @@
-"""A run's log as JSON lines in its output folder, and the progress bar."""
+"""A run's log as JSON lines in its output folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from llava.train.checkpoint_folders import write_errors_named
 
@@ -64,13 +63,3 @@ def _is_kept(line: str, step: int) -> bool:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class TrainingBar(ProgressCallback):
-    """transformers' progress bar, whose time left is right in a run that goes on from a checkpoint too."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar where the run stands."""
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-        self.current_step = state.global_step

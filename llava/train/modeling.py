@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
-from llava.model.builder import NOT_QUANTIZED
+from llava.model.builder import NOT_QUANTIZED, lasting_name
 from llava.model.language_model import llava_class_for
 from llava.model.tokenizer import open_tokenizer
 from llava.train.arguments import (
@@ -59,7 +59,8 @@ def read_config(arguments: Arguments) -> Any:
         raise ValueError(
             f"{model.model_name_or_path} is a language model without a vision tower: name one with --vision_tower"
         )
-    model.vision_tower = model.vision_tower or config.mm_vision_tower
+    model.vision_tower = lasting_name(model.vision_tower or config.mm_vision_tower)
+    model.model_name_or_path = lasting_name(str(model.model_name_or_path))  # adapters name it as their base
     for name, default in VISION_DEFAULTS.items():
         if getattr(model, name) is None:
             setattr(model, name, getattr(config, name, default) if is_llava else default)

@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +13,8 @@ from typing import NoReturn
 import torch
 import torch.distributed
 
-from llava.train.checkpoint_folders import CannotWriteError
+from llava.messages import divert_libraries, open_log, set_up_messages
+from llava.train.checkpoint_folders import CannotWriteError, write_errors_named
 from llava.train.stop import RunStoppedError
 
 # How a training process ends; the values of the last two are those of sysexits.h.
@@ -22,25 +22,20 @@ EXIT_MISTAKE = 2  # flags, data or checkpoints do not fit
 EXIT_CANNOT_WRITE = os.EX_IOERR  # 74: the disk is full, or a folder can't be written to
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, with a checkpoint; the same command goes on from there
 
-# Said by libraries about one another at every run, and nothing a user can mend.
-NOISE = (
-    ".*is_gradient_checkpointing. is deprecated.*",
-    ".*torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor). is deprecated.*",
-)
-# ZeRO-3 hooks into the inputs and outputs of modules, and cannot look into this class; it sees the tensors where
-# they enter and leave the modules inside, which hold all the weights.
-DEEPSPEED_NOISE = "A module has unknown inputs or outputs type (<class 'llava.reduction.base."
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 def set_up_logging() -> None:
-    """Log to the terminal: the first process what happens, the others warnings only."""
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message, FutureWarning)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: DEEPSPEED_NOISE not in record.getMessage())
+    """The first process says what happens, the others warnings only; what libraries say is kept for `open_run_log`."""
     first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format=FORMAT, datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("llava").setLevel(logging.INFO if first else logging.WARNING)
+    set_up_messages(logging.INFO if first else logging.WARNING)
+    divert_libraries()
+
+
+def open_run_log(output_dir: str) -> None:
+    """Write what libraries say in this process to a file in the folder of its run, and tell where that is."""
+    file = Path(output_dir, "logs", f"rank-{os.environ.get('RANK', '0')}.log")
+    with write_errors_named(file, output_dir):
+        if open_log(file):
+            logging.getLogger(__name__).info("what libraries say goes to %s, each step to metrics.jsonl", file)
 
 
 def choose_accelerator() -> None:

@@ -25,7 +25,7 @@ from llava.train.data import prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.parsing import Arguments, parse_args
-from llava.train.process import set_up_logging
+from llava.train.process import open_run_log, set_up_logging
 from llava.train.run_info import write_run_info
 from llava.train.trainer import LLaVATrainer
 
@@ -54,6 +54,7 @@ def train(arguments: Arguments) -> LLaVATrainer:
         RunStoppedError: a signal ended it before its last step.
     """
     training = arguments.training
+    open_run_log(training.output_dir)
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)

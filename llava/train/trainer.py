@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -24,7 +24,8 @@ from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.checkpoint_folders import CannotWriteError, remove_old_checkpoints, write_errors_named, write_file_list
-from llava.train.metrics_file import MetricsFile, TrainingBar
+from llava.train.metrics_file import MetricsFile
+from llava.train.progress import TrainingBar
 from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
 from llava.train.statistics import VisualTokenMeter
@@ -117,9 +118,9 @@ class LLaVATrainer(Trainer):
         reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
         self._meter = RunMeter(self.model, self.args)
-        if not self.args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(TrainingBar)
+        for printer in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printer)
+        self.add_callback(TrainingBar(False if self.args.disable_tqdm else None))
         self.add_callback(MetricsFile)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:

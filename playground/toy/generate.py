@@ -73,7 +73,7 @@ def _pair_questions(scenes: tuple[Scene, Scene], rng: random.Random) -> list[Que
 def pretrain_samples(number: int, rng: random.Random, images: Path, objects: int) -> list[Sample]:
     """Caption samples, `number` of them, with their images."""
     samples: list[Sample] = []
-    for index in tqdm(range(number), desc="pretrain images"):
+    for index in tqdm(range(number), desc="pretrain images", leave=False, disable=None):
         scene = sample_scene(rng, most=objects)
         request = rng.choice(REQUESTS)
         request = f"<image>\n{request}" if rng.random() < 0.5 else f"{request}\n<image>"
@@ -109,13 +109,16 @@ def _finetune_sample(index: int, rng: random.Random, images: Path, objects: int)
 
 def finetune_samples(number: int, rng: random.Random, images: Path, objects: int) -> list[Sample]:
     """Question-answering conversations, `number` of them, with their images."""
-    return [_finetune_sample(i, rng, images, objects) for i in tqdm(range(number), desc="finetune images")]
+    return [
+        _finetune_sample(i, rng, images, objects)
+        for i in tqdm(range(number), desc="finetune images", leave=False, disable=None)
+    ]
 
 
 def heldout_questions(number: int, rng: random.Random, images: Path, objects: int) -> list[Sample]:
     """Two questions, of different types, about each of `number` held-out images; every type equally often."""
     rows: list[Sample] = []
-    for index in tqdm(range(number), desc="held-out images"):
+    for index in tqdm(range(number), desc="held-out images", leave=False, disable=None):
         wanted = [CATEGORIES[(2 * index + k) % len(CATEGORIES)] for k in (0, 1)]
         scene, questions = _scene_with(wanted, rng, objects)
         image = _save_image(scene, rng, images, f"{index:06d}")

@@ -17,6 +17,7 @@ from rich.table import Table
 from llava.eval.accuracy import Score, accuracy_table, score_files
 from llava.eval.model_vqa import Answerer, VqaOptions, answer_questions
 from llava.eval.questions import read_questions
+from llava.messages import set_up_messages
 from llava.model.builder import load_pretrained_model
 
 
@@ -92,6 +93,7 @@ def main() -> None:
     for name in ("base", "vision-tower", "pretrained", "lora", "data", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     flags = parser.parse_args()
+    set_up_messages()
     scores: dict[str, Score] = {}
     for stage, rows in STAGES.items():
         scores |= ask_stage(getattr(flags, stage), rows, flags)
