@@ -52,6 +52,8 @@ def set_up_messages(level: int = logging.INFO) -> None:
         root.addHandler(_Terminal())
     logging.captureWarnings(True)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # which has read the variable
+        sys.modules["datasets"].disable_progress_bars()
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as of_transformers
 

@@ -155,7 +155,7 @@ def slow_steps(rank: int, seconds: float, signal_all: bool = False) -> None:
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        print(f"rank {rank}: step {self.state.global_step + 1} begins", flush=True)
+        print(f"rank {rank}: step {self.state.global_step + 1} begins", file=sys.stderr, flush=True)
         if signal_all and len(calls) == 3:
             processes = [*multiprocessing.active_children(), multiprocessing.current_process()]
             # By another process: a worker takes its parent's SIGTERM for the orderly end.

@@ -71,14 +71,15 @@ def test_script_and_yaml_give_the_same_run(
     paths |= {"IMAGE_FOLDER": world.images, "PRETRAIN_MM_MLP_ADAPTER": adapter}
     environment = {name: str(path) for name, path in paths.items()}
     argv = script_flags(script, tmp_path, ["--max_steps", "7", "--seed=3"], NUM_GPUS="2", METHOD=method, **environment)
-    assert argv[:3] == ["--num_gpus", "2", str(ROOT / "llava/train/train_mem.py")]
+    entry = ["--num_gpus", "2", str(ROOT / "llava/train/train_mem.py")]
+    assert argv[:5] == ["--log_level", "critical", *entry]
     names = {"MODEL": "model_name_or_path"}
     overrides = [f"{names.get(k, k.lower())}={v}" for k, v in environment.items()]
     if file.stem == "pretrain":
         overrides = [text for text in overrides if not text.startswith("pretrain_mm")]
     flags, options = load_config(file, [*overrides, "max_steps=7", "seed=3", "num_gpus=2"])
     assert options.num_gpus == 2
-    by_script, by_yaml = (settings_without_deepspeed(f) for f in (argv[3:], flags))
+    by_script, by_yaml = (settings_without_deepspeed(f) for f in (argv[5:], flags))
     assert by_script == by_yaml
     assert bool(by_yaml["reduction"]) == bool(method)
     config = re.compile(r"--deepspeed[= ]\S*(zero\d\.json)")

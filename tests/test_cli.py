@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +51,16 @@ def test_train_in_this_process(world: TinyWorld, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "mm_projector.bin").is_file()
     assert "training 1,856 of" in result.stderr
+    shown, log = result.stderr.splitlines(), tmp_path / "out" / "logs" / "rank-0.log"
+    assert str(log) in shown[0]
+    assert all(re.match(r"\d\d:\d\d:\d\d \w", line) for line in shown) and len(shown) < 10
+    assert result.stdout == ""
+    assert "training 1,856 of" in log.read_text()
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"llava {importlib.metadata.version('llava')}\n")
 
 
 @pytest.mark.slow

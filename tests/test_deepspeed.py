@@ -211,6 +211,7 @@ def test_an_error_in_one_line(world: TinyWorld, pretrained: Path, tmp_path: Path
     assert result.returncode == 2
     assert "unknown conversation template 'nosuch'" in result.stderr
     assert "Traceback" not in result.stderr
+    assert "train_mem.py" not in result.stdout + result.stderr  # the command
 
 
 def test_both_stages_of_a_fused_projector(world: TinyWorld, pretrained: Path, tmp_path: Path) -> None:

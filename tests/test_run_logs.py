@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import subprocess
 from pathlib import Path
@@ -306,6 +307,27 @@ def test_time_left_of_a_run_that_goes_on() -> None:
     bar.on_step_end(None, state, TrainerControl())
     assert bar.training_bar.n == 41
     bar.training_bar.close()
+
+
+def test_lines_in_place_of_the_bar(caplog: pytest.LogCaptureFixture) -> None:
+    """Where there is no terminal: one every few per cent, with the last loss, and the last step."""
+    caplog.set_level(logging.INFO, logger="llava")
+    bar, state = TrainingBar(bar=False), TrainerState(global_step=10, max_steps=210)
+    bar.on_train_begin(None, state, TrainerControl())
+    for step in range(11, 211):
+        bar.on_step_begin(None, state, TrainerControl())
+        state.global_step = step
+        bar.on_step_end(None, state, TrainerControl())
+        bar.on_log(None, state, TrainerControl(), logs={"loss": step / 100, "grad_norm": 1.0})
+    bar.on_log(None, state, TrainerControl(), logs={"eval_loss": 0.5})
+    bar.on_log(None, state, TrainerControl(), logs={"train_runtime": 7.2, "train_loss": 1.0})
+    bar.on_train_end(None, state, TrainerControl())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 20 + 2
+    assert said[0].startswith("step 11/210 (5 %), loss 0.110, ")
+    assert said[-3] == "step 210: eval_loss 0.5"
+    assert said[-2].startswith("step 210/210 (100 %), loss 2.100, ")
+    assert said[-1] == "200 steps in 7 s"
 
 
 def test_the_bar_is_used(world: TinyWorld, tmp_path: Path) -> None:

@@ -472,3 +472,17 @@ def test_sampling_settings_of_vicuna_do_not_stop_the_writing(world: TinyWorld, t
     model.generation_config.temperature = 0.9
     save_run(model, RunKind.FULL, tmp_path, writer=True)
     assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+@pytest.mark.parametrize("kind", ["projector", "lora"])
+def test_a_result_opens_from_any_folder(
+    kind: str, world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base and the tower were named as seen from where the run was started."""
+    monkeypatch.chdir(world.root)
+    settings = {"tune_mm_mlp_adapter": True} if kind == "projector" else {"lora_enable": True, "lora_r": 2}
+    names = {"model_name_or_path": "llm", "vision_tower": "clip"}
+    train(parse_args(world.flags(tmp_path / "out", **names, **settings, max_steps=1)))
+    monkeypatch.chdir(tmp_path)
+    _, model, _, _ = load_pretrained_model("out", device="cpu")
+    assert model.config.mm_vision_tower == str(world.clip)
