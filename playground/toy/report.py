@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def main() -> None:
     for name in ("base", "vision-tower", "pretrained", "lora", "data", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     flags = parser.parse_args()
-    set_up_messages()
+    set_up_messages(logging.WARNING)
     scores: dict[str, Score] = {}
     for stage, rows in STAGES.items():
         scores |= ask_stage(getattr(flags, stage), rows, flags)
