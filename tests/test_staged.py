@@ -590,3 +590,22 @@ def test_the_method_is_kept_in_the_config(tmp_path: Any) -> None:
     inputs = {"input_ids": prompt(3, "image", 4).unsqueeze(0), "images": torch.randn(1, 3, SIDE, SIDE)}
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, again.eval()(**inputs).logits)
+
+
+def test_autocast_does_not_round_the_ranking() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, length, width = 2, 40, 16
+    identity = torch.nn.Identity()  # autocast leaves it alone, so that only the ranking itself can round
+    attention = SimpleNamespace(q_proj=identity, k_proj=identity, head_dim=8, scaling=8**-0.5)
+    angles = torch.rand(1, length, 8, generator=generator)
+    given = LayerInput(
+        layer=SimpleNamespace(input_layernorm=identity, self_attn=attention),  # type: ignore[arg-type]
+        hidden=torch.randn(b, length, width, generator=generator),
+        position_embeddings=(angles.cos(), angles.sin()),
+        mask=torch.ones(b, length, dtype=torch.bool),
+        queries=torch.full((b, 1), length - 1),
+        query_mask=torch.ones(b, 1, dtype=torch.bool),
+    )
+    expected = received_attention(given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(received_attention(given), expected)

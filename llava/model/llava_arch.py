@@ -622,7 +622,8 @@ class LlavaMetaForCausalLM:
         embed = self.get_model().embed_tokens
         text_embeds = embed(input_ids.clamp(min=0))
         if visual is not None and not pictures:
-            text_embeds = text_embeds + 0 * visual.sum()
+            # The sum of none of them is zero, and so are its gradients; 0 * sum would be NaN where the sum overflows.
+            text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
         return splice(text_embeds, visual, labels, plan)
 
