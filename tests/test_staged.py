@@ -264,7 +264,7 @@ def test_a_token_that_ranks_is_never_dropped() -> None:
     for seed in range(5):
         inputs = {"input_ids": prompt(4, "image", seed=seed).unsqueeze(0), "images": torch.randn(1, 3, SIDE, SIDE)}
         spliced = model.splice_images(**inputs)
-        staged = StagedPass(spliced.image_index)
+        staged = StagedPass(spliced.image_index, reducer=model.model.decoder_reducer)
         model.get_model()(inputs_embeds=spliced.inputs_embeds, staged=staged)
         assert staged.kept is not None
         assert staged.kept.tolist() == [[0, 1, 2, 3, 4, spliced.image_index.shape[1] - 1]]
@@ -471,7 +471,7 @@ def test_a_sample_without_answer_passes_undropped() -> None:
     model = staged_model().train()
     batch = padded("right")
     spliced = model.splice_images(**batch, labels=training_batch()["labels"])
-    staged = StagedPass(spliced.image_index, spliced.labels)
+    staged = StagedPass(spliced.image_index, spliced.labels, reducer=model.model.decoder_reducer)
     model.get_model()(
         inputs_embeds=spliced.inputs_embeds,
         attention_mask=spliced.attention_mask,
@@ -521,7 +521,7 @@ def test_adapted_weights_rank() -> None:
 def kept_columns(model: Any, batch: dict[str, Any]) -> list[list[int]]:
     """Columns of the spliced batch that reach the last layer."""
     spliced = model.splice_images(**batch)
-    staged = StagedPass(spliced.image_index)
+    staged = StagedPass(spliced.image_index, reducer=model.model.decoder_reducer)
     model.get_model()(
         inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, staged=staged, use_cache=False
     )

@@ -264,3 +264,17 @@ class DecoderReducer(Reducer, abc.ABC):
     @abc.abstractmethod
     def score(self, given: LayerInput) -> Tensor:
         """[B, L] float32: the higher a token's score, the longer it stays."""
+
+
+@dataclass(frozen=True)
+class Reducers:
+    """The methods that one forward pass goes through, by site; None where nothing is reduced."""
+
+    encoder: EncoderReducer | None = None
+    projector: ProjectorReducer | None = None
+    decoder: DecoderReducer | None = None
+
+    @property
+    def read_text(self) -> bool:
+        """Whether images are compared with the prompt's text."""
+        return self.encoder is not None and "text" in self.encoder.needs

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from llava.reduction.base import Reducer
+from llava.reduction.base import Reducer, Reducers
 from llava.reduction.registry import SITES, build, method_class, site_of
 
 # Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio).
@@ -96,6 +96,10 @@ class ReductionConfig:
         """A new reducer for `site`, or None where nothing is asked for."""
         method = dict(getattr(self, site))
         return build(method.pop("name"), **method) if method else None
+
+    def build_all(self) -> Reducers:
+        """New reducers for all sites."""
+        return Reducers(**{site: cast(Any, self.build(site)) for site in SITES})
 
 
 def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_ratio_list: str | None) -> Any:
