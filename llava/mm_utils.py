@@ -236,10 +236,22 @@ def process_images(
         shapes agree, else as a list.
 
     Raises:
-        ValueError: unknown `image_aspect_ratio`, or malformed `image_grid_pinpoints`.
+        ValueError: no list of pictures, unknown `image_aspect_ratio`, malformed `image_grid_pinpoints`, or settings of
+            the processor that give NaN or infinity.
     """
+    if not isinstance(images, list | tuple) or not all(isinstance(image, Image.Image) for image in images):
+        kinds = sorted({type(image).__name__ for image in images}) if isinstance(images, list | tuple) else None
+        raise ValueError(
+            f"images are {f'a list of {kinds}' if kinds else type(images).__name__}: expected a list of PIL pictures, "
+            "e.g. [Image.open(path).convert('RGB')]"
+        )
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     pixels = [_process_image(image, image_processor, aspect_ratio, model_cfg) for image in images]
+    if not all(bool(one.isfinite().all()) for one in pixels):
+        raise ValueError(
+            "the image processor makes NaN or infinity: check image_mean, image_std and rescale_factor in its "
+            "preprocessor_config.json"
+        )
     if pixels and all(one.shape == pixels[0].shape for one in pixels):
         return torch.stack(pixels)
     return pixels
@@ -266,8 +278,10 @@ def tokenizer_image_token(
         return_tensors: None for a list, "pt" for a LongTensor [S].
 
     Raises:
-        ValueError: `return_tensors` is neither.
+        ValueError: `return_tensors` is neither, or the prompt is no text.
     """
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt={prompt!r}: expected one prompt as a text; call this for each prompt of a list")
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors={return_tensors!r} is not supported; use None or 'pt'")
     ids: list[int] = []

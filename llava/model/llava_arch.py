@@ -24,16 +24,24 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
-    IMAGE_TOKEN_INDEX,
 )
 from llava.data.prompt_text import question_of_ids
-from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, size_pair
+from llava.model.image_inputs import (
+    Images,
+    ImageSizes,
+    check_finite,
+    check_side,
+    image_list,
+    match_images,
+    size_pairs,
+)
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.model.projector_method import add_projector_method, method_of_adapter
+from llava.model.prompt_inputs import check_device, check_prompt, check_texts, count_markers
 from llava.model.splice import Spliced, plan_splice, splice
 from llava.model.weights import (
     VISION_TOWER_PREFIX,
@@ -78,6 +86,7 @@ class LlavaMetaModel:
     config: Any
     embed_tokens: nn.Embedding
     named_parameters: Any
+    training: bool
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -352,11 +361,16 @@ class LlavaMetaModel:
         Returns:
             Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
         """
-        tiles = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
-        counts = [len(t) for t in tiles]
         tower, reducers = self._tower(), self.reducers(reduction)
+        pictures = image_list(images)
+        check_side(pictures, tower.image_size)
+        tiles = [picture if picture.ndim == 4 else picture.unsqueeze(0) for picture in pictures]
+        counts = [len(t) for t in tiles]
+        pixels = torch.cat([t.to(tower.device) for t in tiles])
+        if not self.training:  # there the loss shows it, without waiting for the device
+            check_finite(pixels, counts)
         text = self._embed_texts(texts, counts) if reducers.read_text else None
-        projected, tokens = self.encode_tiles(torch.cat([t.to(tower.device) for t in tiles]), text, reducers)
+        projected, tokens = self.encode_tiles(pixels, text, reducers)
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
@@ -371,6 +385,7 @@ class LlavaMetaModel:
             raise ValueError(
                 "this model's reduction reads the prompt's text: pass texts=[...], one for each sample of the batch"
             )
+        check_texts(texts, len(counts), "image")
         assert tower.text_tower is not None
         distinct = list(dict.fromkeys(texts))  # images of one sample share its text
         embeds = tower.text_tower.embed_texts(distinct, tower.name)
@@ -379,7 +394,7 @@ class LlavaMetaModel:
 
     def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
         """For each image, indices into the projected tokens, or NEWLINE."""
-        spec = self._layout_spec(tokens.grid)
+        spec, sizes = self._layout_spec(tokens.grid), size_pairs(image_sizes, len(counts))
         t, m = tokens.features.shape[:2]
         # The one copy to the host: lengths and places of the tokens become shapes and indices.
         mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
@@ -387,9 +402,8 @@ class LlavaMetaModel:
         packed = mask.flatten().cumsum(0) - 1
         layouts, start = [], 0
         for i, count in enumerate(counts):
-            size = None if image_sizes is None else size_pair(image_sizes[i])
             rows = slice(start, start + count)
-            local = image_layout(source[rows], mask[rows], size, spec)
+            local = image_layout(source[rows], mask[rows], None if sizes is None else sizes[i], spec)
             layouts.append(torch.where(local == NEWLINE, NEWLINE, packed[local + start * m]))
             start += count
         return layouts
@@ -535,6 +549,8 @@ class LlavaMetaForCausalLM:
             raise ValueError(
                 "images enter with the prompt: pass the whole prompt, without a cache that holds it already"
             )
+        if inputs_embeds is not None and images is not None:
+            raise ValueError("images enter with input_ids, where their markers stand: pass those, not inputs_embeds")
         if packed and past_key_values is not None:
             raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
         reducers = self.get_model().reducers(reduction)
@@ -617,8 +633,10 @@ class LlavaMetaForCausalLM:
         reducers = kwargs["reduction"] = self.get_model().reducers(reduction)
         if reducers.decoder is not None:
             self._choose_cache(kwargs)
-        if inputs is None:
+        if inputs is None and images is None:
             return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        if "inputs_embeds" in kwargs:
+            raise ValueError("pass input_ids, with images and their markers, or inputs_embeds; not both")
         kwargs.pop("position_ids", None)  # they follow from the mask
         spliced = self.splice_images(
             inputs, attention_mask, None, images, image_sizes, texts, left=True, reduction=reducers
@@ -669,9 +687,13 @@ class LlavaMetaForCausalLM:
             max_length: rows are cut behind this many tokens.
             Others as for `forward`.
         """
+        check_prompt(input_ids, attention_mask, labels)
+        if not (self.training or hasattr(self, "hf_device_map") or self.device.type == "meta"):
+            check_device(input_ids, self.device)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        markers = ((input_ids == IMAGE_TOKEN_INDEX) & mask).sum(dim=1).tolist()
-        pictures, sizes = match_images(markers, images, image_sizes)
+        vocabulary = self.config.vocab_size
+        markers = count_markers(input_ids, mask, vocabulary)
+        pictures, sizes = match_images(markers, images, image_sizes, trusted=self.training)
         reducers = self.get_model().reducers(reduction)
         reads = bool(pictures) and reducers.read_text
         texts = self._texts_of_images(texts, input_ids, mask, markers) if reads else None
@@ -679,14 +701,14 @@ class LlavaMetaForCausalLM:
         if left is None:
             side = getattr(self.config, "tokenizer_padding_side", "right")
             left = side == "left" or not bool(mask[:, 0].all())
-        plan = plan_splice(input_ids, mask, lengths, max_length, left)
-        embed = self.get_model().embed_tokens
-        text_embeds = embed(input_ids.clamp(min=0))
+        text_embeds = self.get_model().embed_tokens(input_ids.clamp(0, vocabulary - 1))
+        here = text_embeds.device  # where the model is spread over several, perhaps not that of the ids
+        plan = plan_splice(input_ids.to(here), mask.to(here), lengths, max_length, left)
         if visual is not None and not pictures:
             # The sum of none of them is zero, and so are its gradients; 0 * sum would be NaN where the sum overflows.
             text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
-        return splice(text_embeds, visual, labels, plan)
+        return splice(text_embeds, visual, None if labels is None else labels.to(here), plan)
 
     def _texts_of_images(
         self, texts: Sequence[str] | None, input_ids: Tensor, mask: Tensor, markers: list[int]
@@ -696,8 +718,7 @@ class LlavaMetaForCausalLM:
             if self.tokenizer is None:
                 return None
             texts = [question_of_ids(ids[real], self.tokenizer) for ids, real in zip(input_ids, mask, strict=True)]
-        if len(texts) != len(markers):
-            raise ValueError(f"{len(texts)} texts for {len(markers)} samples; give one text a sample")
+        check_texts(texts, len(markers), "sample")
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(
@@ -725,7 +746,7 @@ class LlavaMetaForCausalLM:
         """For each image, its visual tokens without and with the reduction; `texts` has one for each image."""
         pictures = image_list(images)
         model = self.get_model()
-        tower = model.get_vision_tower()
+        tower = model._tower()
         tiles = [image.shape[0] if image.ndim == 4 else 1 for image in pictures]
         full = VisualTokens(torch.empty(sum(tiles), tower.num_patches, 0))
         before = [len(layout) for layout in model._layouts(full, tiles, image_sizes)]
