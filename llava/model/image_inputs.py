@@ -7,7 +7,7 @@ from itertools import compress
 
 from torch import Tensor
 
-from llava.model.prompt_inputs import describe
+from llava.model.prompt_inputs import describe, is_dense
 
 Images = Tensor | Sequence[Tensor] | None
 ImageSizes = Sequence[tuple[int, int]] | Tensor | None
@@ -64,7 +64,7 @@ def image_list(images: Images) -> list[Tensor]:
         raise ValueError(f"images are {describe(images)}: expected what llava.mm_utils.process_images returns")
     pictures = list(images)
     for i, picture in enumerate(pictures):
-        if not isinstance(picture, Tensor) or not picture.is_floating_point() or picture.is_meta:
+        if not is_dense(picture) or not picture.is_floating_point():
             raise ValueError(
                 f"image {i} is {describe(picture)}: expected float pixels, as llava.mm_utils.process_images returns"
             )

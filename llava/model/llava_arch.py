@@ -41,7 +41,7 @@ from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.model.projector_method import add_projector_method, method_of_adapter
-from llava.model.prompt_inputs import check_device, check_prompt, check_texts, count_markers
+from llava.model.prompt_inputs import check_cache, check_device, check_prompt, check_texts, count_markers
 from llava.model.splice import Spliced, plan_splice, splice
 from llava.model.weights import (
     VISION_TOWER_PREFIX,
@@ -544,6 +544,7 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: markers and images do not match (the sample is named), or arguments that exclude each other.
         """
+        check_cache(past_key_values)
         cached = past_key_values is not None and past_key_values.get_seq_length() > 0
         if cached and images is not None:
             raise ValueError(
@@ -630,6 +631,7 @@ class LlavaMetaForCausalLM:
         """
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
+        check_cache(kwargs.get("past_key_values"))
         reducers = kwargs["reduction"] = self.get_model().reducers(reduction)
         if reducers.decoder is not None:
             self._choose_cache(kwargs)
@@ -692,7 +694,9 @@ class LlavaMetaForCausalLM:
             check_device(input_ids, self.device)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         vocabulary = self.config.vocab_size
-        markers = count_markers(input_ids, mask, vocabulary)
+        markers = count_markers(input_ids, mask, labels, vocabulary)
+        if texts is not None:
+            check_texts(texts, len(markers), "sample")
         pictures, sizes = match_images(markers, images, image_sizes, trusted=self.training)
         reducers = self.get_model().reducers(reduction)
         reads = bool(pictures) and reducers.read_text
@@ -708,7 +712,7 @@ class LlavaMetaForCausalLM:
             # The sum of none of them is zero, and so are its gradients; 0 * sum would be NaN where the sum overflows.
             text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
-        return splice(text_embeds, visual, None if labels is None else labels.to(here), plan)
+        return splice(text_embeds, visual, None if labels is None else labels.to(here).long(), plan)
 
     def _texts_of_images(
         self, texts: Sequence[str] | None, input_ids: Tensor, mask: Tensor, markers: list[int]
@@ -718,7 +722,6 @@ class LlavaMetaForCausalLM:
             if self.tokenizer is None:
                 return None
             texts = [question_of_ids(ids[real], self.tokenizer) for ids, real in zip(input_ids, mask, strict=True)]
-        check_texts(texts, len(markers), "sample")
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(

@@ -141,6 +141,8 @@ def _load_yaml(text: str) -> Any:
         return yaml.safe_load(text)  # JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"reduction={text!r} is neither a method's name nor valid JSON or YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"reduction={text[:40]!r}... is nested too deeply") from error
 
 
 def _method_mapping(site: str, method: Any) -> dict[str, Any]:
@@ -150,7 +152,12 @@ def _method_mapping(site: str, method: Any) -> dict[str, Any]:
         return {}
     if not isinstance(method, Mapping) or "name" not in method:
         raise ValueError(f"reduction.{site}={method!r}: expected a method's name or a mapping with the key 'name'")
-    return json.loads(json.dumps(dict(method)))  # plain data only: it is written to config.json
+    try:
+        return json.loads(json.dumps(dict(method)))  # plain data only: it is written to config.json
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"reduction.{site}: {error}; options are plain numbers, texts and lists, for config.json keeps them"
+        ) from error
 
 
 def _parse_legacy(value: str | None) -> dict[str, Any] | None:
