@@ -112,7 +112,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         Names of the parameters that were filled.
 
     Raises:
-        ValueError: a name that the module does not have, or another shape; all such keys are listed.
+        ValueError: a name that the module does not have, another shape, NaN or infinity; all such keys are listed.
     """
     named = strip_prefixes(weights, [prefix])
     parameters = dict(module.named_parameters())
@@ -123,6 +123,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         if k in parameters and tuple(v.shape) != true_shape(parameters[k])
     ]
     raise_for_keys(origin, unexpected=unknown, misshapen=shapes)
+    raise_for_nonfinite(origin, named.items())
     for key, value in named.items():
         _copy(parameters[key], value)
     return set(named)
@@ -187,6 +188,30 @@ def raise_for_keys(
             "that weights and config belong together: mm_projector_type, reduction, vision tower and language model "
             "must be those they were trained with"
         )
+
+
+def raise_for_nonfinite(origin: object, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError that lists the weights with NaN or infinity in them, if there are any.
+
+    Args:
+        origin: file or folder that the weights come from.
+        weights: names and weights; where ZeRO-3 has partitioned one, this process's slice is looked at.
+    """
+    bad = [name for name, weight in weights if not is_finite(getattr(weight, "ds_tensor", weight))]
+    if bad:
+        raise ValueError(
+            f"{origin} holds NaN or infinity in {len(bad)} weights: {_shorten(bad)}. The run that wrote it diverged, or "
+            "the file is damaged: take an earlier checkpoint, or copy it again"
+        )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """True unless a weight of a floating-point type holds NaN or infinity; other types and meta tensors hold neither."""
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.is_meta:
+        return True
+    weight = weight.detach()
+    # A finite sum has finite terms, and needs no memory; a sum may also overflow though its terms are finite.
+    return bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
 
 
 def _shorten(keys: list[str], most: int = 12) -> str:
