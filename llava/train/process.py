@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 import torch.distributed
 
 from llava.train.checkpoint_folders import CannotWriteError
-from llava.train.stop import RunStoppedError
+from llava.train.stop import SIGNALS, RunStoppedError
 
 # How a training process ends; the values of the last two are those of sysexits.h.
 EXIT_MISTAKE = 2  # flags, data or checkpoints do not fit
@@ -73,6 +74,8 @@ def leave(code: int) -> NoReturn:
     join the threads, but only when nobody holds it any more, and each of ZeRO-3's parameters does. So the process
     runs its exit handlers, and ends without finalizing the interpreter.
     """
+    for number in SIGNALS:  # what was to be written is: a signal now would only change the exit code
+        signal.signal(number, signal.SIG_IGN)
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         remove_shared_buffer(int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])

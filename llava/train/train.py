@@ -75,11 +75,11 @@ def train(arguments: Arguments) -> LLaVATrainer:
         processing_class=tokenizer,
     )
     write_run_config(arguments, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.raise_if_stopped()
-    trainer.save_state()
-    trainer.save_model()
-    report_rejects(trainer)
+    with trainer.stop.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.raise_if_stopped()
+        trainer.save_result()
+        report_rejects(trainer)
     return trainer
 
 

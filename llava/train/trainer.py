@@ -22,8 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import RunKind, load_run, part_of, save_run
-from llava.train.checkpoint_folders import CannotWriteError, remove_old_checkpoints, write_errors_named, write_file_list
+from llava.train.checkpoint import RunKind, atomic_folder, load_run, part_of, save_run
+from llava.train.checkpoint_folders import (
+    STATE_FILE,
+    CannotWriteError,
+    remove_old_checkpoints,
+    write_errors_named,
+    write_file_list,
+)
 from llava.train.metrics_file import MetricsFile, TrainingBar
 from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
@@ -109,8 +115,8 @@ class LLaVATrainer(Trainer):
         super().__init__(**kwargs)
         self.add_callback(_OnScheduleCallback)
         self.add_callback(_FirstLineCallback(self))
-        self._stop = StopOnSignal()
-        self.add_callback(self._stop)
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
         self.kind = kind
         self._resumed_from: str | None = None
         self._is_staging = False
@@ -123,18 +129,30 @@ class LLaVATrainer(Trainer):
         self.add_callback(MetricsFile)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As transformers'; SIGTERM, SIGUSR1 and Ctrl-C end it with a checkpoint, see `raise_if_stopped`."""
+        """As transformers'; inside `stop.listening()` signals end it with a checkpoint, see `raise_if_stopped`."""
         self._resumed_from = resume_from_checkpoint
-        with self._stop.listening():
-            return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def raise_if_stopped(self) -> None:
         """Raise a RunStoppedError where a signal ended the training before its last step."""
-        if self._stop.stopped_by is not None:
+        if self.stop.stopped_by is not None:
             raise RunStoppedError(
-                f"stopped by {self._stop.stopped_by} after step {self.state.global_step} of {self.state.max_steps}, "
+                f"stopped by {self.stop.stopped_by} after step {self.state.global_step} of {self.state.max_steps}, "
                 f"with a checkpoint in {self.args.output_dir}; start the same command again to go on"
             )
+
+    def save_result(self) -> None:
+        """Write what was trained to `output_dir`, and last the state, which says that it is whole.
+
+        Every rank must call it. It ends on all of them when the result is whole: a rank that ended earlier, at a signal
+        say, would make the launcher end the one that writes.
+        """
+        self.save_model()
+        if self.args.should_save:
+            with write_errors_named(Path(self.args.output_dir, STATE_FILE), self.args.output_dir):
+                with atomic_folder(Path(self.args.output_dir)) as folder:
+                    self.state.save_to_json(str(folder / STATE_FILE))
+        self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As transformers', with the visual tokens, the padding and the throughput since the last time."""
