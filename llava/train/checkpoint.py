@@ -48,6 +48,12 @@ class RunKind(Enum):
     LORA = "lora"
     FULL = "full"
 
+    def is_in(self, folder: str | Path) -> bool:
+        """True where a folder has the weights that such a run writes."""
+        if self is RunKind.FULL:
+            return any(WEIGHTS_PATTERN.fullmatch(path.name) for path in Path(folder).glob("*.safetensors*"))
+        return Path(folder, PROJECTOR_FILE if self is RunKind.PROJECTOR else ADAPTER_FILE).is_file()
+
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter of this name belongs to.

@@ -148,6 +148,14 @@ class LLaVATrainer(Trainer):
         self._resumed_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+            return
+        # transformers would train one step more before it looks.
+        logger.info("no step is left after step %d: the result is written", self.state.global_step)
+        self.control.should_training_stop = True
+
     def raise_if_stopped(self) -> None:
         """Raise a RunStoppedError where a signal ended the training before its last step."""
         if self.stop.stopped_by is not None:
@@ -173,6 +181,8 @@ class LLaVATrainer(Trainer):
         """As transformers', with the visual tokens, the padding and the throughput since the last time."""
         for meter in self._meters:
             logs.update(meter.read())
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            del logs["train_loss"]  # no step was trained: it would be the mean of nothing
         if "loss" in logs:
             logs.update(self._meter.read())
             if not math.isfinite(logs["loss"]):
