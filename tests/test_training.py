@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -139,6 +140,26 @@ def test_config_keeps_what_llava_keeps(world: TinyWorld, tmp_path: Path) -> None
 def test_a_language_model_needs_a_tower(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name one with --vision_tower"):
         run(world, tmp_path, vision_tower=None)
+
+
+def test_one_process_trains_on_one_gpu(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it sees four, transformers would take nn.DataParallel, which cuts lists of pictures anywhere."""
+    whole = transformers.TrainingArguments.__post_init__
+
+    def with_four_gpus(self: Any) -> None:
+        whole(self)
+        assert self.n_gpu == 0
+        self._n_gpu = 4
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", with_four_gpus)
+    monkeypatch.setattr(nn.DataParallel, "__init__", lambda *_: pytest.fail("nn.DataParallel"))
+    trainer = run(world, tmp_path, **PROJECTOR, max_steps=1)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 2
+    assert "1 of 4 GPUs trains (cpu), since one process was started" in caplog.text
+    assert "num_gpus=4" in caplog.text
 
 
 # Optimizer groups ------------------------------------------------------------------------------------------------

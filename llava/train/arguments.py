@@ -256,6 +256,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if runs_on_cpu(self):
             self._prepare_cpu()
         super().__post_init__()
+        self._keep_to_one_gpu()
 
     def _rename_checkpointing(self) -> None:
         # An alias that newer transformers warn about: use the new name where there is one.
@@ -264,6 +265,12 @@ class TrainingArguments(transformers.TrainingArguments):
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing_kwargs = None
+
+    def _keep_to_one_gpu(self) -> None:
+        # Where one process sees several GPUs, transformers wraps the model in nn.DataParallel, which would cut the
+        # lists of pictures at places of its own.
+        self.idle_gpus = max(0, self.n_gpu - 1)
+        self._n_gpu = min(1, self.n_gpu)
 
     def _prepare_cpu(self) -> None:
         # transformers takes bf16 on the CPU only with use_cpu; and with use_cpu accelerate starts torch's

@@ -59,6 +59,7 @@ def train(arguments: Arguments) -> LLaVATrainer | None:
     training = arguments.training
     if is_finished(arguments):
         return None
+    report_idle_gpus(training)
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)
@@ -98,6 +99,20 @@ def best_attention(arguments: Arguments) -> str:
             return "sdpa"
         return "flash_attention_2"
     return "sdpa"
+
+
+def report_idle_gpus(training: Any) -> None:
+    """Say that one process trains on one GPU, where there are more, and how to use them all."""
+    if training.idle_gpus:
+        count = training.idle_gpus + 1
+        logger.warning(
+            "1 of %d GPUs trains (%s), since one process was started. For all of them start one process for each: "
+            "llava train CONFIG num_gpus=%d, or deepspeed or torchrun --nproc_per_node %d llava/train/train_mem.py ...",
+            count,
+            training.device,
+            count,
+            count,
+        )
 
 
 def log_trainable(model: Any) -> None:
