@@ -27,6 +27,7 @@ from llava.train.modeling import count_trainable, load_model, load_tokenizer, re
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
 from llava.train.run_info import write_run_info
+from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def train(arguments: Arguments) -> LLaVATrainer | None:
         processing_class=tokenizer,
     )
     write_run_config(arguments, checkpoint)
-    with trainer.stop.listening():
+    with trainer.stop.listening(), wandb_run(training, checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.raise_if_stopped()
         trainer.save_result()
