@@ -181,7 +181,7 @@ def raise_for_keys(
 ) -> None:
     """Raise a ValueError that lists the keys, if there are any."""
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
-    parts = [f"{kind} ({len(keys)}): {_shorten(keys)}" for kind, keys in found.items() if keys]
+    parts = [f"{kind} ({len(keys)}): {shorten(keys)}" for kind, keys in found.items() if keys]
     if parts:
         raise ValueError(
             f"the weights of {origin} do not fit the model that its config describes; " + "; ".join(parts) + ". Check "
@@ -207,8 +207,8 @@ def raise_for_nonfinite(origin: object, weights: Iterable[tuple[str, Tensor]]) -
     bad = [name for name, weight in weights if not is_finite(getattr(weight, "ds_tensor", weight))]
     if bad:
         raise NonFiniteWeightsError(
-            f"{origin} holds NaN or infinity in {len(bad)} weights: {_shorten(bad)}. The run that wrote it diverged, "
-            "or a file is damaged: take an earlier checkpoint, or copy it again"
+            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, or "
+            "a file is damaged: take an earlier checkpoint, or copy it again"
         )
 
 
@@ -222,5 +222,6 @@ def is_finite(weight: Tensor) -> bool:
     return bool(least.isfinite() & most.isfinite())
 
 
-def _shorten(keys: list[str], most: int = 12) -> str:
+def shorten(keys: list[str], most: int = 12) -> str:
+    """Keys as a message lists them."""
     return ", ".join(keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")
