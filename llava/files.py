@@ -309,9 +309,9 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     check_target(target, overwrite)
     folder = Path(target).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.with_name(f".{folder.name}.lock"), f"target {target}"):
         _clean_up(folder)
+        check_target(target, overwrite)
         staging = _sibling(folder, "writing")
         staging.mkdir()
         try:

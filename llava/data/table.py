@@ -110,7 +110,7 @@ def load_table(file: str, version: str, cache_dir: str | None = None) -> Any:
         A `datasets.Dataset` with the columns of `features`.
 
     Raises:
-        ValueError: see `llava.data.records.read_records`; also a cache that can't be written. Bad samples raise nothing.
+        ValueError: see `llava.data.records.read_records`; or the cache can't be written. Bad samples raise nothing.
     """
     datasets = import_datasets()
     check_writable(cache_dir or datasets.config.HF_DATASETS_CACHE, "the cache of converted data (HF_DATASETS_CACHE)")
