@@ -92,7 +92,7 @@ def test_set_reduction_is_kept_in_the_config() -> None:
     model.set_reduction({"name": "prumerge", "ratio": 0.5})
     assert model.config.reduction == {"encoder": {"name": "prumerge", "ratio": 0.5}}
     again = type(model)(model.config)
-    assert again.get_model().encoder_reducer.options.ratio == 0.5
+    assert again.get_model().encoder_reducer.ratio == 0.5
     model.set_reduction("none")
     assert model.config.reduction == {}
     assert model.get_model().encoder_reducer is None
@@ -318,8 +318,8 @@ def test_random_is_seeded() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sequential", {}, "'sequential' has no adaptive count"),
-        ("random", {}, "'random' has no adaptive count"),
+        ("sequential", {}, "'sequential': there is no adaptive count"),
+        ("random", {}, "'random': there is no adaptive count"),
         ("spatial", {"rows": 3}, "rows and columns go together"),
         ("spatial", {"rows": 3, "columns": 0}, "columns=0 must be a whole number"),
         ("spatial", {"rows": 3, "columns": 3, "tokens": 9}, "leave out ratio and tokens"),

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform
+
+from llava.reduction.options import check_fields, values_of
 
 
 @dataclass
@@ -70,69 +73,31 @@ class VisualTokens:
         return self.mask.sum(dim=1)
 
 
-@dataclass(kw_only=True)
-class Options:
-    """Options of a method. Subclasses add one typed field an option."""
-
-    @classmethod
-    def parse(cls, method: str, given: Mapping[str, Any]) -> Options:
-        """Build from a mapping.
-
-        Raises:
-            ValueError: an unknown option (the known ones are listed) or a value out of range.
-        """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(
-                f"method '{method}' has no option {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}"
-            )
-        options = cls(**given)
-        options.validate(method)
-        return options
-
-    def validate(self, method: str) -> None:
-        """Raise ValueError for a value that the method cannot work with."""
-
-
-def check_choice(method: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"method '{method}': {option}={value!r} is not known; choose one of: {', '.join(allowed)}")
-
-
-def is_count(value: object) -> bool:
-    """Whether `value` is a whole number, 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def check_count(method: str, option: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number, 1 or more."""
-    if not is_count(value):
-        raise ValueError(f"method '{method}': {option}={value!r} must be a whole number, 1 or more")
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a number, whole or not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_fraction(method: str, option: str, value: object) -> None:
-    """Raise ValueError unless `value` is None or a number in (0, 1]."""
-    if value is None:
-        return
-    if not is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
-        raise ValueError(f"method '{method}': {option}={value!r} must be a number above 0 and at most 1, or null")
-
-
+@dataclass_transform(kw_only_default=True)
 class Reducer(nn.Module):
-    """A method of reduction: an options class, and a `forward` that its site defines."""
+    """A method of reduction. Its options are the fields of its class, as `llava.reduction.options` reads them.
 
-    options_class: ClassVar[type[Options]] = Options
+    Raises:
+        ValueError: a value that the method cannot work with.
+    """
 
-    def __init__(self, options: Any = None) -> None:
+    method: ClassVar[str] = ""  # the name that it is registered under
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(kw_only=True, eq=False, repr=False)(cls)
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.options = options if options is not None else self.options_class()
+        check_fields(self.method, self)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
+
+    def mistake(self, message: str) -> ValueError:
+        """An error that names the method."""
+        return ValueError(f"method '{self.method}': {message}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -140,7 +105,7 @@ class Reducer(nn.Module):
         return frozenset()
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.options))
+        return ", ".join(f"{name}={value!r}" for name, value in values_of(self).items())
 
 
 class EncoderReducer(Reducer, abc.ABC):
@@ -240,10 +205,7 @@ class DecoderReducer(Reducer, abc.ABC):
 
     renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; else tokens keep theirs
 
-    @property
-    def pool(self) -> str:
-        """Which tokens compete: those of one "image", or of all images of a "sample"."""
-        return "image"
+    pool: Literal["image", "sample"] = "image"  # which tokens compete: those of one image, or of all of a sample
 
     @abc.abstractmethod
     def drops(self, num_layers: int) -> list[Drop]:

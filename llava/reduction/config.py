@@ -36,8 +36,8 @@ class ReductionConfig:
             method = _method_mapping(site, getattr(self, site))
             object.__setattr__(self, site, method)
             if method:
-                options = {k: v for k, v in method.items() if k != "name"}
-                method_class(method["name"], site).options_class.parse(method["name"], options)
+                method_class(method["name"], site)
+                build(**method)
         if self.encoder and self.projector:
             raise ValueError(
                 f"reduction: the encoder's method '{self.encoder['name']}' keeps patches here and there, and "

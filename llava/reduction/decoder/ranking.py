@@ -1,28 +1,17 @@
-"""What decoder methods share: their option of who competes, and attention as a score.
+"""What decoder methods share: where they may drop, and attention as a score.
 
 Shapes: B rows, L tokens a row, Q query tokens a row, H heads in K groups that share keys, D width, d head width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.reduction.base import Drop, LayerInput, Options, check_choice
-
-
-@dataclass(kw_only=True)
-class PoolOptions(Options):
-    """Which image tokens compete for the places that are left."""
-
-    pool: str = "image"  # "image": each image keeps its share; "sample": a sample's images compete
-
-    def validate(self, method: str) -> None:
-        check_choice(method, "pool", self.pool, ("image", "sample"))
+from llava.reduction.base import Drop, LayerInput
 
 
 def check_drops(method: str, drops: list[Drop], num_layers: int) -> list[Drop]:
