@@ -113,14 +113,11 @@ def test_what_a_killed_process_left_is_brought_to_its_end(tmp_path: Path) -> Non
     # killed right after them
     (target / "notes.txt").write_text("mine")
     target.rename(tmp_path / f".target.replaced-{pid}")
-    (target).mkdir()
-    write(target, new="2")
-    assert contents(tmp_path).keys() == {
-        "target/config.json",
-        "target/new.json",
-        f"target/{LIST_FILE}",
-        "target/notes.txt",
-    }
+    write(tmp_path / "other")
+    (tmp_path / "other").rename(target)
+    write(target, overwrite=True, new="2")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert contents(target).keys() == {"config.json", "new.json", LIST_FILE, "notes.txt"}
 
 
 @pytest.mark.parametrize("command", ["convert", "merge"])
