@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from llava.files import write_file_list
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints, write_file_list
+from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints
 from llava.train.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
 from tests.ranks import Ranks, kill_in_step, kill_while_writing, slow_steps, train_in_ranks, zero_flags
