@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llava.data.items import ItemMaker
-from llava.data.records import read_records
+from llava.data.records import DataError, count_parquet_rows, read_records, reading
 from llava.data.sources import DataPath, DataSource, parse_data_path
 from llava.data.table import stream_table
 
@@ -117,7 +117,7 @@ class StreamingSupervisedDataset(IterableDataset[dict[str, Any]]):
                 row = {name: values[0] for name, values in batch.items()}
                 yield row
             if row is None:
-                raise ValueError(
+                raise DataError(
                     f"{', '.join(files)}: fewer samples than processes x workers ({parts}); do without --streaming"
                 )
 
@@ -127,12 +127,11 @@ def estimate_samples(file: str) -> float:
     import fsspec
 
     if file.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        with fsspec.open(file, "rb") as opened:
-            return float(pq.ParquetFile(opened).metadata.num_rows)
-    first = [len(json.dumps(sample)) for sample in islice(read_records(file), _SIZE_SAMPLE)]
+        return float(count_parquet_rows(file))
+    first = [len(json.dumps(sample, default=str)) for sample in islice(read_records(file), _SIZE_SAMPLE)]
     if not first:
-        raise ValueError(f"no samples in data file {file!r}; fill it, or leave it out of data_path")
-    system, path = fsspec.core.url_to_fs(file)
-    return max(1.0, float(system.size(path) or 0) * len(first) / sum(first))
+        raise DataError(f"no samples in data file {file!r}; fill it, or leave it out of data_path")
+    with reading(file):
+        system, path = fsspec.core.url_to_fs(file)
+        size = float(system.size(path) or 0)
+    return max(1.0, size * len(first) / sum(first))
