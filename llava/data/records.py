@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ PARQUET_ROWS = 256
 
 MAX_SAMPLE = 1 << 26
 """Characters of the longest sample that is read, so that a broken or hostile file does not fill the memory."""
+
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class DataError(ValueError):
@@ -177,8 +180,7 @@ class _Window:
     def peek(self) -> str:
         """The next character that is no white space, which becomes the present one; empty at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\n\r":
-                self._at += 1
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or not self._read(CHUNK):
                 return self._text[self._at : self._at + 1]
 
@@ -252,3 +254,16 @@ def count_parquet_rows(path: str) -> int:
     with reading(path), fsspec.open(path, "rb") as file:
         rows: int = pq.ParquetFile(file).metadata.num_rows
     return rows
+
+
+def size_of(path: str) -> int:
+    """Bytes of a data file; 0 where its place does not say.
+
+    Raises:
+        DataError: it cannot be asked for.
+    """
+    import fsspec
+
+    with reading(path):
+        system, place = fsspec.core.url_to_fs(path)
+        return int(system.size(place) or 0)

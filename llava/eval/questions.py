@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.preprocessing import is_unicode
 from llava.data.records import decode_json
 from llava.data.samples import MAX_IMAGES
 
@@ -84,6 +85,8 @@ def _parse_question(row: dict[str, Any], where: str) -> Question:
     for key, kinds in (("question_id", (int, str)), ("text", (str,))):
         if not isinstance(row.get(key), kinds) or isinstance(row[key], bool):
             raise ValueError(f"{where}: {key!r} is missing or of the wrong type; a question needs question_id and text")
+    if not is_unicode(row["text"]):
+        raise ValueError(f"{where}: 'text' holds half a character (a lone surrogate); write it anew")
     images = row.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
