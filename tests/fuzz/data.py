@@ -88,7 +88,7 @@ def _write_pictures(folder: Path) -> None:
 
 
 def _samples(case: Case) -> None:
-    samples = json.loads((case.folder / "data.json").read_text())
+    kind, samples = _some(case)
     for place in case.random.sample(range(len(samples)), case.random.choice((1, 1, 2, 3))):
         samples[place]["id"] = f"odd-{place}"
         samples[place] = _odd(case, samples[place])
@@ -98,7 +98,14 @@ def _samples(case: Case) -> None:
     changes["dataloader_num_workers"] = case.random.choice((0, 0, 2))
     if case.random.random() < 0.25:
         changes["streaming"] = True
-    _train(case, "odd.json", {"odd-", "odd.json"}, "works" if skip else "either", changes)
+    _train(case, kind, "odd.json", {"odd-", "odd.json"}, "works" if skip else "either", changes)
+
+
+def _some(case: Case) -> tuple[str, list[Any]]:
+    """A kind of run and its samples."""
+    kind = case.random.choice(KINDS_OF_RUN)
+    file = "captions.json" if kind == "projector" else "data.json"
+    return kind, json.loads((case.folder / file).read_text())
 
 
 def _odd(case: Case, sample: dict[str, Any]) -> Any:
@@ -127,13 +134,13 @@ def _odd(case: Case, sample: dict[str, Any]) -> Any:
 
 def _file(case: Case) -> None:
     form = case.random.choice(FILES)
-    samples = json.loads((case.folder / "data.json").read_text())
+    kind, samples = _some(case)
     name = _write_file(case, form, samples)
     case.say(f"data file: {form}")
     works = form in ("lines", "gz", "parquet")
     changes = {"streaming": True} if case.random.random() < 0.3 else {}
     expect = "works" if works else "refused" if form not in ("folder", "lines torn") else "either"
-    _train(case, name, {name, "odd"}, expect, changes)
+    _train(case, kind, name, {name, "odd"}, expect, changes)
 
 
 def _write_file(case: Case, form: str, samples: list[Any]) -> str:
@@ -177,8 +184,7 @@ def _write_file(case: Case, form: str, samples: list[Any]) -> str:
     return path.name
 
 
-def _train(case: Case, data: str, names: set[str], expect: str, changes: dict[str, Any]) -> None:
-    kind = case.random.choice(KINDS_OF_RUN)
+def _train(case: Case, kind: str, data: str, names: set[str], expect: str, changes: dict[str, Any]) -> None:
     config = case.write_config(settings_of(kind, "out", data_path=data, **changes))
     case.say(f"{kind} {changes}")
     doctor = case.run(["doctor", config], names=names)

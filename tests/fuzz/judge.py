@@ -15,12 +15,15 @@ import torch
 from llava.model.builder import load_pretrained_model
 from tests.tiny_world import SIDE
 
-ERROR_LINE = re.compile(r"^(error:|[\d:]+ ERROR )", re.MULTILINE)
+# The log's line of an error, with the findings of the checks before a run below it; or the command's own.
+LOGGED = re.compile(r"^[\d:]+ ERROR .*(?:\nerror: .*)*", re.MULTILINE)
+TOLD = re.compile(r"^error: .*", re.MULTILINE)
 # Left by libraries that were not told what to do, or by a process that did not end well.
 UGLY = ("Traceback (most recent call last)", "Exception ignored", "core dumped", "Segmentation fault", "Aborted")
 MISLEADING = ("will likely succeed", "install tiktoken", "_internal assert")
 LONGEST_ERROR = 900
 NOTES = "my_notes.txt"  # the user's, in every folder
+ANSWERS = "answers.jsonl"  # beside it, answers wait for the others in a file with more to its name
 STAGING = re.compile(r"(^|/)\.(incomplete|writing|replaced)")
 
 
@@ -51,10 +54,11 @@ def changes(before: dict[str, str], after: dict[str, str], outputs: Collection[s
     said = [
         f"{'deleted' if path not in after else 'changed'} {path}"
         for path, content in before.items()
-        if after.get(path) != content and (path.endswith(NOTES) or not _within(path, own))
+        if after.get(path) != content and (path.endswith(NOTES) or not _within(path, own)) and ANSWERS + "." not in path
     ]
     new = [path for path in after if path not in before and "*" not in outputs]
     left = [path for path in new if not _within(path, [*outputs, *own]) and not _above(path, outputs)]
+    left = [path for path in left if not any(path.startswith(f"{folder}.") for folder in outputs if ANSWERS in folder)]
     return said + [f"left {path}" for path in left if str(Path(path).parent) not in left]
 
 
@@ -71,12 +75,12 @@ def flaw_of_message(printed: str, names: Collection[str]) -> str | None:
     for words in (*UGLY, *MISLEADING):
         if words in printed:
             return "traceback" if words == UGLY[0] else f"prints {words!r}"
-    lines = [line for line in printed.splitlines() if ERROR_LINE.match(line)]
+    lines = LOGGED.findall(printed) or TOLD.findall(printed)
     if "Usage: llava" in printed and not lines:
         return None
     if len(lines) != 1:
         return f"{len(lines)} error lines"
-    if len(lines[0]) > LONGEST_ERROR:
+    if max(map(len, lines[0].splitlines())) > LONGEST_ERROR:
         return f"an error of {len(lines[0])} characters"
     if names and not any(name in lines[0] for name in names):
         return "the error names nothing of " + ", ".join(sorted(names)[:4])

@@ -41,7 +41,7 @@ def _convert(case: Case) -> None:
     overwrite = case.random.random() < 0.5
     arguments += ["--overwrite"] if overwrite else []
     own = ["hf"] if overwrite and target == "hf" and source != "hf" else []
-    outputs = [target] if target in ("runs/new", "dangling") else ["gone"]
+    outputs = [target] if target.endswith("/new") or target == "dangling" else ["gone"]
     expect = "works" if target == "runs/new" else "either"
     check = case.check_copy(source, base, target)
     case.run(arguments, names=_names(target, source), outputs=outputs, own=own, expect=expect, check=check)
@@ -50,7 +50,7 @@ def _convert(case: Case) -> None:
 def _merge(case: Case) -> None:
     kind = case.random.choice(("lora", "projector"))
     target = case.random.choice([*FOREIGN, "runs/full", f"runs/{kind}", f"runs/{kind}/new", "runs/new"])
-    outputs = ["runs/new", "gone", "dangling"]
+    outputs = [target] if target.endswith("/new") else ["gone", "dangling"]
     expect = "works" if target == "runs/new" else "either"
     arguments = ["merge", f"runs/{kind}", target, "--model-base", "llm"]
     check = case.check_copy(f"runs/{kind}", "llm", target)
