@@ -65,5 +65,5 @@ class TrainingBar(ProgressCallback):
 
     def _say(self, state: Any) -> None:
         if not self.draws and state.global_step > self._said:
-            logger.info("%s", self.training_bar)
+            logger.info("%s", str(self.training_bar))
             self._said = state.global_step
