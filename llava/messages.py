@@ -29,6 +29,7 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
         except (OSError, ValueError):  # a closed terminal
             self.handleError(record)
 

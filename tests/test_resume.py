@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def write_slowly(rank: int, seconds: float) -> None:
 
     def save_run(*args: Any, **kwargs: Any) -> None:
         if kwargs["writer"]:
-            print("the result is being written", flush=True)
+            print("the result is being written", file=sys.stderr, flush=True)
             time.sleep(seconds)
         whole(*args, **kwargs)
 

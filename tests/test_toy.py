@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -183,3 +184,9 @@ def test_the_tower_looks_at_objects() -> None:
         kept[number].append(len(source))
     assert sum(hits) / len(hits) > 0.9
     assert sum(kept[4]) > 1.3 * sum(kept[1])
+
+
+def test_the_quickstart_removes_nothing() -> None:
+    """An earlier run in its folder is kept."""
+    script = (TOY.parents[1] / "scripts" / "quickstart.sh").read_text()
+    assert not re.search(r"^\s*rm\b", script, re.MULTILINE)

@@ -4,9 +4,11 @@ The name is LLaVA's: attention that saves memory. flash-attention is used where 
 else torch's scaled dot product; `--attn_implementation` overrides.
 """
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
 # In place of this folder, whose modules are not meant to be imported by their bare names.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
