@@ -16,6 +16,7 @@ from typing import Any
 from llava.conversation import Template, get_template
 from llava.data.records import DataError, Malformed, read_records, reading
 from llava.data.samples import FORMAT, BadSampleError, check_sample, sample_name, split_pictures
+from llava.files import check_writable
 
 FORMAT_VERSION = 2
 """Part of the cache's key: raise it when the columns or the checks change."""
@@ -112,9 +113,10 @@ def load_table(file: str, version: str, cache_dir: str | None = None) -> Any:
         A `datasets.Dataset` with the columns of `features`.
 
     Raises:
-        ValueError: see `llava.data.records.read_records`. Bad samples raise nothing.
+        ValueError: see `llava.data.records.read_records`; or the cache can't be written. Bad samples raise nothing.
     """
     datasets = import_datasets()
+    check_writable(cache_dir or datasets.config.HF_DATASETS_CACHE, "the cache of converted data (HF_DATASETS_CACHE)")
     try:
         return datasets.Dataset.from_generator(
             rows,

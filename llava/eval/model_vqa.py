@@ -25,6 +25,8 @@ from llava.conversation import get_template
 from llava.data.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
 from llava.data.preprocessing import build_prompt_ids
 from llava.eval.questions import Question, get_chunk, read_jsonl, read_questions
+from llava.files import check_apart, check_writable
+from llava.lock import lock
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
 from llava.reduction.config import join_pyramiddrop_flags
@@ -190,11 +192,15 @@ def answer_questions(
     Args:
         answerer: the model.
         questions: what to ask.
-        answers_file: where the answers go.
+        answers_file: where the answers go, in place of earlier answers.
         model_id: the model's name in the answers.
         run: says which run this is; runs of other models or options must differ in it.
+
+    Raises:
+        ValueError: the file exists and holds something else than answers, or nothing can be written there.
     """
     target = Path(answers_file)
+    check_answers(target, overwrite=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{hashlib.sha256(run.encode()).hexdigest()[:12]}.partial")
     done = _resume(partial, questions)
@@ -211,6 +217,30 @@ def answer_questions(
             file.flush()
             progress.update(len(batch))
     partial.replace(target)
+
+
+def check_answers(answers_file: str | Path, overwrite: bool) -> None:
+    """Raise a ValueError where answers may not be written.
+
+    Args:
+        answers_file: where they go.
+        overwrite: in place of earlier answers; anything else is never replaced.
+    """
+    target = Path(answers_file)
+    check_writable(target.parent, f"the folder of answers file {target}:")
+    if target.is_dir() or (target.exists() and not _holds_answers(target)):
+        raise ValueError(f"answers file {target} exists and holds no answers: it is not replaced; choose another name")
+    if target.exists() and not overwrite:
+        raise ValueError(
+            f"answers file {target} exists; choose another name, or pass overwrite=True (--overwrite) to replace it"
+        )
+
+
+def _holds_answers(file: Path) -> bool:
+    try:
+        return all({"question_id", "answer_id", "text"} <= row.keys() for _, row in read_jsonl(file))
+    except (ValueError, OSError):
+        return False
 
 
 def _rows(answerer: Answerer, batch: Sequence[Question], model_id: str) -> Iterator[dict[str, Any]]:
@@ -252,6 +282,7 @@ def evaluate(
     options: VqaOptions | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Open a checkpoint and answer a file of questions, or one chunk of it.
 
@@ -261,27 +292,32 @@ def evaluate(
         answers_file: where the answers go, see `answer_questions`.
         num_chunks, chunk_idx: answer one of so many parts.
         options: see `VqaOptions`.
+        overwrite: replace earlier answers.
 
     Raises:
-        ValueError: the checkpoint, a question or an image cannot be read; it is named.
+        ValueError: the checkpoint, a question or an image cannot be read, or the answers can't be written; it is named.
     """
+    target = Path(answers_file)
+    check_apart(target, "answers file", {"question file": question_file})
+    check_answers(target, overwrite)
     options = options or VqaOptions()
     questions = get_chunk(read_questions(question_file), num_chunks, chunk_idx)
     check_images(questions, options)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        model_path,
-        model_base,
-        None,
-        vision_tower=vision_tower,
-        reduction=reduction,
-        device=device,
-        dtype=dtype,
-    )
-    changed = max((file.stat().st_mtime for file in Path(model_path).glob("*") if file.is_file()), default=0.0)
-    run = [str(model_path), changed, str(model_base), str(vision_tower), repr(reduction), asdict(options)]
-    name = get_model_name_from_path(os.fspath(model_path))
-    answerer = Answerer(tokenizer, model, image_processor, options)
-    answer_questions(answerer, questions, answers_file, name, json.dumps(run, sort_keys=True))
+    with lock(target.with_name(f".{target.name}.lock"), f"answers file {target}"):
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            model_path,
+            model_base,
+            None,
+            vision_tower=vision_tower,
+            reduction=reduction,
+            device=device,
+            dtype=dtype,
+        )
+        changed = max((file.stat().st_mtime for file in Path(model_path).glob("*") if file.is_file()), default=0.0)
+        run = [str(model_path), changed, str(model_base), str(vision_tower), repr(reduction), asdict(options)]
+        name = get_model_name_from_path(os.fspath(model_path))
+        answerer = Answerer(tokenizer, model, image_processor, options)
+        answer_questions(answerer, questions, target, name, json.dumps(run, sort_keys=True))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -296,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-access", "--image_access", default=VqaOptions.image_access, choices=IMAGE_ACCESS)
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace an answers file that exists")
     parser.add_argument("--conv-mode", default=VqaOptions.conv_mode)
     parser.add_argument("--num-chunks", type=int, default=1)
     parser.add_argument("--chunk-idx", type=int, default=0)

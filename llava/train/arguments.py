@@ -237,6 +237,10 @@ class TrainingArguments(transformers.TrainingArguments):
     global_batch_size: int = flag(
         0, "Samples of one step on all devices: gradient_accumulation_steps is derived from it. 0: it is not fixed."
     )
+    logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the log.")
+    stop_after_nonfinite_steps: int = flag(
+        3, "Stop when the loss was NaN or infinite in so many steps in a row, seen when a line is logged; 0: never."
+    )
     packing: bool = flag(False, "Run a batch as one row without padding, in which the samples do not see each other.")
 
     def __post_init__(self) -> None:
@@ -258,6 +262,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if runs_on_cpu(self):
             self._prepare_cpu()
         super().__post_init__()
+        self._keep_to_one_gpu()
 
     def _rename_checkpointing(self) -> None:
         # An alias that newer transformers warn about: use the new name where there is one.
@@ -266,6 +271,12 @@ class TrainingArguments(transformers.TrainingArguments):
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing_kwargs = None
+
+    def _keep_to_one_gpu(self) -> None:
+        # Where one process sees several GPUs, transformers wraps the model in nn.DataParallel, which would cut the
+        # lists of pictures at places of its own.
+        self.idle_gpus = max(0, self.n_gpu - 1)
+        self._n_gpu = min(1, self.n_gpu)
 
     def _prepare_cpu(self) -> None:
         # transformers takes bf16 on the CPU only with use_cpu; and with use_cpu accelerate starts torch's
@@ -327,6 +338,10 @@ def check_training(args: Any) -> None:
         raise ValueError(
             f"--model_max_length {args.model_max_length} --lora_r {args.lora_r} --lora_dropout "
             f"{args.lora_dropout}: expected at least 1, at least 1, and a number in [0, 1)"
+        )
+    if args.stop_after_nonfinite_steps < 0:
+        raise ValueError(
+            f"--stop_after_nonfinite_steps {args.stop_after_nonfinite_steps}: expected steps, or 0 to never stop"
         )
     if not 0 <= args.warmup_ratio < 1:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio}: expected a number in [0, 1)")
