@@ -23,8 +23,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset, images
-from llava.data.images import check_image_exists, load_image, locate_image, open_image, to_rgb
+from llava.data.images import check_image_exists, load_image, locate_image, open_image
 from llava.data.samples import MAX_IMAGES, BadSampleError
+from llava.mm_utils import to_rgb
 from llava.train.preflight.findings import Report
 from llava.train.preflight.samples import check_images_exist, check_samples
 from tests.test_dataset import Letters, processor, turns
