@@ -134,7 +134,9 @@ def _file_system(location: str) -> tuple[Any, str]:
 
 
 def load_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read an image file completely, as RGB; see `llava.mm_utils.to_rgb`. The EXIF orientation is not applied, as in LLaVA.
+    """Read an image file completely, as RGB; see `llava.mm_utils.to_rgb`.
+
+    The EXIF orientation is not applied, as in LLaVA.
 
     Args:
         path: of the file, or the opened file.
