@@ -310,6 +310,22 @@ def test_remote_images(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(place)
 
 
+class Slowly(io.BytesIO):
+    """A file that comes in parts, as from a web server that does not say how long it is."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(size or 0, 10))
+
+
+def test_a_remote_image_that_comes_in_parts(store: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (folder / "red.png").read_bytes()
+    monkeypatch.setattr(type(store), "open", lambda self, path, mode: Slowly(content))
+    assert open_image("memory://images/red.png").size == (20, 10)
+    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    with pytest.raises(ValueError, match="has more than"):
+        open_image("memory://images/red.png")
+
+
 @pytest.mark.parametrize("name", ["simplecache::memory://x", "zip://a.png::/dev/zero", "weird://x", "file:///dev/zero"])
 def test_remote_is_no_way_to_what_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"image '{name[:4]}.*(chain of URLs|cannot be read)|'/dev/zero' cannot be"):

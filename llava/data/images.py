@@ -111,12 +111,20 @@ def open_image(location: str) -> Image.Image:
         return load_image(path, location)
     try:
         with system.open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = _read(file)
     except FileNotFoundError as error:
         raise _missing(location) from error
     except Exception as error:  # of the kinds that each object store has
         raise _unreadable(location, error) from error
     return load_image(io.BytesIO(content), location)
+
+
+def _read(file: BinaryIO) -> bytes:
+    """A file up to a byte beyond the limit, so that one without end is found out. Web servers may send it in parts."""
+    content = bytearray()
+    while len(content) <= MAX_BYTES and (part := file.read(MAX_BYTES + 1 - len(content))):
+        content += part
+    return bytes(content)
 
 
 def _file_system(location: str) -> tuple[Any, str]:
