@@ -11,11 +11,10 @@ import ast
 import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -23,36 +22,6 @@ Size = tuple[int, int]
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 """Allowed values of `image_aspect_ratio`; None means square."""
-
-
-def load_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read an image file completely, as RGB. The EXIF orientation is not applied, as in LLaVA.
-
-    Args:
-        path: of the file, or the opened file.
-        name: what a message calls it; default: the path.
-
-    Raises:
-        ValueError: the file is missing, truncated or no image; the message names it.
-    """
-    name = name or str(path)
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"image {name!r} does not exist; check the file name and the image folder it is looked up in"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"image {name!r} is in no format that Pillow reads; replace it or remove its sample"
-        ) from error
-    # Pillow reports broken contents by several types, a bad PNG chunk for one as SyntaxError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"image {name!r} cannot be read ({error}); it may be truncated: copy or download it again, "
-            "or remove its sample"
-        ) from error
 
 
 def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...]) -> Image.Image:

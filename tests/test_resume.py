@@ -15,8 +15,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from llava.files import write_file_list
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints, write_file_list
+from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints
 from llava.train.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
 from llava.train.trainer import LLaVATrainer

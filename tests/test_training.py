@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from llava.files import atomic_folder
 from llava.model.builder import load_pretrained_model
 from llava.train import modeling
 from llava.train.checkpoint import (
     RunKind,
-    atomic_folder,
     gather,
     load_run,
     part_of,

@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import get_template
+from llava.data.images import IMAGE_ACCESS
 from llava.data.items import ON_BAD_SAMPLE
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
@@ -166,6 +167,10 @@ class DataArguments:
     lazy_preprocess: bool = flag(True, "Kept for LLaVA's commands; samples are always read when their turn comes.")
     is_multimodal: bool = flag(True, "Kept for LLaVA's commands; found out by itself.")
     image_folder: str | None = flag(None, "Folder that the JSON's image paths start from.")
+    image_access: str = flag(
+        IMAGE_ACCESS[0],
+        "Where image names may lead: folder (below image_folder), disk (any file of this machine), remote (URLs too).",
+    )
     image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, else square.")
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
@@ -177,6 +182,7 @@ class DataArguments:
         parse_data_path(self.data_path)
         if not is_url(self.image_folder or ""):
             check_exists("image_folder", self.image_folder)
+        check_choice("image_access", self.image_access, IMAGE_ACCESS)
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if self.shuffle_buffer_size < 1:
             raise ValueError(f"--shuffle_buffer_size {self.shuffle_buffer_size}: expected at least 1")

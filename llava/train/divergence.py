@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava.data.samples import sample_name
-from llava.train.checkpoint import atomic_folder
+from llava.files import atomic_folder
 from llava.train.checkpoint_folders import last_complete_checkpoint
 
 SAMPLES_FILE = "diverged.json"

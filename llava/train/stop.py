@@ -135,6 +135,7 @@ def ignore_signals(worker: int) -> None:
 @atexit.register  # after multiprocessing's own handler, and so called before it
 def _end_workers() -> None:
     """multiprocessing ends processes by SIGTERM and waits for them: for those that ignore it, without end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report each with a traceback
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

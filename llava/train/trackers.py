@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava.train.checkpoint import atomic_folder
+from llava.files import atomic_folder
 
 WANDB_FILE = "wandb_run_id"
 

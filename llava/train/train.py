@@ -16,14 +16,15 @@ import yaml
 from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
 from llava.train.arguments import require_package
-from llava.train.checkpoint import atomic_folder
 from llava.train.checkpoint_folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
 from llava.train.data import prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
+from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
 from llava.train.run_info import write_run_info
@@ -32,7 +33,6 @@ from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
 
-RUN_CONFIG_FILE = "train_config.yaml"
 # How far a run goes, and what it says and keeps on the way; with other values of these it is the same run.
 NOT_SHAPING = (
     "dataloader_num_workers",
@@ -71,6 +71,11 @@ def train(arguments: Arguments) -> LLaVATrainer | None:
     Raises:
         RunStoppedError: a signal ended it before its last step.
     """
+    with holding_output_dir(arguments):
+        return _train(arguments)
+
+
+def _train(arguments: Arguments) -> LLaVATrainer | None:
     training = arguments.training
     if is_finished(arguments):
         return None
@@ -229,6 +234,8 @@ def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> Non
     if arguments.training.should_save:
         Path(arguments.training.output_dir, STATE_FILE).unlink(missing_ok=True)
         text = yaml.safe_dump(arguments.given, sort_keys=False)
-        with atomic_folder(Path(arguments.training.output_dir)) as folder:
+        output_dir = Path(arguments.training.output_dir)
+        with atomic_folder(output_dir) as folder:
+            note_files(output_dir, dict.fromkeys(RUN_FILES))
             (folder / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")
             write_run_info(arguments, checkpoint, folder)

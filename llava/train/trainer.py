@@ -21,16 +21,17 @@ from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from llava.data.streaming import StreamingSupervisedDataset
+from llava.files import adopt_checkpoint, atomic_folder, write_file_list
 from llava.model.weights import NonFiniteWeightsError, raise_for_nonfinite
 from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import RunKind, atomic_folder, load_run, part_of, save_run
+from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.checkpoint_folders import (
     STATE_FILE,
     CannotWriteError,
+    make_room,
     remove_old_checkpoints,
     write_errors_named,
-    write_file_list,
 )
 from llava.train.divergence import DivergedError, diverged, samples_of_steps, what_is_left, write_samples
 from llava.train.metrics_file import MetricsFile, TrainingBar, strict_json
@@ -281,6 +282,8 @@ class LLaVATrainer(Trainer):
         """Write what this kind of run trains; every rank must call it."""
         if self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                adopt_checkpoint(Path(output_dir or self.args.output_dir))
             return
         folder = output_dir or self.args.output_dir
         # A checkpoint's errors are named where it is written, by the name that it will have.
@@ -328,7 +331,7 @@ class LLaVATrainer(Trainer):
     def _publish_checkpoint(self, staged: Path, target: Path) -> None:
         """Give a checkpoint that all ranks have written its name, and remove what is too old."""
         write_file_list(staged)
-        shutil.rmtree(target, ignore_errors=True)  # a torn one
+        make_room(target)
         staged.replace(target)
         staged.parent.rmdir()
         logger.info("wrote %s", target)
