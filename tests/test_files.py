@@ -195,6 +195,25 @@ def test_a_run_does_not_replace_the_files_of_others(name: str, world: TinyWorld,
     assert contents(tmp_path) == {name: b'{"mine": 1}'}
 
 
+@pytest.mark.parametrize(
+    ("result", "settings"),
+    [
+        ("adapter_config.json", {}),
+        ("model-00001-of-00002.safetensors", {"tune_mm_mlp_adapter": True}),
+        ("mm_projector.bin", LORA),
+    ],
+)
+def test_a_run_does_not_replace_the_result_of_another_kind(
+    result: str, settings: dict[str, Any], world: TinyWorld, tmp_path: Path
+) -> None:
+    with checkpoint_folder(tmp_path) as folder:
+        (folder / result).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"holds the result of another kind of run \({result}\)"):
+        run(world, tmp_path, **settings)
+    assert contents(tmp_path) == before
+
+
 def test_a_run_goes_on_in_its_own_folder(world: TinyWorld, tmp_path: Path) -> None:
     """With what the user keeps there; also where a version of this program wrote it that made no list of its files."""
     notes = {"README.md": b"my project", "notes.txt": b"mine", "checkpoint-of-mine/weights": b"1"}
