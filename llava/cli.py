@@ -74,6 +74,9 @@ def evaluate(
     question_file: Annotated[Path, typer.Option(help="LLaVA's JSON lines: question_id, image, text.")],
     answers_file: Annotated[Path, typer.Option(help="Where the answers go, as JSON lines.")],
     image_folder: Annotated[str, typer.Option(help="Folder that image names start from.")] = "",
+    image_access: Annotated[
+        str, typer.Option("--image-access", "--image_access", help="folder, disk (any file) or remote (URLs too).")
+    ] = "folder",
     model_base: Annotated[str | None, typer.Option(help="Base of a LoRA or projector-only folder.")] = None,
     vision_tower: Annotated[str | None, typer.Option(help="In place of the config's mm_vision_tower.")] = None,
     reduction: Annotated[
@@ -91,6 +94,7 @@ def evaluate(
 
     options = model_vqa.VqaOptions(
         image_folder=image_folder,
+        image_access=image_access,
         conv_mode=conv_mode,
         temperature=temperature,
         num_beams=num_beams,

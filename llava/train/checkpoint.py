@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from llava.files import checkpoint_folder
-from llava.model.weights import load_into, raise_for_keys, read_weights
+from llava.model.weights import (
+    NonFiniteWeightsError,
+    is_finite,
+    load_into,
+    raise_for_keys,
+    read_weights,
+    shorten,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,12 @@ class RunKind(Enum):
     PROJECTOR = "projector"
     LORA = "lora"
     FULL = "full"
+
+    def is_in(self, folder: str | Path) -> bool:
+        """True where a folder has the weights that such a run writes."""
+        if self is RunKind.FULL:
+            return any(Path(folder).glob("model*.safetensors"))
+        return Path(folder, PROJECTOR_FILE if self is RunKind.PROJECTOR else ADAPTER_FILE).is_file()
 
 
 def part_of(name: str) -> str:
@@ -64,7 +77,9 @@ def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
 
     Raises:
         ValueError: a weight has no elements: it is a slice that could not be gathered.
+        NonFiniteWeightsError: weights hold NaN or infinity, and must not take the place of good ones.
     """
+    bad: list[str] = []
     weights: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}  # tied weights stay one tensor under two names, and are written once
     for name, parameter in parameters:
@@ -77,8 +92,11 @@ def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
                     "be gathered; it is not written, because it would load as an empty weight"
                 )
             if id(parameter) not in copies:
+                bad += [] if is_finite(parameter) else [name]
                 copies[id(parameter)] = parameter.detach().to("cpu", copy=True).contiguous()
             weights[name] = copies[id(parameter)]
+    if bad:
+        raise NonFiniteWeightsError(f"{len(bad)} weights hold NaN or infinity, so none is written: {shorten(bad)}")
     return weights
 
 

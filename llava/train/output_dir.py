@@ -26,14 +26,25 @@ from llava.files import (
 from llava.lock import holder, lock
 from llava.train.checkpoint import PROJECTOR_FILE, RunKind
 from llava.train.checkpoint_folders import STATE_FILE
+from llava.train.divergence import SAMPLES_FILE
 from llava.train.metrics_file import METRICS_FILE
 from llava.train.modeling import run_kind
 from llava.train.parsing import Arguments
 from llava.train.run_info import RUN_INFO_FILE
+from llava.train.trackers import WANDB_FILE
 
 RUN_CONFIG_FILE = "train_config.yaml"
 LOCK_FILE = ".lock"
-RUN_FILES = (RUN_CONFIG_FILE, RUN_INFO_FILE, METRICS_FILE, STATE_FILE, REJECTS_FILE, REJECTS_PARTS)
+RUN_FILES = (
+    RUN_CONFIG_FILE,
+    RUN_INFO_FILE,
+    METRICS_FILE,
+    STATE_FILE,
+    REJECTS_FILE,
+    REJECTS_PARTS,
+    SAMPLES_FILE,
+    WANDB_FILE,
+)
 """What a run writes besides its checkpoints and its result, again and again."""
 
 logger = logging.getLogger(__name__)
