@@ -24,7 +24,7 @@ from llava.files import (
     remove_leftovers,
 )
 from llava.lock import holder, lock
-from llava.train.checkpoint import PROJECTOR_FILE, RunKind
+from llava.train.checkpoint import RunKind
 from llava.train.checkpoint_folders import STATE_FILE
 from llava.train.divergence import SAMPLES_FILE
 from llava.train.metrics_file import METRICS_FILE
@@ -84,17 +84,12 @@ def check_output_dir(arguments: Arguments) -> None:
 
 def _check_kind(folder: Path, kind: RunKind) -> None:
     """Refuse to let the result of another kind of run be replaced."""
-    signs = {
-        RunKind.PROJECTOR: PROJECTOR_FILE,
-        RunKind.LORA: "adapter_config.json",
-        RunKind.FULL: "model*.safetensors",
-    }
-    found = [path for other, name in signs.items() if other is not kind for path in folder.glob(name)]
-    if found:
-        raise ValueError(
-            f"output_dir {folder} holds the result of another kind of run ({found[0].name}), and this one would "
-            "replace it; choose another folder"
-        )
+    for other in RunKind:
+        if other is not kind and other.is_in(folder):
+            raise ValueError(
+                f"output_dir {folder} holds the result of a {other.value} run, and this {kind.value} run would "
+                "replace it; choose another folder"
+            )
 
 
 def check_free(arguments: Arguments) -> None:
