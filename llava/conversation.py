@@ -307,7 +307,8 @@ _CHATML_DIRECT = Template(
 _MPT = replace(
     _CHATML_DIRECT,
     name="mpt",
-    system="A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
+    system="A conversation between a user and an LLM-based AI assistant. "
+    "The assistant gives helpful and honest answers.",
 )
 
 # Qwen's own ChatML puts a line break behind every <|im_end|>; LLaVA-NeXT's chatml_direct does not.

@@ -25,6 +25,18 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 VISION_TOWER_PREFIX = "model.vision_tower."
+_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of this name; None for "auto".
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

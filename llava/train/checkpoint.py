@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import os
 import re
@@ -24,13 +25,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.model.weights import load_into, raise_for_keys, read_weights
+from llava.model.weights import load_into, raise_for_keys, read_json, read_weights
 
 logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+# What PEFT 0.4 to 0.10, with which LLaVA's own code opens an adapter, know of adapter_config.json.
+PEFT_0_4_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+}
 WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
@@ -169,9 +190,20 @@ def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     adapters = {name: weight for name, weight in weights.items() if _is_adapter(name)}
     # Left to itself, PEFT looks up the base model on the hub to see whether its vocabulary has changed.
     model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
+    _leave_out_newer_defaults(folder / ADAPTER_CONFIG)
     others = {_base_name(name): weight for name, weight in weights.items() if not _is_adapter(name)}
     torch.save(others, folder / NON_LORA_FILE)
     _write_config(model, folder)
+
+
+def _leave_out_newer_defaults(path: Path) -> None:
+    """Drop settings from adapter_config.json that hold a default, and that older releases of PEFT refuse."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    settings = {k: v for k, v in read_json(path).items() if k in PEFT_0_4_KEYS or v != defaults.get(k)}
+    settings.pop("peft_version", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _all_weights(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

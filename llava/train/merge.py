@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava.model.builder import load_pretrained_model
-from llava.model.convert import parse_dtype
+from llava.model.weights import parse_dtype
 from llava.train.checkpoint import RunKind, save_run
 
 
