@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -86,9 +88,10 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question]) -> list[tuple[str, list[tuple[int, int]] | None]]:
         """For each question its answer, and its images' visual tokens (before, after) if they are counted."""
-        names = [() if self.options.no_images else question.images for question in questions]
-        ids, mask = self._prompts(questions, [len(n) for n in names])
-        pictures = [load_image(Path(self.options.image_folder) / name) for group in names for name in group]
+        groups = [[] if self.options.no_images else self._pictures(question) for question in questions]
+        counts = [len(group) for group in groups]
+        ids, mask = self._prompts(questions, counts)
+        pictures = [picture for group in groups for picture in group]
         images = list(process_images(pictures, self.image_processor, self.model.config)) if pictures else []
         sizes = [picture.size for picture in pictures]
         new = self.model.generate(
@@ -100,8 +103,13 @@ class Answerer:
             **self._generation(),
         )
         answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
-        texts = [question.text for question, group in zip(questions, names, strict=True) for _ in group]
-        return list(zip(answers, self._count(images, sizes, texts, [len(n) for n in names]), strict=True))
+        texts = [question.text for question, count in zip(questions, counts, strict=True) for _ in range(count)]
+        return list(zip(answers, self._count(images, sizes, texts, counts), strict=True))
+
+    def _pictures(self, question: Question) -> list[Image.Image]:
+        files = [load_image(Path(self.options.image_folder) / name) for name in question.images]
+        named = f"of question {question.question_id!r}"
+        return files + [load_image(io.BytesIO(content), named) for content in question.pictures]
 
     def _prompts(self, questions: Sequence[Question], image_counts: list[int]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask, [B, S]."""
@@ -182,6 +190,7 @@ def _rows(answerer: Answerer, batch: Sequence[Question], model_id: str) -> Itera
             "answer_id": uuid.uuid4().hex,
             "model_id": model_id,
             "metadata": {} if tokens is None else {"visual_tokens": tokens},
+            **question.row,
         }
 
 
@@ -212,21 +221,23 @@ def evaluate(
     options: VqaOptions | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    read: Callable[[str | Path], Sequence[Question]] = read_questions,
 ) -> None:
     """Open a checkpoint and answer a file of questions, or one chunk of it.
 
     Args:
         model_path, model_base, vision_tower, reduction, device, dtype: see `load_pretrained_model`.
-        question_file: see `read_questions`.
+        question_file: see `read`.
         answers_file: where the answers go, see `answer_questions`.
         num_chunks, chunk_idx: answer one of so many parts.
         options: see `VqaOptions`.
+        read: reads the questions of a file.
 
     Raises:
         ValueError: the checkpoint, a question or an image cannot be read; it is named.
     """
     options = options or VqaOptions()
-    questions = get_chunk(read_questions(question_file), num_chunks, chunk_idx)
+    questions = get_chunk(read(question_file), num_chunks, chunk_idx)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path,
         model_base,
@@ -243,7 +254,8 @@ def evaluate(
     answer_questions(answerer, questions, answers_file, name, json.dumps(run, sort_keys=True))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser(**defaults: Any) -> argparse.ArgumentParser:
+    """The flags of LLaVA's programs that answer questions; `defaults` are those in which a program differs."""
     parser = argparse.ArgumentParser(description="Answer questions about images with a checkpoint.")
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--model-base", default=None, help="language model under a LoRA or projector-only folder")
@@ -251,29 +263,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reduction", default=None, help="method in place of the checkpoint's; none: all tokens")
     parser.add_argument("--layer_list", default=None, help="as PyramidDrop's release has it, e.g. [8,16,24]")
     parser.add_argument("--image_token_ratio_list", default=None, help="with --layer_list, e.g. [0.5,0.25,0.125]")
+    parser.add_argument("--pdrop_infer", action="store_true", help="for PyramidDrop's scripts; the lists say it")
     parser.add_argument("--image-folder", default="")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)
-    parser.add_argument("--conv-mode", default=VqaOptions.conv_mode)
+    parser.add_argument("--conv-mode", default="llava_v1")
     parser.add_argument("--num-chunks", type=int, default=1)
     parser.add_argument("--chunk-idx", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=VqaOptions.temperature)
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--num_beams", type=int, default=VqaOptions.num_beams)
-    parser.add_argument("--max_new_tokens", type=int, default=VqaOptions.max_new_tokens)
+    parser.add_argument("--max_new_tokens", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=VqaOptions.batch_size)
     parser.add_argument("--no-images", action="store_true", help="leave the images out")
     parser.add_argument("--count-visual-tokens", action="store_true", help="write token counts into metadata")
+    parser.set_defaults(**defaults)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see `evaluate`."""
-    flags = vars(_parser().parse_args(argv))
+def eval_model(args: argparse.Namespace, read: Callable[[str | Path], Sequence[Question]] = read_questions) -> None:
+    """Do what the flags of `build_parser` say; see `evaluate`."""
+    flags = {name: value for name, value in vars(args).items() if name != "pdrop_infer"}
     options = VqaOptions(**{name: flags.pop(name) for name in VqaOptions.__dataclass_fields__})
     released = (flags.pop(name) for name in ("layer_list", "image_token_ratio_list"))
     flags["reduction"] = join_pyramiddrop_flags(flags["reduction"], *released)
-    evaluate(options=options, **flags)
+    evaluate(options=options, read=read, **flags)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    eval_model(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,20 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, one or its shards.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found]
+    return [folder / name for name in sorted(set(read_json(found)["weight_map"].values()))]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a checkpoint.
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.model.weights import load_into, raise_for_keys, read_json, read_weights
+from llava.model.weights import load_into, raise_for_keys, read_json, read_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +243,25 @@ def _remove_stale_weights(folder: Path, written: set[str]) -> None:
     for path in folder.iterdir():
         if WEIGHTS_PATTERN.fullmatch(path.name) and path.name not in written:
             path.unlink()
+
+
+def extract_projector(folder: Path, output: Path) -> None:
+    """Write the projector of a full checkpoint as a `mm_projector.bin`.
+
+    Args:
+        folder: the checkpoint.
+        output: the file.
+
+    Raises:
+        ValueError: no weights there, or none of a projector.
+    """
+    weights = {k: v for file in weight_files(folder) for k, v in read_weights(file).items() if part_of(k) == "projector"}
+    if not weights:
+        raise ValueError(f"{folder} has no weights of a projector: name a full LLaVA checkpoint")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.with_name(f".{output.name}")
+    torch.save(weights, staging)
+    staging.replace(output)
 
 
 def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,10 @@ from transformers import set_seed
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
-from llava.train.arguments import require_package
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
 from llava.train.checkpoint import atomic_folder
 from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint
-from llava.train.data import prepare_data, report_rejects
+from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.parsing import Arguments, parse_args
@@ -32,6 +33,9 @@ from llava.train.trainer import LLaVATrainer
 logger = logging.getLogger(__name__)
 
 RUN_CONFIG_FILE = "train_config.yaml"
+
+# What LLaVA's programs import from its module of this name.
+__all__ = ["DataArguments", "ModelArguments", "TrainingArguments", "main", "make_supervised_data_module", "train"]
 
 
 def main(argv: list[str]) -> None:
@@ -47,12 +51,21 @@ def main(argv: list[str]) -> None:
     train(parse_args(argv))
 
 
-def train(arguments: Arguments) -> LLaVATrainer:
+def train(arguments: Arguments | None = None, attn_implementation: str | None = None) -> LLaVATrainer:
     """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Args:
+        arguments: of the run; None: those of the command line, as LLaVA's `train_mem.py` wants it.
+        attn_implementation: not read. That program passes flash_attention_2, which is taken wherever it can run; the
+            flag of this name chooses another.
 
     Raises:
         RunStoppedError: a signal ended it before its last step.
     """
+    del attn_implementation
+    if arguments is None:
+        set_up_logging()
+        arguments = parse_args(sys.argv[1:])
     training = arguments.training
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
