@@ -255,7 +255,9 @@ def extract_projector(folder: Path, output: Path) -> None:
     Raises:
         ValueError: no weights there, or none of a projector.
     """
-    weights = {k: v for file in weight_files(folder) for k, v in read_weights(file).items() if part_of(k) == "projector"}
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        weights |= {name: weight for name, weight in read_weights(file).items() if part_of(name) == "projector"}
     if not weights:
         raise ValueError(f"{folder} has no weights of a projector: name a full LLaVA checkpoint")
     output.parent.mkdir(parents=True, exist_ok=True)

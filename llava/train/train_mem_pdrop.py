@@ -1,4 +1,4 @@
-"""PyramidDrop's name of `train_mem.py`, whose flags `--layer_list` and `--image_token_ratio_list` say what is dropped."""
+"""PyramidDrop's name of `train_mem.py`; `--layer_list` and `--image_token_ratio_list` say what is dropped."""
 
 import runpy
 from pathlib import Path
