@@ -92,7 +92,7 @@ def test_set_reduction_is_kept_in_the_config() -> None:
     model.set_reduction({"name": "prumerge", "ratio": 0.5})
     assert model.config.reduction == {"encoder": {"name": "prumerge", "ratio": 0.5}}
     again = type(model)(model.config)
-    assert again.get_model().encoder_reducer.options.ratio == 0.5
+    assert again.get_model().encoder_reducer.ratio == 0.5
     model.set_reduction("none")
     assert model.config.reduction == {}
     assert model.get_model().encoder_reducer is None
@@ -318,8 +318,8 @@ def test_random_is_seeded() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sequential", {}, "'sequential' has no adaptive count"),
-        ("random", {}, "'random' has no adaptive count"),
+        ("sequential", {}, "'sequential': there is no adaptive count"),
+        ("random", {}, "'random': there is no adaptive count"),
         ("spatial", {"rows": 3}, "rows and columns go together"),
         ("spatial", {"rows": 3, "columns": 0}, "columns=0 must be a whole number"),
         ("spatial", {"rows": 3, "columns": 3, "tokens": 9}, "leave out ratio and tokens"),
@@ -330,3 +330,40 @@ def test_samplers_say_what_is_wrong(name: str, options: dict[str, Any], message:
         build(name, **options)
     with pytest.raises(ValueError, match="do not fit the tower's grid of 2 x 2"):
         build("spatial", rows=3, columns=1)(VisionFeatures(torch.zeros(1, 4, 2), grid=(2, 2)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "prumerge", "ratio": 0.25, "neighbours": 3},
+        {"name": "prumerge", "variant": "paper", "attention": "received", "ratio": 0.25},
+        {"name": "prumerge_plus", "ratio": 0.25, "neighbours": 3},
+        {"name": "trim", "ratio": 0.25},
+        {"name": "trim", "variant": "paper", "ratio": 0.25},
+    ],
+    ids=str,
+)
+def test_autocast_does_not_change_the_choice(method: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, p, c = 8, 256, 32
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vision = VisionFeatures(
+        normal(n, p, c),
+        grid=(16, 16),
+        keys=normal(n, 1 + p, c),
+        queries=normal(n, 1 + p, c),
+        num_heads=4,
+        patch_embeds=normal(n, p, c),
+        text=normal(n, c),
+    )
+    options = {key: value for key, value in method.items() if key != "name"}
+    reducer = build(method["name"], **options)
+    expected = reducer(vision)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = reducer(vision)
+    assert torch.equal(tokens.source, expected.source)
+    # The tokens themselves may be rounded to 16 bits; a neighbour more or less is more than that.
+    torch.testing.assert_close(tokens.features.float(), expected.features, atol=0.05, rtol=0.02)

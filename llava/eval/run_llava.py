@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -21,8 +20,8 @@ from llava.constants import (
     IMAGE_PLACEHOLDER,
 )
 from llava.conversation import get_template
-from llava.data.sources import is_url
-from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
+from llava.data.images import open_image
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def eval_model(args: Any) -> str:
         mode = conv_mode_of(get_model_name_from_path(args.model_path))
         logger.warning("no --conv-mode: %s, by the name of %s", mode, args.model_path)
     files = args.image_file.split(args.sep) if isinstance(args.image_file, str) else args.image_file
-    pictures = [_read(file) for file in files]
+    pictures = [open_image(file) for file in files]
     conversation = get_template(mode).copy()
     marked = bool(getattr(model.config, "mm_use_im_start_end", False))
     conversation.append_message(conversation.roles[0], place_markers(args.query, len(pictures), marked))
@@ -95,15 +94,6 @@ def _opened(args: Any) -> tuple[Any, Any, Any]:
     if all(part is not None for part in given):
         return given[0], given[1], given[2]
     return load_pretrained_model(args.model_path, args.model_base)[:3]
-
-
-def _read(file: str) -> Image.Image:
-    if not is_url(file):
-        return load_image(file)
-    import fsspec
-
-    with fsspec.open(file, "rb") as stream:
-        return load_image(stream, file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

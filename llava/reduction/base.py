@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform
+
+from llava.reduction.options import check_fields, values_of
 
 
 @dataclass
@@ -43,6 +46,49 @@ class VisionFeatures:
     patch_embeds: Tensor | None = None
     text: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is no tensor, or of a shape that does not go with `features`."""
+        n, p, _ = _float_shape("features", self.features, "[N, P, C]", (None, None, None))
+        if self.grid is not None and not _is_grid(self.grid, (p, p - 1)):  # with CLS, one more than the grid has
+            raise ValueError(f"grid={self.grid!r}: expected (rows, columns) of the {p} patches in features")
+        width = None
+        if self.keys is not None:
+            _, tokens, width = _float_shape("keys", self.keys, "[N, P or 1 + P, C]", (n, (p, p + 1), None))
+            if self.queries is not None:
+                _float_shape("queries", self.queries, "[N, 1 or as many as keys, C]", (n, (1, tokens), width))
+        heads = self.num_heads
+        if not isinstance(heads, int) or heads < 1 or (width or 0) % heads:
+            raise ValueError(f"num_heads={heads!r}: expected a whole number that divides the {width or 'C'} channels")
+        if not isinstance(self.hidden_states, Mapping):
+            raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
+        for block, state in self.hidden_states.items():
+            _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
+        embeds = None
+        if self.patch_embeds is not None:
+            *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
+        if self.text is not None:
+            _float_shape("text", self.text, "[N, E]", (n, embeds))
+
+
+def _float_shape(
+    name: str, value: Any, expected: str, sizes: tuple[int | tuple[int, ...] | None, ...]
+) -> tuple[int, ...]:
+    """The shape of a float tensor, each of whose sizes is the one given, one of those given, or any but 0."""
+    shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else ()
+    allowed = [size if isinstance(size, tuple) else (size,) for size in sizes]
+    if len(shape) != len(sizes) or any(
+        size == 0 or (ok != (None,) and size not in ok) for size, ok in zip(shape, allowed, strict=True)
+    ):
+        kind = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {kind}: expected a float tensor {expected}, here {list(sizes)} (None: any)")
+    return shape
+
+
+def _is_grid(grid: Any, cells: tuple[int, ...]) -> bool:
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+        return False
+    return grid[0] * grid[1] in cells
+
 
 @dataclass
 class VisualTokens:
@@ -70,69 +116,31 @@ class VisualTokens:
         return self.mask.sum(dim=1)
 
 
-@dataclass(kw_only=True)
-class Options:
-    """Options of a method. Subclasses add one typed field an option."""
-
-    @classmethod
-    def parse(cls, method: str, given: Mapping[str, Any]) -> Options:
-        """Build from a mapping.
-
-        Raises:
-            ValueError: an unknown option (the known ones are listed) or a value out of range.
-        """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(
-                f"method '{method}' has no option {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}"
-            )
-        options = cls(**given)
-        options.validate(method)
-        return options
-
-    def validate(self, method: str) -> None:
-        """Raise ValueError for a value that the method cannot work with."""
-
-
-def check_choice(method: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"method '{method}': {option}={value!r} is not known; choose one of: {', '.join(allowed)}")
-
-
-def is_count(value: object) -> bool:
-    """Whether `value` is a whole number, 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def check_count(method: str, option: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number, 1 or more."""
-    if not is_count(value):
-        raise ValueError(f"method '{method}': {option}={value!r} must be a whole number, 1 or more")
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a number, whole or not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_fraction(method: str, option: str, value: object) -> None:
-    """Raise ValueError unless `value` is None or a number in (0, 1]."""
-    if value is None:
-        return
-    if not is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
-        raise ValueError(f"method '{method}': {option}={value!r} must be a number above 0 and at most 1, or null")
-
-
+@dataclass_transform(kw_only_default=True)
 class Reducer(nn.Module):
-    """A method of reduction: an options class, and a `forward` that its site defines."""
+    """A method of reduction. Its options are the fields of its class, as `llava.reduction.options` reads them.
 
-    options_class: ClassVar[type[Options]] = Options
+    Raises:
+        ValueError: a value that the method cannot work with.
+    """
 
-    def __init__(self, options: Any = None) -> None:
+    method: ClassVar[str] = ""  # the name that it is registered under
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(kw_only=True, eq=False, repr=False)(cls)
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.options = options if options is not None else self.options_class()
+        check_fields(self.method, self)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
+
+    def mistake(self, message: str) -> ValueError:
+        """An error that names the method."""
+        return ValueError(f"method '{self.method}': {message}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -140,7 +148,7 @@ class Reducer(nn.Module):
         return frozenset()
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.options))
+        return ", ".join(f"{name}={value!r}" for name, value in values_of(self).items())
 
 
 class EncoderReducer(Reducer, abc.ABC):
@@ -240,10 +248,7 @@ class DecoderReducer(Reducer, abc.ABC):
 
     renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; else tokens keep theirs
 
-    @property
-    def pool(self) -> str:
-        """Which tokens compete: those of one "image", or of all images of a "sample"."""
-        return "image"
+    pool: Literal["image", "sample"] = "image"  # which tokens compete: those of one image, or of all of a sample
 
     @abc.abstractmethod
     def drops(self, num_layers: int) -> list[Drop]:
@@ -264,3 +269,17 @@ class DecoderReducer(Reducer, abc.ABC):
     @abc.abstractmethod
     def score(self, given: LayerInput) -> Tensor:
         """[B, L] float32: the higher a token's score, the longer it stays."""
+
+
+@dataclass(frozen=True)
+class Reducers:
+    """The methods that one forward pass goes through, by site; None where nothing is reduced."""
+
+    encoder: EncoderReducer | None = None
+    projector: ProjectorReducer | None = None
+    decoder: DecoderReducer | None = None
+
+    @property
+    def read_text(self) -> bool:
+        """Whether images are compared with the prompt's text."""
+        return self.encoder is not None and "text" in self.encoder.needs

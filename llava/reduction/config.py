@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from llava.reduction.base import Reducer
+from llava.reduction.base import Reducer, Reducers
 from llava.reduction.registry import SITES, build, method_class, site_of
 
 # Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio). Its scripts say TextSim+.
@@ -36,8 +36,8 @@ class ReductionConfig:
             method = _method_mapping(site, getattr(self, site))
             object.__setattr__(self, site, method)
             if method:
-                options = {k: v for k, v in method.items() if k != "name"}
-                method_class(method["name"], site).options_class.parse(method["name"], options)
+                method_class(method["name"], site)
+                build(**method)
         if self.encoder and self.projector:
             raise ValueError(
                 f"reduction: the encoder's method '{self.encoder['name']}' keeps patches here and there, and "
@@ -97,6 +97,10 @@ class ReductionConfig:
         method = dict(getattr(self, site))
         return build(method.pop("name"), **method) if method else None
 
+    def build_all(self) -> Reducers:
+        """New reducers for all sites."""
+        return Reducers(**{site: cast(Any, self.build(site)) for site in SITES})
+
 
 def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_ratio_list: str | None) -> Any:
     """A reduction together with what PyramidDrop's release gives as two flags of its own.
@@ -140,6 +144,8 @@ def _load_yaml(text: str) -> Any:
         return yaml.safe_load(text)  # JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"reduction={text!r} is neither a method's name nor valid JSON or YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"reduction={text[:40]!r}... is nested too deeply") from error
 
 
 def _method_mapping(site: str, method: Any) -> dict[str, Any]:
@@ -149,7 +155,12 @@ def _method_mapping(site: str, method: Any) -> dict[str, Any]:
         return {}
     if not isinstance(method, Mapping) or "name" not in method:
         raise ValueError(f"reduction.{site}={method!r}: expected a method's name or a mapping with the key 'name'")
-    return json.loads(json.dumps(dict(method)))  # plain data only: it is written to config.json
+    try:
+        return json.loads(json.dumps(dict(method)))  # plain data only: it is written to config.json
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"reduction.{site}: {error}; options are plain numbers, texts and lists, for config.json keeps them"
+        ) from error
 
 
 def trim_flag(value: str) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducer
+from llava.reduction.options import to_fields
 
 SITES: dict[str, type[Reducer]] = {
     "encoder": EncoderReducer,
@@ -28,6 +29,7 @@ def register(name: str) -> Callable[[R], R]:
         if name in _METHODS:
             raise ValueError(f"the method name '{name}' is taken by {_METHODS[name].__qualname__}")
         _METHODS[name] = cls
+        cls.method = name
         return cls
 
     return add
@@ -55,7 +57,7 @@ def method_class(name: str, site: str | None = None) -> type[Reducer]:
     Raises:
         ValueError: no such method (the known ones are listed), or it works at another site.
     """
-    cls = _METHODS.get(name)
+    cls = _METHODS.get(name) if isinstance(name, str) else None
     if cls is None:
         known = "; ".join(f"{s}: {', '.join(names)}" for s, names in available().items() if names)
         raise ValueError(f"unknown reduction method {name!r}; known methods are: {known}")
@@ -71,4 +73,4 @@ def build(name: str, **options: object) -> Reducer:
         ValueError: unknown method or option, or a value out of range.
     """
     cls = method_class(name)
-    return cls(cls.options_class.parse(name, options))
+    return cls(**to_fields(name, cls, options))

@@ -1,31 +1,32 @@
-"""Tensor operations that the methods share. All are vectorised over images and tokens.
+"""What the methods after the tower share: a budget, and tensor operations, vectorised over images and tokens.
 
 Shapes: N images, P patches, M kept tokens, C vision width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from llava.reduction.base import Options, VisualTokens, check_fraction
+from llava.reduction.base import EncoderReducer, VisualTokens
+from llava.reduction.options import Count, Fraction
 
 
-@dataclass(kw_only=True)
-class BudgetOptions(Options):
-    """How many patches to keep: as many as are outliers (neither option), a fraction, or a number."""
+class BudgetedReducer(EncoderReducer):
+    """Keeps as many patches as are outliers (neither option), a fraction of them, or a number."""
 
-    ratio: float | None = None  # fraction of the patches, int(P * ratio) of them
-    tokens: int | None = None  # number of patches; aggregates that a method appends come on top
+    ratio: Fraction | None = None  # of the patches: int(P * ratio) are kept
+    tokens: Count | None = None  # patches to keep; aggregates that a method appends come on top
 
-    def validate(self, method: str) -> None:
-        check_fraction(method, "ratio", self.ratio)
-        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 1):
-            raise ValueError(f"method '{method}': tokens={self.tokens!r} must be a whole number, 1 or more, or null")
+    def validate(self) -> None:
+        super().validate()
         if self.ratio is not None and self.tokens is not None:
-            raise ValueError(f"method '{method}': ratio and tokens both say how many patches to keep; leave one out")
+            raise self.mistake("ratio and tokens both say how many patches to keep; leave one out")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each image's own scores say how many patches it keeps."""
+        return self.ratio is None and self.tokens is None
 
     def fixed_count(self, patches: int) -> int | None:
         """Patches to keep of `patches`, at least 1; None where the count is adaptive."""
@@ -33,17 +34,15 @@ class BudgetOptions(Options):
             return min(self.tokens, patches)
         return None if self.ratio is None else max(1, int(patches * self.ratio))
 
+    def kept_counts(self, descending: Tensor) -> Tensor:
+        """Patches to keep of each image, [N] int64.
 
-def kept_counts(descending: Tensor, options: BudgetOptions) -> Tensor:
-    """Patches to keep of each image, [N] int64.
-
-    Args:
-        descending: [N, P] float32 scores, each row sorted from the highest.
-        options: the budget; without one, the outliers are kept.
-    """
-    n, p = descending.shape
-    fixed = options.fixed_count(p)
-    return outlier_counts(descending) if fixed is None else torch.full((n,), fixed, device=descending.device)
+        Args:
+            descending: [N, P] float32 scores, each row sorted from the highest; without a budget the outliers are kept.
+        """
+        n, p = descending.shape
+        fixed = self.fixed_count(p)
+        return outlier_counts(descending) if fixed is None else torch.full((n,), fixed, device=descending.device)
 
 
 def outlier_counts(descending: Tensor) -> Tensor:
@@ -82,6 +81,13 @@ def take_in_raster_order(features: Tensor, is_kept: Tensor) -> VisualTokens:
     return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
 
 
+def precise_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, or float64 where one of them is: what ranks must not be rounded to 16 bits by autocast."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
 def uniform_positions(count: int, length: int) -> Tensor:
     """The middles of `count` equal parts of 0, 1, ..., length - 1: [count] int64, distinct if count <= length."""
     return (2 * torch.arange(count) + 1) * length // (2 * count)
@@ -110,7 +116,7 @@ def nearest_neighbours(
     # The length of the kept patch's own key does not change the order along its row. Scaling the products, not the
     # keys, spares a pass over all keys.
     lengths = torch.linalg.vector_norm(keys, dim=2, dtype=torch.promote_types(keys.dtype, torch.float32))
-    similarity = (centres @ keys.transpose(1, 2)) / lengths.clamp(min=1e-12).unsqueeze(1)
+    similarity = precise_product(centres, keys.transpose(1, 2)) / lengths.clamp(min=1e-12).unsqueeze(1)
     columns = torch.arange(p, device=kept.device).expand(n, p)
     if repeated is not None:
         again = similarity.gather(2, kept.unsqueeze(1).expand(-1, m, -1))

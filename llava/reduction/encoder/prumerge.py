@@ -7,30 +7,16 @@ Shapes: N images, P patches, M slots for kept patches, C vision width, H heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens, check_choice
+from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.options import Variant, Within
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetOptions, kept_counts, nearest_neighbours, take_in_raster_order
-
-
-@dataclass(kw_only=True)
-class PruMergeOptions(BudgetOptions):
-    """Options of `prumerge` and `prumerge_plus`."""
-
-    variant: str = "release"  # "release": what the authors' code computes; "paper": what their equations say
-    neighbours: int = 32  # patches merged into each kept one; 0 prunes only
-    attention: str = "cls"  # "cls": what CLS pays a patch; "received": the mean that a patch receives, without CLS too
-
-    def validate(self, method: str) -> None:
-        super().validate(method)
-        check_choice(method, "variant", self.variant, ("release", "paper"))
-        check_choice(method, "attention", self.attention, ("cls", "received"))
-        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
-            raise ValueError(f"method '{method}': neighbours={self.neighbours!r} must be a whole number, 0 or more")
+from llava.reduction.selection import BudgetedReducer, nearest_neighbours, precise_product, take_in_raster_order
 
 
 @dataclass
@@ -58,7 +44,7 @@ class Selection:
 
 
 @register("prumerge")
-class PruMerge(EncoderReducer):
+class PruMerge(BudgetedReducer):
     """Keep the patches whose CLS attention is an outlier, and merge into each its neighbours by key similarity.
 
     An image keeps as many patches as lie above Q3 + 1.5 IQR of its own attention (one, where none does), or as the
@@ -73,28 +59,29 @@ class PruMerge(EncoderReducer):
     With neighbours=0 nothing is merged or appended, and the kept patches stay in raster order.
     """
 
-    options_class = PruMergeOptions
-    options: PruMergeOptions
+    variant: Variant = "release"
+    neighbours: Annotated[int, Within(0)] = 32  # patches merged into each kept one; 0 prunes only
+    attention: Literal["cls", "received"] = "cls"  # what CLS pays a patch, or the mean of what all pay it
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"keys", "cls_query" if self.options.attention == "cls" else "queries"})
+        return frozenset({"keys", "cls_query" if self.attention == "cls" else "queries"})
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C], with a token more where one is appended; its `source` is -1."""
-        is_release = self.options.variant == "release"
-        score = cls_attention if self.options.attention == "cls" else received_attention
+        is_release = self.variant == "release"
+        score = cls_attention if self.attention == "cls" else received_attention
         attention, keys = score(vision, 1 if is_release else vision.num_heads)
         selection = self.select(attention)
-        if self.options.neighbours == 0:
+        if self.neighbours == 0:
             return take_in_raster_order(vision.features, selection.is_kept(attention.shape[1]))
         merge = merge_release if is_release else merge_paper
-        return merge(vision.features, attention, keys, selection, self.options.neighbours)
+        return merge(vision.features, attention, keys, selection, self.neighbours)
 
     def select(self, attention: Tensor) -> Selection:
         """The patches to keep, for attention [N, P]."""
         ranked, order = attention.sort(dim=1, descending=True, stable=True)
-        counts = kept_counts(ranked, self.options)
+        counts = self.kept_counts(ranked)
         return Selection(order[:, : int(counts.max())], counts)
 
 
@@ -143,10 +130,10 @@ def _projections(vision: VisionFeatures) -> tuple[Tensor, Tensor]:
 def _mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
     """Softmax attention [N, S] float32 of queries [N, Q, C] to keys [N, S, C], the mean over queries and heads."""
     width = keys.shape[2] // heads
-    total = keys.new_zeros(())
+    total = torch.zeros((), device=keys.device)
     for head in range(heads):  # one map at a time, for what all heads take in memory
         part = slice(head * width, (head + 1) * width)
-        logits = queries[:, :, part] @ keys[:, :, part].transpose(1, 2) * width**-0.5
+        logits = precise_product(queries[:, :, part], keys[:, :, part].transpose(1, 2)) * width**-0.5
         total = total + logits.softmax(dim=2, dtype=torch.float32).mean(dim=1)
     return total / heads
 

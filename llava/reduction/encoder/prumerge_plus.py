@@ -13,7 +13,6 @@ from torch import Tensor
 
 from llava.reduction.encoder.prumerge import PruMerge, Selection
 from llava.reduction.registry import register
-from llava.reduction.selection import kept_counts
 
 
 @register("prumerge_plus")
@@ -32,19 +31,19 @@ class PruMergePlus(PruMerge):
     def select(self, attention: Tensor) -> Selection:
         """The patches to keep, for attention [N, P]: the outliers, then those added in raster order."""
         ranked, order = attention.sort(dim=1, descending=True, stable=True)
-        counts = kept_counts(ranked, self.options)
-        if self.options.variant == "paper":
+        counts = self.kept_counts(ranked)
+        if self.variant == "paper":
             return _append(order, counts, _even_rest)
-        fixed = self.options.fixed_count(attention.shape[1])
+        fixed = self.fixed_count(attention.shape[1])
         if fixed is None:
             return _append(order, counts, _stepped)
         return _append_repeating(order, fixed, self._step(attention.shape[1]))
 
     def _step(self, patches: int) -> int:
         """Distance of the added patches under a fixed budget."""
-        if self.options.ratio is not None:
-            return int(1 / self.options.ratio)
-        return max(1, patches // (self.options.tokens or patches))
+        if self.ratio is not None:
+            return int(1 / self.ratio)
+        return max(1, patches // (self.tokens or patches))
 
 
 def _append(order: Tensor, counts: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> Selection:

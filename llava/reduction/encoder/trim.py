@@ -6,31 +6,19 @@ Shapes: N images, P patches, M kept tokens, C vision width, E width of CLIP's sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens, check_choice
+from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.options import Variant
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetOptions, kept_counts, take_in_raster_order
-
-
-@dataclass(kw_only=True)
-class TrimOptions(BudgetOptions):
-    """Options of `trim`."""
-
-    variant: str = "release"  # "release": what the authors' code computes; "paper": what their equations say
-    text: str = "question"  # what the patches are compared with: "question", or the whole "conversation"
-
-    def validate(self, method: str) -> None:
-        super().validate(method)
-        check_choice(method, "variant", self.variant, ("release", "paper"))
-        check_choice(method, "text", self.text, ("question", "conversation"))
+from llava.reduction.selection import BudgetedReducer, precise_product, take_in_raster_order
 
 
 @register("trim")
-class Trim(EncoderReducer):
+class Trim(BudgetedReducer):
     """Keep the patches whose score against the text is an outlier, in raster order, then the mean of the rest.
 
     Scores are a softmax over the patches, in CLIP's space of images and texts:
@@ -42,8 +30,8 @@ class Trim(EncoderReducer):
     says. Where all are kept there is no rest, and nothing is appended.
     """
 
-    options_class = TrimOptions
-    options: TrimOptions
+    variant: Variant = "release"
+    text: Literal["question", "conversation"] = "question"  # what the patches are compared with
 
     @property
     def needs(self) -> frozenset[str]:
@@ -53,7 +41,7 @@ class Trim(EncoderReducer):
         """[N, P, C] to [N, M, C]; the last token of an image is the mean of the rest, its `source` -1."""
         scores = self.score(vision)
         ranked, order = scores.sort(dim=1, descending=True, stable=True)
-        counts = kept_counts(ranked, self.options)
+        counts = self.kept_counts(ranked)
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
@@ -67,11 +55,12 @@ class Trim(EncoderReducer):
                 "trim compares patches with a text: pass patch_embeds= and text=, or call the model with texts=[...], "
                 "one for each sample"
             )
-        product = (vision.patch_embeds @ vision.text.unsqueeze(2).to(vision.patch_embeds.dtype)).squeeze(2).float()
-        if self.options.variant == "release":
+        patches, text = vision.patch_embeds.float(), vision.text.float()
+        product = precise_product(patches, text.unsqueeze(2)).squeeze(2)
+        if self.variant == "release":
             return (-product).softmax(dim=1)
-        lengths = vision.patch_embeds.norm(dim=2) * vision.text.norm(dim=1, keepdim=True)
-        return (product / lengths.float().clamp(min=1e-12)).softmax(dim=1)
+        lengths = patches.norm(dim=2) * text.norm(dim=1, keepdim=True)
+        return (product / lengths.clamp(min=1e-12)).softmax(dim=1)
 
 
 def append_mean(tokens: VisualTokens, features: Tensor, rest: Tensor) -> VisualTokens:

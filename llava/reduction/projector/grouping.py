@@ -6,32 +6,21 @@ language-model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from llava.reduction.base import Options, ProjectorReducer, VisionFeatures, VisualTokens, check_count
-
-
-@dataclass(kw_only=True)
-class KernelOptions(Options):
-    """How many patches become one cell."""
-
-    kernel: int = 2  # side k of the square of patches
-
-    def validate(self, method: str) -> None:
-        check_count(method, "kernel", self.kernel)
+from llava.reduction.base import ProjectorReducer, VisionFeatures, VisualTokens
+from llava.reduction.options import Count
 
 
 class GroupingReducer(ProjectorReducer):
     """Fuses the hidden states it reads, groups neighbours and projects each group. A method overrides `group`."""
 
-    options: KernelOptions
+    kernel: Count = 2  # side k of the square of patches that becomes one cell
 
     def reduced_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(h, w) patches as (h / k, w / k) cells."""
-        k = self.options.kernel
+        k = self.kernel
         if grid[0] % k or grid[1] % k:
             fitting = [n for n in range(1, min(grid) + 1) if grid[0] % n == grid[1] % n == 0]
             raise ValueError(
@@ -42,7 +31,7 @@ class GroupingReducer(ProjectorReducer):
 
     def group(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, P, C] patches on a grid of (h, w) as what enters the projector, [N, P / k^2, any width]."""
-        return concatenate_neighbours(features, grid, self.options.kernel)
+        return concatenate_neighbours(features, grid, self.kernel)
 
     def forward(
         self, vision: VisionFeatures, mm_projector: nn.Module, mm_projector_crosslayer: nn.Module | None = None

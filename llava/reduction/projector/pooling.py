@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from llava.reduction.projector.grouping import GroupingReducer, KernelOptions, average_neighbours
+from llava.reduction.projector.grouping import GroupingReducer, average_neighbours
 from llava.reduction.registry import register
 
 
@@ -19,23 +19,19 @@ from llava.reduction.registry import register
 class AvgPool(GroupingReducer):
     """The mean of k x k neighbours, then the projector of `mm_projector_type`, whose weights are the plain ones."""
 
-    options_class = KernelOptions
-
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:
         """`mm_projector` alone, from C."""
         return {"mm_projector": plain(vision_width)}
 
     def group(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, P, C] to [N, P / k^2, C]."""
-        return average_neighbours(features, grid, self.options.kernel)
+        return average_neighbours(features, grid, self.kernel)
 
 
 @register("token_concat")
 class TokenConcat(GroupingReducer):
     """k x k neighbours side by side along the channels, then the projector of `mm_projector_type` from that width."""
 
-    options_class = KernelOptions
-
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:
         """`mm_projector` alone, from k^2 C."""
-        return {"mm_projector": plain(vision_width * self.options.kernel**2)}
+        return {"mm_projector": plain(vision_width * self.kernel**2)}

@@ -9,55 +9,15 @@ width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from llava.reduction.base import check_choice, check_count, is_count
-from llava.reduction.projector.grouping import GroupingReducer, KernelOptions
+from llava.reduction.options import Count, Variant, to_fields
+from llava.reduction.projector.grouping import GroupingReducer
 from llava.reduction.registry import register
-
-OFF = (None, False, "off")
-
-
-@dataclass(kw_only=True)
-class StfOptions(KernelOptions):
-    """Options of `stf`."""
-
-    tokens_out: int = 1  # tokens E that a group of k x k patches becomes
-    mbtf: int | Sequence[int] | str | None = 8  # how many blocks to fuse (M), or which, from 1 on; null or "off": none
-    variant: str = "release"  # "release": what the authors' code computes; "paper": what their tables and text say
-
-    def validate(self, method: str) -> None:
-        super().validate(method)
-        check_choice(method, "variant", self.variant, ("release", "paper"))
-        check_count(method, "tokens_out", self.tokens_out)
-        if self.tokens_out > self.kernel**2:
-            raise ValueError(
-                f"method '{method}': tokens_out={self.tokens_out} would make more tokens than the {self.kernel} x "
-                f"{self.kernel} patches they stand for; at most {self.kernel**2} with kernel={self.kernel}"
-            )
-        if self.mbtf not in OFF and not is_count(self.mbtf) and not self._is_list_of_blocks():
-            raise ValueError(
-                f"method '{method}': mbtf={self.mbtf!r} must be a number of blocks, a list of different blocks such as "
-                "[23, 12, 3], or null"
-            )
-
-    def _is_list_of_blocks(self) -> bool:
-        blocks = self.mbtf
-        if not isinstance(blocks, list | tuple) or not blocks:
-            return False
-        return all(map(is_count, blocks)) and len(set(blocks)) == len(blocks)
-
-    @property
-    def num_blocks(self) -> int:
-        """M, the number of blocks to fuse; 0 without MBTF."""
-        if isinstance(self.mbtf, list | tuple):
-            return len(self.mbtf)
-        return int(self.mbtf) if isinstance(self.mbtf, int) else 0
 
 
 @register("stf")
@@ -76,21 +36,39 @@ class Stf(GroupingReducer):
     With kernel=1 neighbours are not fused, and what follows MBTF is the plain projector of `mm_projector_type`.
     """
 
-    options_class = StfOptions
-    options: StfOptions
+    tokens_out: Count = 1  # tokens E that a group of k x k patches becomes
+    mbtf: Count | list[Count] | Literal["off", False] | None = 8  # how many blocks to fuse (M), or which; or none
+    variant: Variant = "release"
+
+    def validate(self) -> None:
+        super().validate()
+        if self.tokens_out > self.kernel**2:
+            raise self.mistake(
+                f"tokens_out={self.tokens_out} would make more tokens than the {self.kernel} x {self.kernel} patches "
+                f"they stand for; at most {self.kernel**2} with kernel={self.kernel}"
+            )
+        if isinstance(self.mbtf, list | tuple) and (not self.mbtf or len(set(self.mbtf)) < len(self.mbtf)):
+            raise self.mistake(f"mbtf={self.mbtf!r} must be a list of different blocks such as [23, 12, 3]")
+
+    @property
+    def num_blocks(self) -> int:
+        """M, the number of blocks to fuse; 0 without MBTF."""
+        if isinstance(self.mbtf, list | tuple):
+            return len(self.mbtf)
+        return int(self.mbtf) if isinstance(self.mbtf, int) else 0
 
     def blocks(self, depth: int, selected: int) -> tuple[int, ...]:
         """The blocks that MBTF fuses: those of the list, or M evenly spaced ones."""
-        mbtf = self.options.mbtf
+        mbtf = self.mbtf
         if isinstance(mbtf, list | tuple):
             blocks = tuple(mbtf)
         else:
-            blocks = evenly_spaced(self.options.num_blocks, depth)
-            if self.options.variant == "release" and blocks:
+            blocks = evenly_spaced(self.num_blocks, depth)
+            if self.variant == "release" and blocks:
                 blocks = (selected, *reversed(blocks[:-1]))
         if any(not 1 <= block <= depth for block in blocks) or len(set(blocks)) < len(blocks):
-            raise ValueError(
-                f"method 'stf': mbtf={mbtf!r} means the blocks {list(blocks)}; the vision tower has the blocks 1 to "
+            raise self.mistake(
+                f"mbtf={mbtf!r} means the blocks {list(blocks)}; the vision tower has the blocks 1 to "
                 f"{depth}, and each is fused once; give a smaller number, or a list of blocks such as mbtf=[{depth}, 1]"
             )
         return blocks
@@ -98,27 +76,27 @@ class Stf(GroupingReducer):
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:
         """`mm_projector`, and `mm_projector_crosslayer` where blocks are fused."""
         modules = {"mm_projector": self._spatial_fusion(vision_width, width, plain)}
-        if self.options.num_blocks:
+        if self.num_blocks:
             modules["mm_projector_crosslayer"] = self._block_fusion(vision_width)
         return modules
 
     def _block_fusion(self, c: int) -> nn.Module:
         """[N, P, M * C] to [N, P, C]."""
-        layers = [nn.Linear(self.options.num_blocks * c, 4 * c), nn.GELU(), nn.Linear(4 * c, c)]
-        return nn.Sequential(*layers, *([nn.GELU()] if self.options.variant == "paper" else []))
+        layers = [nn.Linear(self.num_blocks * c, 4 * c), nn.GELU(), nn.Linear(4 * c, c)]
+        return nn.Sequential(*layers, *([nn.GELU()] if self.variant == "paper" else []))
 
     def _spatial_fusion(self, c: int, d: int, plain: Callable[[int], nn.Module]) -> nn.Module:
         """[N, P / k^2, k^2 * C] to [N, P / k^2, E, D]; without the dimension of E where k = 1."""
-        k, e = self.options.kernel, self.options.tokens_out
+        k, e = self.kernel, self.tokens_out
         if k == 1:
             return plain(c)
         square = k * k * c
-        if self.options.variant == "release":
+        if self.variant == "release":
             return nn.Sequential(
                 nn.Linear(square, 16 * c), nn.GELU(), nn.Linear(16 * c, e * d), nn.Unflatten(-1, (e, d))
             )
         if square % e:
-            raise ValueError(f"method 'stf': tokens_out={e} does not divide the {square} channels of a fused group")
+            raise self.mistake(f"tokens_out={e} does not divide the {square} channels of a fused group")
         part = square // e
         return nn.Sequential(
             *(nn.Linear(square, square), nn.GELU(), nn.Unflatten(-1, (e, part))),
@@ -171,5 +149,5 @@ def options_of_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] 
 def _released_shapes(method: Mapping[str, Any], c: int, d: int) -> dict[str, tuple[int, ...]]:
     options = {k: v for k, v in method.items() if k != "name"}
     with torch.device("meta"):
-        modules = Stf(StfOptions.parse("stf", options)).build_modules(c, d, lambda width: nn.Identity())
+        modules = Stf(**to_fields("stf", Stf, options)).build_modules(c, d, lambda width: nn.Identity())
         return {name: tuple(weight.shape) for name, weight in nn.ModuleDict(modules).named_parameters()}

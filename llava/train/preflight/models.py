@@ -21,9 +21,9 @@ from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model import llava_class_for
 from llava.model.projector_method import add_projector_method
 from llava.model.weights import raise_for_keys, read_shapes, weight_files
-from llava.reduction.base import EncoderReducer, VisionFeatures, VisualTokens
+from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
-from llava.reduction.selection import BudgetOptions
+from llava.reduction.selection import BudgetedReducer
 from llava.train.checkpoint import part_of
 from llava.train.modeling import add_lora, select_trainable
 from llava.train.parsing import Arguments
@@ -220,13 +220,7 @@ def without_meta(tokens: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
 
 def is_adaptive(reducer: nn.Module | None) -> bool:
     """Whether a method keeps a number of tokens that depends on the image."""
-    if not isinstance(reducer, EncoderReducer):
-        return False
-    options = reducer.options
-    has_budget = getattr(options, "has_budget", None)  # of options with further kinds of budgets
-    if has_budget is not None:
-        return not has_budget()
-    return isinstance(options, BudgetOptions) and options.ratio is None and options.tokens is None
+    return isinstance(reducer, BudgetedReducer) and reducer.is_adaptive
 
 
 def random_features(tower: Any) -> VisionFeatures:
