@@ -378,7 +378,7 @@ def test_model_vqa_science(checkpoint: Path, world: TinyWorld, tmp_path: Path) -
     assert [(r["question_id"], r["prompt"]) for r in rows_of(tmp_path)] == [("7", f"<image>\n{asked}"), ("8", asked)]
     questions.write_text(json.dumps([{"id": "7"}]))
     with pytest.raises(ValueError, match="entry 0: expected id, conversations"):
-        model_vqa_science.main(flags_of(checkpoint, world, questions))
+        model_vqa_science.main(flags_of(checkpoint, world, questions, "--overwrite"))
 
 
 def test_model_vqa_mmbench(checkpoint: Path, world: TinyWorld, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_model_vqa_mmbench(checkpoint: Path, world: TinyWorld, tmp_path: Path) -
     assert rows[2]["prompt"] == "Look.\nWhere?\nA. up\nB. down\nC. left"
     questions.write_text("index\tquestion\n1\tWhich?\n")
     with pytest.raises(ValueError, match="line 2: no image"):
-        model_vqa_mmbench.main(flags_of(checkpoint, world, questions))
+        model_vqa_mmbench.main(flags_of(checkpoint, world, questions, "--overwrite"))
 
 
 # Training --------------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_a_trainer_made_as_llavas_programs_make_it(
 ) -> None:
     arguments = parse_args(world.flags(tmp_path, lora_enable=True, lora_r=2, max_steps=1))
     config = read_config(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(world.llm, padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(world.llm, model_max_length=512, padding_side="right", use_fast=False)
     tokenizer.pad_token = tokenizer.unk_token
     monkeypatch.setattr(conversation_lib, "default_conversation", conv_templates[arguments.model.version])
     model = load_model(arguments, config, tokenizer)
