@@ -31,6 +31,12 @@ class LaunchCommand:
         """The program that is launched."""
         return next(word for word in shlex.split(self.text) if word.endswith(".py"))
 
+    def shell(self, world: TinyWorld, output: Path, projector: Path | None) -> str:
+        """The command for a shell, with `flags`."""
+        words = shlex.split(self.text)
+        launcher = words[: words.index(self.entry) + 1]
+        return shlex.join([*launcher, *self.flags(world, output, projector)])
+
     def flags(self, world: TinyWorld, output: Path, projector: Path | None) -> list[str]:
         """The flags, with paths of this machine in place of the repository's, for two steps; the last word counts."""
         words = shlex.split(self.text)
