@@ -164,12 +164,12 @@ def convert(
 
 
 def main() -> None:
-    """Entry point: what a user can mend is shown as one line, and the exit code is 2."""
+    """Entry point: what a user can mend is shown as one line, and the exit code is 2; 74 where the system refused."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("LLAVA_DEBUG"):
             raise
         Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else os.EX_IOERR)
