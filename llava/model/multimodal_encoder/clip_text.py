@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from llava.model.weights import raise_for_keys, without_load_report
+from llava.model.weights import check_files, raise_for_keys, raise_for_nonfinite, without_load_report
 
 # A fast tokenizer sets padding and truncation on itself, which two threads must not do at once.
 _TOKENIZING = threading.Lock()
@@ -61,11 +61,13 @@ class ClipText(nn.Module):
             ValueError: they do not fit; the keys are listed.
         """
         like = self.text_projection.weight
+        check_files(name_or_path)
         with without_load_report():
             clip, info = CLIPModel.from_pretrained(name_or_path, dtype=like.dtype, output_loading_info=True)
         raise_for_keys(name_or_path, missing=sorted(info["missing_keys"]))
         for name in ("text_model", "text_projection", "visual_projection"):
             module = getattr(clip, name).requires_grad_(False)
+            raise_for_nonfinite(name_or_path, module.named_parameters())
             setattr(self, name, module if like.device.type == "meta" else module.to(like.device))
 
     def embed_texts(self, texts: Sequence[str], name_or_path: str) -> Tensor:

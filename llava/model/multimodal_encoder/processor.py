@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from llava.model.weights import read_json
 
 _SETTINGS = (
     "do_resize",
@@ -27,19 +28,16 @@ def processor_settings(folder: str | Path) -> dict[str, Any]:
     They lie in preprocessor_config.json, or within processor_config.json, as transformers 5 writes them.
 
     Raises:
-        ValueError: not valid JSON.
+        ValueError: not valid JSON, or no object.
     """
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = Path(folder) / name
         if not path.is_file():
             continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
-            ) from error
-        settings = content if key is None else content.get(key)
+        content = read_json(path)
+        settings = content if key is None else content.get(key, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: {key} is {settings!r}, expected the settings of the image processor")
         if settings:
             return settings
     return {}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, CLIPTextConfig, PreTrainedConfig
 
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
 from llava.model.multimodal_encoder.processor import load_image_processor
-from llava.model.weights import raise_for_keys, without_load_report
+from llava.model.weights import check_files, raise_for_keys, raise_for_nonfinite, without_load_report
 from llava.reduction.base import VisionFeatures
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,7 @@ class VisionTower(nn.Module):
 
     def _load_encoder(self) -> None:
         name, old = self.name, self.vision_tower
+        check_files(name)
         with without_load_report():
             encoder, info = type(old).from_pretrained(
                 name,
@@ -198,6 +199,7 @@ class VisionTower(nn.Module):
                 f"the vision tower {name!r} does not fit the configuration of this model; missing or wrongly shaped: "
                 f"{', '.join(wrong[:8])}{', ...' if len(wrong) > 8 else ''}"
             )
+        raise_for_nonfinite(name, encoder.named_parameters())
         encoder.requires_grad_(False)
         self.vision_tower = encoder if old.device.type == "meta" else encoder.to(old.device)
         logger.info("vision tower: weights from %s", name)
