@@ -20,7 +20,6 @@ from llava.model.projector_method import method_of_weights
 from llava.model.weights import (
     WEIGHT_FILES,
     raise_for_keys,
-    raise_for_nonfinite,
     read_json,
     read_weights,
     strip_prefixes,
@@ -72,7 +71,7 @@ def load_pretrained_model(
         model_name: not needed, kept for LLaVA's callers.
         load_8bit: quantize the language model with bitsandbytes.
         load_4bit: the same in 4 bits (nf4).
-        device_map: spread over devices as transformers does, instead of `device`.
+        device_map: spread over devices as transformers does, instead of `device`; "auto" takes all GPUs.
         device: default: cuda where there is one, else cpu.
         dtype: default: the checkpoint's.
         vision_tower: folder or hub name in place of the config's `mm_vision_tower`.
@@ -85,9 +84,17 @@ def load_pretrained_model(
         tokenizer, model in eval mode, image processor, and the context length in tokens.
 
     Raises:
-        ValueError: nothing to open, a base is missing, or weights do not fit; files and keys are named.
+        ValueError: nothing to open, a base is missing, or weights do not fit; files and keys are named. Or an argument
+            of another type, or a device that is not there.
     """
     del model_name
+    for name, path in (("model_path", model_path), ("model_base", model_base), ("vision_tower", vision_tower)):
+        if not (isinstance(path, str | os.PathLike) and os.fspath(path)) and (path is not None or name == "model_path"):
+            raise ValueError(f"{name}={path!r}: expected a folder, or the name of a model of the hub")
+    _check_dtype(dtype)
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other: choose one")
+    device = _device(device)
     folder = local_folder(model_path)
     kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
     if attn_implementation is not None:
@@ -100,7 +107,7 @@ def load_pretrained_model(
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = _quantization(load_4bit, dtype)
     if device_map is not None or load_8bit or load_4bit:
-        kwargs["device_map"] = device_map or "auto"
+        kwargs["device_map"] = {"": device} if device_map is None else device_map
     tower = None if vision_tower is None else os.fspath(vision_tower)
     checkpoint = _open(folder, model_base, tower, merge_lora, kwargs)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
@@ -108,7 +115,7 @@ def load_pretrained_model(
     if reduction is not None:
         model.set_reduction(reduction, keep_projector=True)
     if "device_map" not in kwargs:
-        model.to(device or _best_device())
+        model.to(device)
     model.eval()
     model.tokenizer = tokenizer
     return tokenizer, model, _image_processor(model, folder), context_length(model.config)
@@ -161,7 +168,6 @@ def _open_lora(
         raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     adapters = read_weights(next((file for file in files if file.is_file()), files[0]))
-    raise_for_nonfinite(folder, adapters.items())
     model = _open_on_base(folder / LORA_WEIGHTS, base, tower, kwargs)
     return _Checkpoint(_add_adapter(model, folder, adapters, merge), _tokenizer(folder, base))
 
@@ -186,9 +192,10 @@ def _add_adapter(model: Any, folder: Path, weights: dict[str, Tensor], merge: bo
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         result = set_peft_model_state_dict(adapted, weights)
     except Exception as error:  # PEFT checks little of what it reads
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{folder / 'adapter_config.json'} and the adapter's weights can't be put into the model "
-            f"({type(error).__name__}: {error}); check that both are of one run"
+            f"{folder}: adapter_config.json and the adapter's weights can't be put into the model; check that both are "
+            f"of one run ({reason[:400]})"
         ) from error
     raise_for_keys(
         folder,
@@ -255,7 +262,6 @@ def _config_on_base(
 
 
 def _fill_embeddings(parameter: Tensor, value: Tensor, file: Path) -> None:
-    raise_for_nonfinite(file, [("embed_tokens.weight", value)])
     if parameter.shape != value.shape:
         raise ValueError(
             f"{file}: trained embeddings of shape {tuple(value.shape)}, but its config.json asks for "
@@ -343,8 +349,30 @@ def context_length(config: Any) -> int:
     return 2048
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(given: str | torch.device | None) -> torch.device:
+    """The device asked for; by default cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: no such device, here or anywhere.
+    """
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises its own types: AssertionError without CUDA, for one
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={given!r} can't be used here ({reason}): expected cpu, cuda or cuda:0, say"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("device='meta' holds no weights: expected cpu, cuda or cuda:0, say")
+    return device
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: expected a type of floats, such as torch.float16; None: the checkpoint's")
 
 
 def _quantization(four_bit: bool, dtype: torch.dtype | None) -> Any:

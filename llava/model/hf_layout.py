@@ -86,7 +86,7 @@ def open_hf_checkpoint(folder: Path, vision_tower: str | None, kwargs: dict[str,
         ValueError: a kind of model that LLaVA does not have; or weights that are missing, unexpected or of another
             shape; the keys are listed.
     """
-    read_json(folder / "config.json")
+    _check_types(read_json(folder / "config.json"), folder / "config.json")
     try:
         hf = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises its own types for values it can't take
@@ -114,6 +114,16 @@ def open_hf_checkpoint(folder: Path, vision_tower: str | None, kwargs: dict[str,
     if tower:
         model.get_vision_tower().load_weights()
     return model
+
+
+def _check_types(raw: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for parts of a config.json that transformers would take for default models."""
+    for key in ("text_config", "vision_config"):
+        if not isinstance(raw[key], dict) or not isinstance(raw[key].get("model_type"), str):
+            raise ValueError(f"{file}: {key} is {str(raw[key])[:60]}, expected a model's config with its model_type")
+    kept = raw.get(KEPT) or {}
+    if not isinstance(kept, dict) or not isinstance(kept.get("config", {}), dict):
+        raise ValueError(f"{file}: {KEPT} is {str(kept)[:60]}, expected what llava convert writes")
 
 
 def from_hf_config(hf: Any, folder: Path) -> PreTrainedConfig:

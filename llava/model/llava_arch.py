@@ -266,11 +266,11 @@ class LlavaMetaModel:
         reducers = self._build_reducers(reduction)
         if self.vision_tower is not None:
             self._fit_projector(reducers.projector, reduction, keep_projector)
-        if reducers.read_text and self.vision_tower is not None and self.vision_tower.text_tower is None:
-            add_text_tower(self.vision_tower, self.config)
-            self._to_language_model(self.vision_tower)
-            own = {name for name, _ in self.vision_tower.named_parameters() if name.startswith("text_tower.")}
-            self.vision_tower.load_weights(own)
+        tower = self.vision_tower
+        if reducers.read_text and tower is not None and tower.text_tower is None:
+            add_text_tower(tower, self.config)
+            cast(nn.Module, tower.text_tower).to(device=tower.device, dtype=tower.dtype)
+            tower.load_weights({name for name, _ in tower.named_parameters() if name.startswith("text_tower.")})
         self.config.reduction = reduction.to_dict()
         self._set_reducers(reducers)
 
@@ -471,7 +471,7 @@ class LlavaMetaForCausalLM:
                 path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         filled = load_into(model, projector_weights or {}, projector_origin or path)
-        if projector_weights:
+        if projector_weights is not None:
             lacking = {
                 key for key in info["missing_keys"] if "mm_projector" in key or key.endswith("image_newline")
             } - filled

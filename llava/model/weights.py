@@ -35,13 +35,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file, or a .bin file without running any code that it may hold.
 
     Raises:
-        ValueError: no such file, or not a file of tensors.
+        ValueError: no such file, not a file of tensors, or one with NaN, infinity or whole numbers in it.
     """
     path = Path(path)
     with _readable(path):
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return _load_tensors(path, "cpu")
+        weights = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path, "cpu")
+    raise_for_keys(path, mistyped=[f"{k} {v.dtype}" for k, v in weights.items() if not v.is_floating_point()])
+    raise_for_nonfinite(path, weights.items())
+    return weights
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,22 @@ def check_files(path: str | Path, cache_dir: str | None = None, *, quantized: bo
         path, cache_dir, quantized: as for `checkpoint_heads`.
 
     Raises:
-        ValueError: see `checkpoint_heads`; or generation_config.json is no JSON object.
+        ValueError: see `checkpoint_heads`; there are no weights; or generation_config.json is no JSON object.
     """
+    if not find_weights(path, cache_dir):
+        raise ValueError(
+            f"{path} holds no weights, or can't be reached: expected a folder, or a model of the hub, with one of "
+            f"{', '.join(WEIGHT_FILES)}"
+        )
     checkpoint_heads(path, cache_dir, quantized=quantized)
-    generation = find_file(path, "generation_config.json", cache_dir)
-    if generation is not None:
-        read_json(generation)
+    check_json(path, "generation_config.json", cache_dir)
+
+
+def check_json(path: str | Path, name: str, cache_dir: str | None = None) -> None:
+    """Raise ValueError where a checkpoint has a file of this name that is no JSON object; see `read_json`."""
+    file = find_file(path, name, cache_dir)
+    if file is not None:
+        read_json(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -241,8 +252,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         Names of the parameters that were filled.
 
     Raises:
-        ValueError: a name that the module does not have, another shape, a type other than floats, NaN or infinity; all
-            such keys are listed.
+        ValueError: a name that the module does not have, or another shape; all such keys are listed.
     """
     named = strip_prefixes(weights, [prefix])
     parameters = dict(module.named_parameters())
@@ -252,9 +262,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         for k, v in named.items()
         if k in parameters and tuple(v.shape) != true_shape(parameters[k])
     ]
-    types = [f"{k} {v.dtype}" for k, v in named.items() if not v.is_floating_point()]
-    raise_for_keys(origin, unexpected=unknown, misshapen=shapes, mistyped=types)
-    raise_for_nonfinite(origin, named.items())
+    raise_for_keys(origin, unexpected=unknown, misshapen=shapes)
     for key, value in named.items():
         _copy(parameters[key], value)
     return set(named)

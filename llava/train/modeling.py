@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from llava.model.builder import NOT_QUANTIZED, read_llava_config
 from llava.model.language_model import llava_class_for
-from llava.model.weights import find_file, read_json
+from llava.model.weights import check_json
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -72,9 +72,7 @@ def read_config(arguments: Arguments) -> Any:
 
 def _config_dict(arguments: Arguments) -> dict[str, Any]:
     path = arguments.model.model_name_or_path
-    file = find_file(path or "", "config.json", arguments.training.cache_dir)
-    if file is not None:
-        read_json(file)  # names the file and the place of what is wrong
+    check_json(path or "", "config.json", arguments.training.cache_dir)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, cache_dir=arguments.training.cache_dir)
     except (OSError, ValueError) as error:

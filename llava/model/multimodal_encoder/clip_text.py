@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from llava.model.weights import check_files, raise_for_keys, raise_for_nonfinite, without_load_report
+from llava.model.weights import check_files, check_json, raise_for_keys, raise_for_nonfinite, without_load_report
 
 # A fast tokenizer sets padding and truncation on itself, which two threads must not do at once.
 _TOKENIZING = threading.Lock()
@@ -25,9 +25,10 @@ def resolve_text_config(name_or_path: str) -> CLIPTextConfig:
     Raises:
         ValueError: nothing there, or a model without CLIP's text tower.
     """
+    check_json(name_or_path, "config.json")
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises its own types for values it can't take
         raise ValueError(f"no model at {name_or_path!r} whose text tower could be read: {error}") from error
     if config.model_type != "clip":
         raise ValueError(
