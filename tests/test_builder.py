@@ -70,6 +70,15 @@ def open_model(folder: Path, **kwargs: Any) -> Any:
     return load_pretrained_model(folder, device="cpu", **kwargs)[1]
 
 
+def assert_same_model(opened: Any, model: Any) -> None:
+    """Every weight bit for bit; the logits nearly, since weights at other places in memory take other CPU kernels."""
+    weights, expected = opened.state_dict(), model.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert weights[name].dtype == weight.dtype and torch.equal(weights[name], weight), name
+    torch.testing.assert_close(answer(opened), answer(model), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
 def test_a_saved_model_opens_as_it_was(world: TinyWorld, tmp_path: Path, shard: str) -> None:
     model = llava_on(world)
@@ -77,7 +86,7 @@ def test_a_saved_model_opens_as_it_was(world: TinyWorld, tmp_path: Path, shard: 
     folder = save(model, world, tmp_path / "full", max_shard_size=shard)
     tokenizer, opened, processor, context = load_pretrained_model(folder, device="cpu")
     assert opened.config.reduction == {"encoder": {"name": "prumerge", "ratio": 0.5}}
-    torch.testing.assert_close(answer(opened), answer(model), rtol=0, atol=0)
+    assert_same_model(opened, model)
     assert (len(tokenizer), processor.crop_size["height"], context) == (259, SIDE, 1024)
     assert not opened.training
 

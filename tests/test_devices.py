@@ -48,8 +48,9 @@ def test_a_quantized_model_lies_on_one_device_unless_told_otherwise(
     def stop(*args: Any) -> Any:
         raise Opened(args[-1]["device_map"])
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(builder, "_quantization", lambda *_: None)
     monkeypatch.setattr(builder, "_open", stop)
     with pytest.raises(Opened) as opened:
-        builder.load_pretrained_model(tmp_path, device="cpu", device_map=given, **{bits: True})
+        builder.load_pretrained_model(tmp_path, device_map=given, **{bits: True})
     assert opened.value.args[0] == expected

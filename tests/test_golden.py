@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
 from llava.reduction import VisionFeatures, build
+from tests.conftest import GOLDEN
+from tests.golden.pack import read_tensors, unpack
 
 LOGITS = {"atol": 2e-3, "rtol": 0}
 
@@ -203,3 +205,20 @@ def test_projector_folder_opens_on_its_base(golden: Path, folder: str) -> None:
     assert saved.keys() == {n for n, _ in model.named_parameters() if "mm_projector" in n}
     for name, weight in saved.items():
         torch.testing.assert_close(model.get_parameter(name), weight.float())
+
+
+if GOLDEN.is_dir():
+
+    def test_what_is_packed_is_the_set(tmp_path: Path) -> None:
+        unpack(tmp_path)
+        files = [path for path in GOLDEN.rglob("*") if path.is_file() and path != GOLDEN / "README.md"]
+        assert {path.relative_to(GOLDEN) for path in files} <= {p.relative_to(tmp_path) for p in tmp_path.rglob("*")}
+        for path in files:
+            packed = tmp_path / path.relative_to(GOLDEN)
+            if path.suffix not in (".bin", ".safetensors"):
+                assert packed.read_bytes() == path.read_bytes(), path
+                continue
+            tensors, expected = read_tensors(packed), read_tensors(path)
+            assert list(tensors) == list(expected), path
+            for name, tensor in expected.items():
+                assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), (path, name)

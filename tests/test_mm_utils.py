@@ -7,19 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
+from llava.data.images import load_image
 from llava.mm_utils import (
     divide_to_patches,
     expand2square,
     get_anyres_image_grid_shape,
     get_image_side,
     get_model_name_from_path,
-    load_image,
     parse_grid_pinpoints,
     process_anyres_image,
     process_images,
@@ -144,33 +145,6 @@ def test_squares_tiles_and_padding() -> None:
     assert [tile.getpixel((0, 0)) for tile in divide_to_patches(numbered, 2)] == [0, 1]
 
 
-def test_load_image_converts_and_names_what_it_cannot_read(tmp_path: Path) -> None:
-    grey = tmp_path / "grey.png"
-    Image.effect_noise((64, 64), 50).save(grey)
-    assert load_image(grey).mode == "RGB"
-    with pytest.raises(ValueError, match=r"gone\.png.*does not exist; check"):
-        load_image(tmp_path / "gone.png")
-    for suffix in ("png", "jpg"):
-        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-        Image.effect_noise((64, 64), 50).save(whole)
-        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-        with pytest.raises(ValueError, match=rf"cut\.{suffix}.*truncated"):
-            load_image(cut)
-    text = tmp_path / "text.png"
-    text.write_text("no image")
-    with pytest.raises(ValueError, match=r"text\.png.*no format that Pillow reads"):
-        load_image(text)
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_image(tmp_path)
-
-
-def test_orientation_in_exif_is_left_alone(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (4, 2)
-
-
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -178,8 +152,8 @@ def test_orientation_in_exif_is_left_alone(tmp_path: Path) -> None:
         (Image.new("RGB", (4, 4)), r"images are Image: expected a list of PIL pictures, \[picture\] for one"),
         (["a.png"], r"image 0 is str: expected a PIL picture, Image.open\(path\)"),
         ([Image.new("RGB", (4, 4)), torch.zeros(3, 4, 4)], "image 1 is Tensor: expected a PIL picture"),
-        ([Image.new("I;16", (4, 4))], "image 0 has mode 'I;16': scale it to 8 bits"),
-        ([Image.new("F", (4, 4))], "image 0 has mode 'F'"),
+        ([Image.new("I", (4, 4), 1 << 16)], "image 0 holds integers from 65536 to 65536, expected those of 16 bits"),
+        ([Image.new("F", (4, 4), 255)], r"image 0 holds floats from 255 to 255, expected 0 \(black\) to 1 \(white\)"),
         ([Image.new("RGB", (0, 4))], "image 0 has 0 x 4 pixels"),
     ],
 )
@@ -194,6 +168,13 @@ def test_pictures_of_other_modes_become_rgb(mode: str) -> None:
     image = Image.new("RGB", (40, 30), "white").convert(mode)
     expected = process_images([image.convert("RGB")], clip(), config("pad"))
     assert torch.equal(process_images([image], clip(), config("pad")), expected)
+
+
+def test_pictures_of_more_than_8_bits_keep_their_shades() -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = process_images([Image.fromarray(grey).convert("RGB")], clip(), config("pad"))
+    for values in (grey.astype(np.uint16) * 257, grey.astype(np.float32) / 255):
+        assert torch.equal(process_images([Image.fromarray(values)], clip(), config("pad")), expected)
 
 
 def test_a_processor_that_makes_no_numbers() -> None:

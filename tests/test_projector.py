@@ -18,7 +18,7 @@ from llava.reduction.base import ProjectorReducer
 from llava.reduction.projector.grouping import concatenate_neighbours
 from llava.reduction.projector.stf import evenly_spaced, options_of_weights
 from llava.train.checkpoint import part_of
-from tests.test_builder import answer, edit_config, llava_on, open_model, projector_folder, save
+from tests.test_builder import answer, assert_same_model, edit_config, llava_on, open_model, projector_folder, save
 from tests.test_convert import save_ours
 from tests.tiny_models import PINPOINTS, SIDE, prompt, tiny_model
 from tests.tiny_world import TinyWorld, make_tiny_world
@@ -365,7 +365,7 @@ def test_a_saved_model_opens_with_its_method(name: str, world: TinyWorld, tmp_pa
     model = llava_on(world, reduction=METHODS[name])
     opened = open_model(save(model, world, tmp_path / "full"))
     assert opened.config.reduction == model.config.reduction
-    torch.testing.assert_close(answer(opened), answer(model), rtol=0, atol=0)
+    assert_same_model(opened, model)
 
 
 def test_methods_of_other_weights_are_refused_in_opening(world: TinyWorld, tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_released_weights_tell_their_method(kind: str, shard: str, world: TinyWo
             index.unlink()
     opened = open_model(folder)
     assert opened.config.reduction == {"projector": SHOWN}
-    torch.testing.assert_close(answer(opened), answer(model), rtol=0, atol=0)
+    assert_same_model(opened, model)
     again = save(opened, world, tmp_path / "again")
     assert json.loads((again / "config.json").read_text())["reduction"] == {"projector": SHOWN}
 
@@ -455,7 +455,7 @@ def test_converting_within_llavas_layout_writes_the_method(world: TinyWorld, tmp
     edit_config(folder, reduction=None)
     target = convert(folder, tmp_path / "again", "llava")
     assert json.loads((target / "config.json").read_text())["reduction"] == {"projector": SHOWN}
-    torch.testing.assert_close(answer(open_model(target)), answer(model), rtol=0, atol=0)
+    assert_same_model(open_model(target), model)
 
 
 def test_hf_has_no_place_for_a_fused_projector(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on(settings: dict[str, Any], world: TinyWorld, 
             file.unlink()
     again = run(world, tmp_path, **settings, **schedule)
     for name, weight in whole.model.named_parameters():
-        torch.testing.assert_close(again.model.get_parameter(name), weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(again.model.get_parameter(name), weight, atol=1e-5, rtol=0)
 
 
 def test_the_projectors_file_tells_the_method(

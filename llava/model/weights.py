@@ -29,6 +29,18 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 VISION_TOWER_PREFIX = "model.vision_tower."
+_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of this name; None for "auto".
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -177,6 +189,18 @@ def check_json(path: str | Path, name: str, cache_dir: str | None = None) -> Non
         read_json(file)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, one or its shards.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = [folder / name for name in find_weights(folder)]
+    if not files:
+        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    return files
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a checkpoint.
 
@@ -192,7 +216,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as JSON ({error}); copy or download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {_shorten([json.dumps(content)[:40]])}, expected a JSON object {{...}}")
+        raise ValueError(f"{path} holds {shorten([json.dumps(content)[:40]])}, expected a JSON object {{...}}")
     return content
 
 
@@ -326,7 +350,7 @@ def raise_for_keys(
         "wrong shape": misshapen,
         "wrong type, not of floats": mistyped,
     }
-    parts = [f"{kind} ({len(keys)}): {_shorten(keys)}" for kind, keys in found.items() if keys]
+    parts = [f"{kind} ({len(keys)}): {shorten(keys)}" for kind, keys in found.items() if keys]
     if parts:
         raise ValueError(
             f"the weights of {origin} do not fit the model that its config describes; " + "; ".join(parts) + ". Check "
@@ -352,7 +376,7 @@ def raise_for_nonfinite(origin: object, weights: Iterable[tuple[str, Tensor]]) -
     bad = [name for name, weight in weights if not is_finite(getattr(weight, "ds_tensor", weight))]
     if bad:
         raise NonFiniteWeightsError(
-            f"{origin} holds NaN or infinity in {len(bad)} weights: {_shorten(bad)}. The run that wrote it diverged, "
+            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, "
             "or a file is damaged: take an earlier checkpoint, or copy it again"
         )
 
@@ -367,5 +391,6 @@ def is_finite(weight: Tensor) -> bool:
     return bool(least.isfinite() & most.isfinite())
 
 
-def _shorten(keys: list[str], most: int = 12) -> str:
+def shorten(keys: list[str], most: int = 12) -> str:
+    """Keys as a message lists them."""
     return ", ".join(keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")

@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import get_template
+from llava.data.images import IMAGE_ACCESS
 from llava.data.items import ON_BAD_SAMPLE
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
@@ -166,6 +167,10 @@ class DataArguments:
     lazy_preprocess: bool = flag(True, "Kept for LLaVA's commands; samples are always read when their turn comes.")
     is_multimodal: bool = flag(True, "Kept for LLaVA's commands; found out by itself.")
     image_folder: str | None = flag(None, "Folder that the JSON's image paths start from.")
+    image_access: str = flag(
+        IMAGE_ACCESS[0],
+        "Where image names may lead: folder (below image_folder), disk (any file of this machine), remote (URLs too).",
+    )
     image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, else square.")
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
@@ -177,6 +182,7 @@ class DataArguments:
         parse_data_path(self.data_path)
         if not is_url(self.image_folder or ""):
             check_exists("image_folder", self.image_folder)
+        check_choice("image_access", self.image_access, IMAGE_ACCESS)
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if self.shuffle_buffer_size < 1:
             raise ValueError(f"--shuffle_buffer_size {self.shuffle_buffer_size}: expected at least 1")
@@ -231,6 +237,10 @@ class TrainingArguments(transformers.TrainingArguments):
     global_batch_size: int = flag(
         0, "Samples of one step on all devices: gradient_accumulation_steps is derived from it. 0: it is not fixed."
     )
+    logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the log.")
+    stop_after_nonfinite_steps: int = flag(
+        3, "Stop when the loss was NaN or infinite in so many steps in a row, seen when a line is logged; 0: never."
+    )
     packing: bool = flag(False, "Run a batch as one row without padding, in which the samples do not see each other.")
 
     def __post_init__(self) -> None:
@@ -252,6 +262,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if runs_on_cpu(self):
             self._prepare_cpu()
         super().__post_init__()
+        self._keep_to_one_gpu()
 
     def _rename_checkpointing(self) -> None:
         # An alias that newer transformers warn about: use the new name where there is one.
@@ -260,6 +271,12 @@ class TrainingArguments(transformers.TrainingArguments):
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing_kwargs = None
+
+    def _keep_to_one_gpu(self) -> None:
+        # Where one process sees several GPUs, transformers wraps the model in nn.DataParallel, which would cut the
+        # lists of pictures at places of its own.
+        self.idle_gpus = max(0, self.n_gpu - 1)
+        self._n_gpu = min(1, self.n_gpu)
 
     def _prepare_cpu(self) -> None:
         # transformers takes bf16 on the CPU only with use_cpu; and with use_cpu accelerate starts torch's
@@ -321,6 +338,10 @@ def check_training(args: Any) -> None:
         raise ValueError(
             f"--model_max_length {args.model_max_length} --lora_r {args.lora_r} --lora_dropout "
             f"{args.lora_dropout}: expected at least 1, at least 1, and a number in [0, 1)"
+        )
+    if args.stop_after_nonfinite_steps < 0:
+        raise ValueError(
+            f"--stop_after_nonfinite_steps {args.stop_after_nonfinite_steps}: expected steps, or 0 to never stop"
         )
     if not 0 <= args.warmup_ratio < 1:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio}: expected a number in [0, 1)")

@@ -105,6 +105,9 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
 
     Returns:
         The model, or PEFT's wrapper of it where LoRA is trained.
+
+    Raises:
+        ValueError: weights do not fit, or hold NaN or infinity; they are listed.
     """
     model_args, data_args, training = arguments.model, arguments.data, arguments.training
     model = llava_class_for(config.model_type).from_pretrained(
@@ -246,9 +249,8 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
-        target_modules=linear_layer_names(model),
-        # The vision tower has layers of the same names.
-        exclude_modules=r"(?!model\.layers\.).*",
+        # The vision tower has layers of the same names. (PEFT has exclude_modules too; older releases refuse it.)
+        target_modules=rf"model\.layers\..*\.({'|'.join(linear_layer_names(model))})",
         lora_dropout=training.lora_dropout,
         bias=training.lora_bias,
         task_type="CAUSAL_LM",
@@ -256,9 +258,22 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name in others:  # PEFT freezes all but its adapters, and trains all biases where lora_bias says "all"
         model.get_parameter(name).requires_grad_(name in trained)
+    if training.bits != 16:
+        cast_frozen(adapted, compute_dtype(training))
     if training.lora_weight_path:
         load_adapter(adapted, training.lora_weight_path)
     return adapted
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the frozen weights that are not quantized the type of the products: vision tower, embeddings, head.
+
+    PEFT has made them float32, for which they take twice the memory. The language model's norms stay so, as in LLaVA.
+    """
+    for name, parameter in model.named_parameters():
+        is_norm = part_of(name) == "language_model" and "norm" in name
+        if parameter.is_floating_point() and not parameter.requires_grad and not is_norm:
+            parameter.data = parameter.data.to(dtype)
 
 
 def set_trainable_dtype(model: nn.Module, training: TrainingArguments) -> None:

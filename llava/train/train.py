@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,22 +17,40 @@ import yaml
 from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
-from llava.train.arguments import require_package
-from llava.train.checkpoint import atomic_folder
-from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint
-from llava.train.data import prepare_data, report_rejects
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
+from llava.train.checkpoint_folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
+from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
+from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
 from llava.train.run_info import write_run_info
+from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
 
-RUN_CONFIG_FILE = "train_config.yaml"
+# What LLaVA's programs import from its module of this name.
+__all__ = ["DataArguments", "ModelArguments", "TrainingArguments", "main", "make_supervised_data_module", "train"]
+
+# How far a run goes, and what it says and keeps on the way; with other values of these it is the same run.
+NOT_SHAPING = (
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "logging_steps",
+    "max_steps",
+    "num_train_epochs",
+    "preflight_seconds",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -47,13 +66,33 @@ def main(argv: list[str]) -> None:
     train(parse_args(argv))
 
 
-def train(arguments: Arguments) -> LLaVATrainer:
+def train(arguments: Arguments | None = None, attn_implementation: str | None = None) -> LLaVATrainer | None:
     """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Args:
+        arguments: of the run; None: those of the command line, as LLaVA's `train_mem.py` wants it.
+        attn_implementation: not read. That program passes flash_attention_2, which is taken wherever it can run; the
+            flag of this name chooses another.
+
+    Returns:
+        The trainer, or None where `output_dir` has the result of these steps already.
 
     Raises:
         RunStoppedError: a signal ended it before its last step.
     """
+    del attn_implementation
+    if arguments is None:
+        set_up_logging()
+        arguments = parse_args(sys.argv[1:])
+    with holding_output_dir(arguments):
+        return _train(arguments)
+
+
+def _train(arguments: Arguments) -> LLaVATrainer | None:
     training = arguments.training
+    if is_finished(arguments):
+        return None
+    report_idle_gpus(training)
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)
@@ -75,11 +114,11 @@ def train(arguments: Arguments) -> LLaVATrainer:
         processing_class=tokenizer,
     )
     write_run_config(arguments, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.raise_if_stopped()
-    trainer.save_state()
-    trainer.save_model()
-    report_rejects(trainer)
+    with trainer.stop.listening(), wandb_run(training, checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.raise_if_stopped()
+        trainer.save_result()
+        report_rejects(trainer)
     return trainer
 
 
@@ -95,6 +134,20 @@ def best_attention(arguments: Arguments) -> str:
     return "sdpa"
 
 
+def report_idle_gpus(training: Any) -> None:
+    """Say that one process trains on one GPU, where there are more, and how to use them all."""
+    if training.idle_gpus:
+        count = training.idle_gpus + 1
+        logger.warning(
+            "1 of %d GPUs trains (%s), since one process was started. For all of them start one process for each: "
+            "llava train CONFIG num_gpus=%d, or deepspeed or torchrun --nproc_per_node %d llava/train/train_mem.py ...",
+            count,
+            training.device,
+            count,
+            count,
+        )
+
+
 def log_trainable(model: Any) -> None:
     """Say how many weights are trained.
 
@@ -108,6 +161,39 @@ def log_trainable(model: Any) -> None:
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     trained = sum(counts.values())
     logger.info("training %s of %s weights (%.2f %%): %s", f"{trained:,}", f"{total:,}", 100 * trained / total, parts)
+
+
+def is_finished(arguments: Arguments) -> bool:
+    """True where `output_dir` holds the result of this run after as many steps or epochs as are asked for.
+
+    With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
+    """
+    training, kind = arguments.training, run_kind(arguments)
+    folder, asked = Path(training.output_dir), training.resume_from_checkpoint
+    names_checkpoint = bool(asked) and asked.lower() != "true"
+    is_whole = all((folder / name).is_file() for name in (STATE_FILE, RUN_CONFIG_FILE)) and kind.is_in(folder)
+    if names_checkpoint or not is_whole or not _same_run(folder / RUN_CONFIG_FILE, arguments.given):
+        return False
+    state = read_state(folder)
+    step, epoch = state["global_step"], state["epoch"] or 0.0
+    by_steps = training.max_steps > 0
+    wanted, reached = (training.max_steps, step) if by_steps else (training.num_train_epochs, epoch + 1e-6)
+    if step < state["max_steps"] or reached < wanted:
+        return False
+    logger.info(
+        "%s holds the result of this run, after step %d (epoch %.4g), its last: nothing is left to do. A larger %s "
+        "goes on from its last checkpoint; another run needs an --output_dir of its own",
+        folder,
+        step,
+        epoch,
+        "--max_steps" if by_steps else "--num_train_epochs",
+    )
+    return True
+
+
+def _same_run(file: Path, given: dict[str, Any]) -> bool:
+    kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
+    return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))
 
 
 def checkpoint_to_resume(training: Any) -> str | None:
@@ -154,9 +240,15 @@ def check_method_of(checkpoint: str | None, config: Any) -> None:
 
 
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
-    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`."""
+    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`.
+
+    What says that a result there is whole goes: it was another's, or of fewer steps.
+    """
     if arguments.training.should_save:
+        Path(arguments.training.output_dir, STATE_FILE).unlink(missing_ok=True)
         text = yaml.safe_dump(arguments.given, sort_keys=False)
-        with atomic_folder(Path(arguments.training.output_dir)) as folder:
+        output_dir = Path(arguments.training.output_dir)
+        with atomic_folder(output_dir) as folder:
+            note_files(output_dir, dict.fromkeys(RUN_FILES))
             (folder / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")
             write_run_info(arguments, checkpoint, folder)

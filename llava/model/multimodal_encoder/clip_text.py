@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from llava.model.weights import check_files, check_json, raise_for_keys, raise_for_nonfinite, without_load_report
 
@@ -39,6 +39,14 @@ def resolve_text_config(name_or_path: str) -> CLIPTextConfig:
     return config.text_config
 
 
+class _Clip(CLIPModel):
+    """CLIP without the scale of its scores: a single number, which ZeRO-3 has no way to hand out."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        del self.logit_scale
+
+
 class ClipText(nn.Module):
     """Embeds texts, and patches beside them.
 
@@ -64,7 +72,7 @@ class ClipText(nn.Module):
         like = self.text_projection.weight
         check_files(name_or_path)
         with without_load_report():
-            clip, info = CLIPModel.from_pretrained(name_or_path, dtype=like.dtype, output_loading_info=True)
+            clip, info = _Clip.from_pretrained(name_or_path, dtype=like.dtype, output_loading_info=True)
         raise_for_keys(name_or_path, missing=sorted(info["missing_keys"]))
         for name in ("text_model", "text_projection", "visual_projection"):
             module = getattr(clip, name).requires_grad_(False)

@@ -1,0 +1,107 @@
+"""The golden cases as the repository keeps them: each distinct tensor, picture and file once, bit for bit.
+
+`python -m tests.golden.pack ../shared/golden` packs a folder anew; `unpack` lays the same folder out again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+FILES, PICTURES, POOL, INDEX = "files", "pixels", "tensors.safetensors", "index.json"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` or `.bin` file."""
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def pack(source: Path, target: Path = HERE) -> None:
+    """Write what `unpack` reads, in place of what is there."""
+    for folder in (FILES, PICTURES):
+        shutil.rmtree(target / folder, ignore_errors=True)
+    pool: dict[str, Tensor] = {}
+    index: dict[str, dict[str, Any]] = {"files": {}, "tensors": {}}
+    seen: dict[bytes, str] = {}
+    for path in sorted(file for file in source.rglob("*") if file.is_file() and file != source / "README.md"):
+        name = path.relative_to(source).as_posix()
+        same = seen.setdefault(hashlib.sha256(path.read_bytes()).digest(), name)
+        if path.suffix not in (".bin", ".safetensors"):
+            index["files"][name] = same
+            if same == name:
+                (target / FILES / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / FILES / name)
+        elif same == name:
+            tensors = read_tensors(path)
+            index["tensors"][name] = {key: _pack(tensor, path, pool, target) for key, tensor in tensors.items()}
+        else:
+            index["tensors"][name] = same
+    save_file(dict(sorted(pool.items())), target / POOL)
+    (target / INDEX).write_text(json.dumps(index, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def unpack(target: Path, source: Path = HERE) -> Path:
+    """Lay the cases out in `target`, in the folders that `README.md` describes."""
+    pool = load_file(source / POOL)
+    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    for name, stored in index["files"].items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / FILES / stored, target / name)
+    for name, entries in index["tensors"].items():
+        if isinstance(entries, str):
+            shutil.copyfile(target / entries, target / name)
+            continue
+        tensors = {key: _unpack(entry, pool, source) for key, entry in entries.items()}
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, target / name) if name.endswith(".safetensors") else torch.save(tensors, target / name)
+    return target
+
+
+def _pack(tensor: Tensor, path: Path, pool: dict[str, Tensor], target: Path) -> Any:
+    """What the index says of a tensor: keys in the pool, of its rows where a batch repeats single cases."""
+    if tensor.ndim == 4 and path.stem.startswith(PICTURES):
+        return _pack_pixels(tensor, path.stem, pool, target)
+    rows = tensor.split(1) if tensor.ndim == 3 and path.suffix == ".safetensors" else (tensor,)
+    return [_keep(row, pool) for row in rows]
+
+
+def _pack_pixels(pixels: Tensor, name: str, pool: dict[str, Tensor], target: Path) -> dict[str, Any]:
+    """[N, 3, H, W] as N pictures of 8 bits, which are places in a table of the values of each channel."""
+    tables = [pixels[:, channel].unique() for channel in range(3)]
+    places = torch.stack([torch.searchsorted(t, pixels[:, c].contiguous()) for c, t in enumerate(tables)], dim=-1)
+    (target / PICTURES).mkdir(exist_ok=True)
+    pictures = [f"{PICTURES}/{name}_{i}.png" for i in range(len(pixels))]
+    for file, picture in zip(pictures, places, strict=True):
+        Image.fromarray(picture.numpy().astype(np.uint8)).save(target / file, optimize=True)
+    return {"pictures": pictures, "values": [_keep(table, pool) for table in tables]}
+
+
+def _unpack(entry: Any, pool: dict[str, Tensor], source: Path) -> Tensor:
+    if isinstance(entry, list):
+        return pool[entry[0]].clone() if len(entry) == 1 else torch.cat([pool[key] for key in entry])
+    pictures = np.stack([np.asarray(Image.open(source / file)) for file in entry["pictures"]])
+    places = torch.from_numpy(pictures).long()
+    return torch.stack([pool[key][places[..., channel]] for channel, key in enumerate(entry["values"])], dim=1)
+
+
+def _keep(tensor: Tensor, pool: dict[str, Tensor]) -> str:
+    """Key of a tensor in the pool: what it holds."""
+    content = f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.contiguous().numpy().tobytes()
+    key = hashlib.sha256(content).hexdigest()[:16]
+    pool.setdefault(key, tensor.clone(memory_format=torch.contiguous_format))
+    return key
+
+
+if __name__ == "__main__":
+    pack(Path(sys.argv[1]))
