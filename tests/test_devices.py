@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
+from accelerate import dispatch_model, infer_auto_device_map
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import builder
 from llava.model.splice import plan_splice, splice
-from tests.tiny_models import BACKBONES, tiny_model
+from tests.tiny_models import BACKBONES, SIDE, prompt, tiny_model
 
 
 def test_the_splice_takes_visual_tokens_from_another_device() -> None:
@@ -54,3 +55,16 @@ def test_a_quantized_model_lies_on_one_device_unless_told_otherwise(
     with pytest.raises(Opened) as opened:
         builder.load_pretrained_model(tmp_path, device_map=given, **{bits: True})
     assert opened.value.args[0] == expected
+
+
+@torch.no_grad()
+def test_a_tower_whose_weights_are_offloaded_still_reads(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.set_reduction("prumerge")
+    inputs = {"input_ids": prompt(3, "image", 4).unsqueeze(0), "images": torch.randn(1, 3, SIDE, SIDE)}
+    expected = model(**inputs).logits
+    places = {"model.vision_tower": "disk", "model.mm_projector": "cpu", "model.layers": "cpu", "lm_head": "cpu"}
+    others = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    dispatch_model(model, {**places, **others}, main_device="cpu", offload_dir=tmp_path)
+    assert next(model.get_vision_tower().parameters()).is_meta
+    torch.testing.assert_close(model(**inputs).logits, expected)

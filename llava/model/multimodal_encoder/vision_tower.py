@@ -144,7 +144,11 @@ class VisionTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.vision_tower.device
+        """Where pixels go: to the weights, or where accelerate brings offloaded weights for a moment."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        place = next((place for place in places if place is not None), None)
+        return self.vision_tower.device if place is None else torch.device(place)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,7 +220,7 @@ class VisionTower(nn.Module):
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(learns):
-            pixels = pixels.to(device=self.vision_tower.device, dtype=self.dtype)
+            pixels = pixels.to(device=self.device, dtype=self.dtype)
             return self._encode(pixels, frozenset(needs), blocks)
 
     def _encode(self, pixels: Tensor, needs: frozenset[str], read: Sequence[int]) -> VisionFeatures:
