@@ -104,6 +104,8 @@ def load_pretrained_model(
     if use_flash_attn or kwargs.pop("use_flash_attention_2", False):
         attn_implementation = "flash_attention_2"
     if attn_implementation is not None:
+        if not isinstance(attn_implementation, str):
+            raise ValueError(f"attn_implementation={attn_implementation!r}: expected eager, sdpa or flash_attention_2")
         if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
             raise ValueError(
                 "attn_implementation='flash_attention_2' needs a GPU and flash-attn: pip install 'llava[flash]', "

@@ -102,14 +102,17 @@ def find_file(path: str | Path, name: str, cache_dir: str | None = None) -> Path
         name: of the file.
         cache_dir: where files from the hub are kept.
     """
-    found = cached_file(
-        str(path),
-        name,
-        cache_dir=cache_dir,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(
+            str(path),
+            name,
+            cache_dir=cache_dir,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # neither a folder nor the name of a model
+        return None
     return None if found is None else Path(found)
 
 
