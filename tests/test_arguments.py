@@ -228,6 +228,7 @@ WRONG = {
     "no output": ({"output_dir": None}, r"--output_dir is missing"),
     "data file": ({"data_path": "nowhere.json"}, r"nowhere\.json.*does not exist"),
     "image folder": ({"image_folder": "nowhere"}, r"--image_folder nowhere: no such file"),
+    "image access": ({"image_access": "all"}, r"--image_access all: expected one of folder, disk, remote"),
     "model folder": ({"model_name_or_path": "./nowhere"}, r"--model_name_or_path ./nowhere: no such file"),
     "adapter": ({"pretrain_mm_mlp_adapter": "nowhere.bin"}, r"--pretrain_mm_mlp_adapter nowhere\.bin: no such file"),
     "zero": ({"deepspeed": "nowhere.json"}, r"--deepspeed nowhere\.json: no such file"),

@@ -207,8 +207,8 @@ def raise_for_nonfinite(origin: object, weights: Iterable[tuple[str, Tensor]]) -
     bad = [name for name, weight in weights if not is_finite(getattr(weight, "ds_tensor", weight))]
     if bad:
         raise NonFiniteWeightsError(
-            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, or "
-            "a file is damaged: take an earlier checkpoint, or copy it again"
+            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, "
+            "or a file is damaged: take an earlier checkpoint, or copy it again"
         )
 
 

@@ -33,6 +33,21 @@ from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
 
+# How far a run goes, and what it says and keeps on the way; with other values of these it is the same run.
+NOT_SHAPING = (
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "logging_steps",
+    "max_steps",
+    "num_train_epochs",
+    "preflight_seconds",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+)
+
 
 def main(argv: list[str]) -> None:
     """Run the training that the flags describe.
@@ -136,14 +151,15 @@ def log_trainable(model: Any) -> None:
 
 
 def is_finished(arguments: Arguments) -> bool:
-    """True where `output_dir` holds the result of such a run after as many steps or epochs as are asked for.
+    """True where `output_dir` holds the result of this run after as many steps or epochs as are asked for.
 
-    Whoever names a checkpoint wants to train from there again.
+    With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
     """
     training, kind = arguments.training, run_kind(arguments)
     folder, asked = Path(training.output_dir), training.resume_from_checkpoint
     names_checkpoint = bool(asked) and asked.lower() != "true"
-    if names_checkpoint or not ((folder / STATE_FILE).is_file() and kind.is_in(folder)):
+    is_whole = all((folder / name).is_file() for name in (STATE_FILE, RUN_CONFIG_FILE)) and kind.is_in(folder)
+    if names_checkpoint or not is_whole or not _same_run(folder / RUN_CONFIG_FILE, arguments.given):
         return False
     state = read_state(folder)
     step, epoch = state["global_step"], state["epoch"] or 0.0
@@ -160,6 +176,11 @@ def is_finished(arguments: Arguments) -> bool:
         "--max_steps" if by_steps else "--num_train_epochs",
     )
     return True
+
+
+def _same_run(file: Path, given: dict[str, Any]) -> bool:
+    kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
+    return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))
 
 
 def checkpoint_to_resume(training: Any) -> str | None:
@@ -206,8 +227,12 @@ def check_method_of(checkpoint: str | None, config: Any) -> None:
 
 
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
-    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`."""
+    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`.
+
+    What says that a result there is whole goes: it was another's, or of fewer steps.
+    """
     if arguments.training.should_save:
+        Path(arguments.training.output_dir, STATE_FILE).unlink(missing_ok=True)
         text = yaml.safe_dump(arguments.given, sort_keys=False)
         output_dir = Path(arguments.training.output_dir)
         with atomic_folder(output_dir) as folder:
