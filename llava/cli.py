@@ -148,6 +148,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in llava-hf's layout, or a llava-hf one in LLaVA's."""
     from llava.model import convert as conversion
+    from llava.model.weights import parse_dtype
 
     conversion.convert(
         source,
@@ -156,7 +157,7 @@ def convert(
         model_base=model_base,
         vision_tower=vision_tower,
         template=template,
-        dtype=conversion.parse_dtype(dtype),
+        dtype=parse_dtype(dtype),
         drop_reduction=drop_reduction,
         overwrite=overwrite,
     )

@@ -8,6 +8,9 @@ Shape letters: N images, T tiles of one image (the whole image first), H and W t
 from __future__ import annotations
 
 import ast
+import base64
+import binascii
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -15,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -73,6 +77,18 @@ def _integer_grey(image: Image.Image) -> Image.Image:
         )
     grey = (values >> (bits - 8)).astype(np.uint8)
     return Image.fromarray(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """The image that a table holds as base64 text, as MMBench's do.
+
+    Raises:
+        ValueError: the text is no base64, or no image.
+    """
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(image)))
+    except (binascii.Error, UnidentifiedImageError) as error:
+        raise ValueError(f"{image[:40]!r}... is no image in base64 ({error}); write the table again") from error
 
 
 def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...]) -> Image.Image:
@@ -345,3 +361,27 @@ def get_model_name_from_path(model_path: str) -> str:
     """A display name for a checkpoint: its folder, with the run's name in front for `checkpoint-N`."""
     parts = model_path.strip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Ends a row where its answer has come to one of several texts: `generate(stopping_criteria=[this])`.
+
+    Args:
+        keywords: texts such as "</s>" or "###", special tokens included.
+        tokenizer: of the language model.
+        input_ids: [B, S], the prompt; not looked at, whether or not `generate` hands it on.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor) -> None:
+        self.keywords, self.tokenizer = list(keywords), tokenizer
+        self._prompt = input_ids[0]
+        self._longest = max((len(keyword.encode()) for keyword in keywords), default=0)  # a token is a byte or more
+
+    def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Which rows are done, bool [B]; `output_ids` [B, new] or [B, S + new]."""
+        start = len(self._prompt)
+        begins = output_ids.shape[1] >= start and torch.equal(output_ids[0, :start].cpu(), self._prompt.cpu())
+        new = output_ids[:, start:] if begins else output_ids
+        tails = self.tokenizer.batch_decode(new[:, max(0, new.shape[1] - self._longest) :])
+        done = [any(keyword in tail for keyword in self.keywords) for tail in tails]
+        return torch.tensor(done, device=output_ids.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,9 @@ from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
-from llava.train.arguments import require_package
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
 from llava.train.checkpoint_folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
-from llava.train.data import prepare_data, report_rejects
+from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
@@ -32,6 +33,9 @@ from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
+
+# What LLaVA's programs import from its module of this name.
+__all__ = ["DataArguments", "ModelArguments", "TrainingArguments", "main", "make_supervised_data_module", "train"]
 
 # How far a run goes, and what it says and keeps on the way; with other values of these it is the same run.
 NOT_SHAPING = (
@@ -62,8 +66,13 @@ def main(argv: list[str]) -> None:
     train(parse_args(argv))
 
 
-def train(arguments: Arguments) -> LLaVATrainer | None:
+def train(arguments: Arguments | None = None, attn_implementation: str | None = None) -> LLaVATrainer | None:
     """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Args:
+        arguments: of the run; None: those of the command line, as LLaVA's `train_mem.py` wants it.
+        attn_implementation: not read. That program passes flash_attention_2, which is taken wherever it can run; the
+            flag of this name chooses another.
 
     Returns:
         The trainer, or None where `output_dir` has the result of these steps already.
@@ -71,6 +80,10 @@ def train(arguments: Arguments) -> LLaVATrainer | None:
     Raises:
         RunStoppedError: a signal ended it before its last step.
     """
+    del attn_implementation
+    if arguments is None:
+        set_up_logging()
+        arguments = parse_args(sys.argv[1:])
     with holding_output_dir(arguments):
         return _train(arguments)
 
