@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
 from llava.train.preflight.models import check_model
 from llava.train.preflight.samples import check_images_exist, check_samples
+from llava.train.problems import Problems
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +37,24 @@ def examine(path: str | Path, overrides: list[str], device_gib: float | None = N
         All findings. A check that cannot go on leaves the others running.
     """
     report = Report()
-    with report.catch("settings"):
-        flags, options = load_config(path, overrides)
-        arguments = check_args(flags)
-        training = arguments.training
-        if training.global_batch_size:
-            training.gradient_accumulation_steps = accumulation_steps(
-                training.global_batch_size, training.per_device_train_batch_size, processes_of(options)
-            )
+    problems = Problems()
+    with problems.catch():
+        flags, options = load_config(path, overrides, problems)
+        arguments = problems.check(check_args, flags)
+        if arguments is not None:
+            problems.check(_derive_accumulation, arguments.training, processes_of(options))
+    for problem in problems.found:
+        report.add("settings", problem)
+    if not problems.found:
         _examine_run(arguments, options, device_gib, report)
     return report
+
+
+def _derive_accumulation(training: Any, processes: int) -> None:
+    if training.global_batch_size:
+        training.gradient_accumulation_steps = accumulation_steps(
+            training.global_batch_size, training.per_device_train_batch_size, processes
+        )
 
 
 def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float | None, report: Report) -> None:
@@ -92,8 +102,10 @@ def processes_of(options: LaunchOptions) -> int:
     if not options.hostfile:
         return here
     lines = Path(options.hostfile).read_text(encoding="utf-8").splitlines()
-    slots = [line.split("slots=")[1].split()[0] for line in lines if "slots=" in line.split("#")[0]]
-    return sum(map(int, slots)) or here
+    slots = re.findall(r"^[^#]*\bslots=(\d+)", "\n".join(lines), re.MULTILINE)
+    if not sum(map(int, slots)):
+        raise ValueError(f"hostfile={options.hostfile}: expected a line `HOST slots=GPUS` for each machine")
+    return sum(map(int, slots))
 
 
 def summary(report: Report) -> str:
