@@ -11,16 +11,18 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.reduction import ReductionConfig
 from llava.train.arguments import accumulation_steps, runs_on_cpu
 from llava.train.config import LaunchOptions, load_config
 from llava.train.data import load_dataset
-from llava.train.modeling import load_tokenizer, read_config
+from llava.train.modeling import load_tokenizer, read_config, run_kind
 from llava.train.parsing import Arguments, check_args
 from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
 from llava.train.preflight.models import check_model
 from llava.train.preflight.samples import check_images_exist, check_samples
 from llava.train.problems import Problems
+from llava.train.resume import check_checkpoint, check_result, checkpoint_to_resume, run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +71,26 @@ def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float
     length = arguments.training.model_max_length
     if data is not None:
         length = check_samples(data, report, count.count if count else None, length)
+    if arguments.training.fp16 and runs_on_cpu(arguments.training):
+        report.add("fp16", "it needs a GPU, and this machine has none", WARNING)
     if model is not None:
         here = options.num_gpus or max(1, torch.cuda.device_count())
         device = int(device_gib * GIB) if device_gib is not None else _device_memory(arguments, here)
         world_size = processes_of(options)
         check_memory(report, estimate_memory(model, arguments, world_size, length), device)
         check_disk(report, model, arguments, 0 if data is None else len(data), world_size)
+        _check_output_dir(arguments, model, data, world_size, report)
+
+
+def _check_output_dir(arguments: Arguments, model: Any, data: Any, processes: int, report: Report) -> None:
+    """Whether what lies in `output_dir` belongs to this run."""
+    training = arguments.training
+    with report.catch("output_dir"):
+        check_result(training.output_dir, run_kind(arguments))
+    with report.catch("checkpoint"):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        settings = run_settings(arguments, ReductionConfig.of_model(base.config), data, processes)
+        check_checkpoint(checkpoint_to_resume(training), settings, training.resume_changed)
 
 
 def _device_memory(arguments: Arguments, processes: int) -> int | None:

@@ -21,10 +21,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.reduction.base import EncoderReducer, ProjectorReducer
-from llava.train.arguments import TrainingArguments
+from llava.train.arguments import TrainingArguments, split_names
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.checkpoint_folders import CannotWriteError, remove_old_checkpoints, write_errors_named, write_file_list
 from llava.train.metrics_file import MetricsFile, TrainingBar
+from llava.train.resume import RATES, SETTINGS_FILE
 from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
 from llava.train.statistics import VisualTokenMeter
@@ -33,6 +34,7 @@ from llava.train.stop import RunStoppedError, StopOnSignal, ignore_signals
 logger = logging.getLogger(__name__)
 
 STAGING = ".incomplete"
+GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps")  # of an optimizer's group of weights
 PENDING_LOSS_FILE = "pending_loss.json"
 
 
@@ -98,6 +100,7 @@ class LLaVATrainer(Trainer):
 
     Args:
         kind: what is trained, and so what a checkpoint holds.
+        settings: of the run, as a checkpoint keeps them; see `llava.train.resume`.
         kwargs: those of transformers' Trainer.
     """
 
@@ -105,8 +108,10 @@ class LLaVATrainer(Trainer):
         args: TrainingArguments
         model: Any
 
-    def __init__(self, *, kind: RunKind, **kwargs: Any) -> None:
+    def __init__(self, *, kind: RunKind, settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._settings = settings
+        self._asked_groups: list[dict[str, Any]] = []
         self.add_callback(_OnScheduleCallback)
         self.add_callback(_FirstLineCallback(self))
         self._stop = StopOnSignal()
@@ -154,7 +159,10 @@ class LLaVATrainer(Trainer):
             if kwargs.keys() & {"params", "model", "optimizer_dict"}:
                 raise ValueError(f"--optim {self.args.optim} groups weights itself: leave out --mm_projector_lr")
             self.optimizer_cls_and_kwargs = (cls, {**kwargs, "params": self._parameter_groups(model, rates)})
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        groups = getattr(optimizer, "param_groups", [])
+        self._asked_groups = [{k: v for k, v in group.items() if k in GROUP_SETTINGS} for group in groups]
+        return optimizer
 
     def _parameter_groups(self, model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
         names = parameter_group_names(model, set(self.get_decay_parameter_names(model)), set(rates))
@@ -247,6 +255,8 @@ class LLaVATrainer(Trainer):
                 self._save_pending_loss(staging / name)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    if self._settings is not None:
+                        (staging / name / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=1))
                     self._publish_checkpoint(staging / name, run_dir / name)
         except CannotWriteError:
             shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint would take the space of a whole one
@@ -296,6 +306,19 @@ class LLaVATrainer(Trainer):
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers', except that rates that `--resume_changed` names are this run's, not the checkpoint's."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not set(split_names(self.args.resume_changed or "")) & set(RATES):
+            return
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule.base_lrs = [group["lr"] for group in self._asked_groups]
+        for group, asked, part in zip(
+            self.optimizer.param_groups, self._asked_groups, schedule.lr_lambdas, strict=True
+        ):
+            group.update(asked, initial_lr=asked["lr"], lr=asked["lr"] * part(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
