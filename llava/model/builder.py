@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
-from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_weights, strip_prefixes
+from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_weights, strip_prefixes, weights_mark
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ LLAVA_1_5 = {
 }
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 LORA_WEIGHTS = "non_lora_trainables.bin"
+MERGED_KEY = "merged_adapters"  # of config.json: marks of the adapters that were added to the weights
 PROJECTOR_WEIGHTS = "mm_projector.bin"
 # Patterns that bitsandbytes' modules are matched with, from the start of the name.
 NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.vision_tower", "lm_head"]
@@ -154,21 +156,26 @@ def _open_lora(
         raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
     weights = read_weights(folder / LORA_WEIGHTS)
     model = _open_on_base(folder, base, tower, weights, kwargs)
-    return _Checkpoint(_add_adapter(model, folder, merge), _tokenizer(folder, base))
+    return _Checkpoint(_add_adapter(model, folder, local_folder(base), merge), _tokenizer(folder, base))
 
 
-def _add_adapter(model: Any, folder: Path, merge: bool) -> Any:
+def _add_adapter(model: Any, folder: Path, base: Path, merge: bool) -> Any:
     """Put a PEFT adapter into the modules that its weights name.
 
     Those names say more than `target_modules`, whose short names match modules of the vision tower too.
 
     Raises:
-        ValueError: weights for modules that the model does not have.
+        ValueError: weights for modules that the model does not have, or that `base` has taken up already.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     weights = read_weights(next((f for f in files if f.is_file()), files[0]))
+    base_config = read_json(base / "config.json")
+    raise_if_merged(folder, weights, base_config, base)
+    if merge:
+        merged = [*(base_config.get(MERGED_KEY) or []), weights_mark(weights)]
+        setattr(model.config, MERGED_KEY, merged)
     # Releases before transformers 5 had one module more between the tower and its encoder.
     weights = {k.replace("vision_tower.vision_model.", "vision_tower."): v for k, v in weights.items()}
     targets = {k.removeprefix("base_model.model.").split(".lora_")[0] for k in weights if ".lora_" in k}
@@ -183,6 +190,24 @@ def _add_adapter(model: Any, folder: Path, merge: bool) -> Any:
         unexpected=list(result.unexpected_keys),
     )
     return adapted.merge_and_unload() if merge else adapted.base_model.model
+
+
+def raise_if_merged(
+    folder: str | os.PathLike, adapter: Mapping[str, Tensor], base_config: Mapping[str, Any], base: str | os.PathLike
+) -> None:
+    """Raise a ValueError where a base has taken up an adapter already: it would count twice.
+
+    Args:
+        folder: of the adapter.
+        adapter: its weights.
+        base_config: config.json of the base.
+        base: what the base is called.
+    """
+    if weights_mark(adapter) in (base_config.get(MERGED_KEY) or []):
+        raise ValueError(
+            f"{os.fspath(folder)} has been merged into {os.fspath(base)} already and would count twice: use that "
+            "checkpoint alone, or the adapter with the base that it was trained on"
+        )
 
 
 def _open_projector(
