@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+OVERWRITE = "Replace what this program wrote there; other files are never replaced."
+
 app = typer.Typer(
     help="Train LLaVA-style models with fewer visual tokens.",
     no_args_is_help=True,
@@ -72,6 +74,9 @@ def evaluate(
     question_file: Annotated[Path, typer.Option(help="LLaVA's JSON lines: question_id, image, text.")],
     answers_file: Annotated[Path, typer.Option(help="Where the answers go, as JSON lines.")],
     image_folder: Annotated[str, typer.Option(help="Folder that image names start from.")] = "",
+    image_access: Annotated[
+        str, typer.Option("--image-access", "--image_access", help="folder, disk (any file) or remote (URLs too).")
+    ] = "folder",
     model_base: Annotated[str | None, typer.Option(help="Base of a LoRA or projector-only folder.")] = None,
     vision_tower: Annotated[str | None, typer.Option(help="In place of the config's mm_vision_tower.")] = None,
     reduction: Annotated[
@@ -82,12 +87,14 @@ def evaluate(
     num_beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Questions that are answered at once.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an answers file that exists.")] = False,
 ) -> None:
     """Answer a file of questions about images, as LLaVA's model_vqa does."""
     from llava.eval import model_vqa
 
     options = model_vqa.VqaOptions(
         image_folder=image_folder,
+        image_access=image_access,
         conv_mode=conv_mode,
         temperature=temperature,
         num_beams=num_beams,
@@ -102,6 +109,7 @@ def evaluate(
         vision_tower=vision_tower,
         reduction=reduction,
         options=options,
+        overwrite=overwrite,
     )
 
 
@@ -112,11 +120,14 @@ def merge(
     model_base: Annotated[str | None, typer.Option(help="Its base; default: the one that the folder names.")] = None,
     vision_tower: Annotated[str | None, typer.Option(help="In place of the config's mm_vision_tower.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32; default: the checkpoint's.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Write a LoRA or projector-only folder and its base as one full checkpoint."""
     from llava.train.merge import merge_checkpoint
 
-    merge_checkpoint(model_path, output, model_base=model_base, vision_tower=vision_tower, dtype=dtype)
+    merge_checkpoint(
+        model_path, output, model_base=model_base, vision_tower=vision_tower, dtype=dtype, overwrite=overwrite
+    )
 
 
 @app.command()
@@ -133,7 +144,7 @@ def convert(
     drop_reduction: Annotated[
         bool, typer.Option("--drop-reduction", help="Write a model with reduced visual tokens as one that gets all.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Write a checkpoint in llava-hf's layout, or a llava-hf one in LLaVA's."""
     from llava.model import convert as conversion

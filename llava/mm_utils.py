@@ -11,11 +11,10 @@ import ast
 import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -23,36 +22,6 @@ Size = tuple[int, int]
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 """Allowed values of `image_aspect_ratio`; None means square."""
-
-
-def load_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read an image file completely, as RGB. The EXIF orientation is not applied, as in LLaVA.
-
-    Args:
-        path: of the file, or the opened file.
-        name: what a message calls it; default: the path.
-
-    Raises:
-        ValueError: the file is missing, truncated or no image; the message names it.
-    """
-    name = name or str(path)
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"image {name!r} does not exist; check the file name and the image folder it is looked up in"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"image {name!r} is in no format that Pillow reads; replace it or remove its sample"
-        ) from error
-    # Pillow reports broken contents by several types, a bad PNG chunk for one as SyntaxError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"image {name!r} cannot be read ({error}); it may be truncated: copy or download it again, "
-            "or remove its sample"
-        ) from error
 
 
 def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...]) -> Image.Image:
@@ -220,13 +189,31 @@ def _process_image(image: Image.Image, processor: Any, aspect_ratio: str | None,
     raise ValueError(f"unknown image_aspect_ratio {aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}")
 
 
+def _rgb_pictures(images: Any) -> list[Image.Image]:
+    """Pictures as RGB.
+
+    Raises:
+        ValueError: no list of pictures, or one that Pillow can't convert without loss.
+    """
+    if not isinstance(images, list | tuple):
+        raise ValueError(f"images are {type(images).__name__}: expected a list of PIL pictures, [picture] for one")
+    for i, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image {i} is {type(image).__name__}: expected a PIL picture, Image.open(path)")
+        if min(image.size) < 1:
+            raise ValueError(f"image {i} has {image.size[0]} x {image.size[1]} pixels: there is nothing to see")
+        if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip every value to 255
+            raise ValueError(f"image {i} has mode {image.mode!r}: scale it to 8 bits and convert it to RGB first")
+    return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+
+
 def process_images(
     images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Pixel values of RGB images, prepared as `model_cfg.image_aspect_ratio` says.
+    """Pixel values of images, prepared as `model_cfg.image_aspect_ratio` says.
 
     Args:
-        images: PIL images.
+        images: PIL pictures; those that are not RGB are converted.
         image_processor: image processor of the vision tower (CLIP, SigLIP).
         model_cfg: has `image_aspect_ratio` (None and "square": the processor alone, "pad": on a square of the
             mean colour, "anyres": tiles) and, for anyres, `image_grid_pinpoints`.
@@ -236,10 +223,21 @@ def process_images(
         shapes agree, else as a list.
 
     Raises:
-        ValueError: unknown `image_aspect_ratio`, or malformed `image_grid_pinpoints`.
+        ValueError: no list of pictures, unknown `image_aspect_ratio`, malformed `image_grid_pinpoints`, or settings of
+            the processor that give NaN or infinity.
     """
+    if not callable(getattr(image_processor, "preprocess", None)):
+        raise ValueError(
+            f"image_processor is {type(image_processor).__name__}: expected the one that load_pretrained_model returns"
+        )
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    pixels = [_process_image(image, image_processor, aspect_ratio, model_cfg) for image in images]
+    pictures = _rgb_pictures(images)
+    pixels = [_process_image(picture, image_processor, aspect_ratio, model_cfg) for picture in pictures]
+    if not all(bool(one.isfinite().all()) for one in pixels):
+        raise ValueError(
+            "the image processor makes NaN or infinity: check image_mean, image_std and rescale_factor in its "
+            "preprocessor_config.json"
+        )
     if pixels and all(one.shape == pixels[0].shape for one in pixels):
         return torch.stack(pixels)
     return pixels
@@ -266,8 +264,15 @@ def tokenizer_image_token(
         return_tensors: None for a list, "pt" for a LongTensor [S].
 
     Raises:
-        ValueError: `return_tensors` is neither.
+        ValueError: `return_tensors` is neither, or the prompt is no text.
     """
+    if not callable(tokenizer) or type(image_token_index) is not int:
+        raise ValueError(
+            f"tokenizer={type(tokenizer).__name__}, image_token_index={image_token_index!r}: expected the tokenizer "
+            "that load_pretrained_model returns, and a whole number"
+        )
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt={prompt!r}: expected one prompt as a text; call this for each prompt of a list")
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors={return_tensors!r} is not supported; use None or 'pt'")
     ids: list[int] = []

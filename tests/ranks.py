@@ -118,6 +118,14 @@ def train_in_ranks(flags: list[str], ranks: int, log: Path) -> None:
     assert codes == [0] * ranks, f"exit codes {codes}:\n{run.printed()[-4000:]}"
 
 
+def redirect_output(log: str) -> None:
+    """Append what this process prints to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+
+
 def kill_in_step(rank: int, victim: int, number: int) -> None:
     """Trap: the rank `victim` gets SIGKILL in the forward pass of its micro-batch `number`, counted from 1."""
     from llava.train.trainer import LLaVATrainer
@@ -173,10 +181,7 @@ def _rank(
     before: Callable[..., None] | None,
     arguments: tuple[Any, ...],
 ) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    redirect_output(log)
     multiprocessing.set_start_method("fork", force=True)  # for data loading, as where a launcher starts the ranks
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
     from llava.train.process import leave, run_and_report

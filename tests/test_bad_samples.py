@@ -91,13 +91,13 @@ def test_rejects_of_several_processes_are_joined(tmp_path: Path) -> None:
     for rank, indices in enumerate(([2, 0], [1, 2])):
         rejects = Rejects(tmp_path, rank)
         for index in [*indices, indices[0]]:
-            rejects.add(f"s{index}", "a.json", index, BadSampleError("image", "gone"))
+            rejects.add(f"s{index}", "a.json", index, BadSampleError("gone", "image"))
         assert len(rejects.path.read_text().splitlines()) == len(indices)
     with (tmp_path / "rejects.rank1.jsonl").open("a") as file:
         file.write('{"id": "cut o')  # of a process that was killed
     assert [entry["id"] for entry in join_rejects(tmp_path)] == ["s0", "s1", "s2"]
     assert [path.name for path in tmp_path.iterdir()] == ["rejects.jsonl"]
-    Rejects(tmp_path).add("s7", "a.json", 7, BadSampleError("image", "gone"))  # after a resumption
+    Rejects(tmp_path).add("s7", "a.json", 7, BadSampleError("gone", "image"))  # after a resumption
     assert [entry["id"] for entry in join_rejects(tmp_path)] == ["s0", "s1", "s2", "s7"]
 
 

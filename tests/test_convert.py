@@ -242,7 +242,7 @@ def test_targets_are_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"exists and is not empty.*--overwrite"):
         convert(source, target)
     convert(source, target, overwrite=True)
-    assert not (target / "notes.txt").exists() and (target / "config.json").is_file()
+    assert (target / "notes.txt").read_text() == "mine" and (target / "config.json").is_file()
     with pytest.raises(ValueError, match="is the source"):
         convert(source, tmp_path / "hf" / ".." / "ours", overwrite=True)
     with pytest.raises(ValueError, match="has the llava-hf layout already"):

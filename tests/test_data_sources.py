@@ -313,8 +313,8 @@ def test_processes_may_convert_at_the_same_time(folder: Path) -> None:
 
 
 def test_a_conversion_that_fails_leaves_nothing_to_read(folder: Path) -> None:
-    path = folder / "data.jsonl"
-    path.write_text(json.dumps(text_sample(1)) + "\n{broken\n")
+    path = folder / "data.json"
+    path.write_text("[" + json.dumps(text_sample(1)) + ",\n{broken\n")
     for _ in range(2):
         with pytest.raises(ValueError, match="line 2"):
             load_table(str(path), "v1", str(folder / "cache"))

@@ -192,7 +192,8 @@ def test_a_data_file_that_cannot_be_read(world: TinyWorld, tmp_path: Path) -> No
     (tmp_path / "bad.jsonl").write_text('{"id": }\n')
     code, lines = doctor(recipe(world, tmp_path, data_path=tmp_path / "bad.jsonl"))
     assert code == 1
-    assert re.match(r"error: data: data file .*bad\.jsonl' is malformed JSON at line 1", lines[0])
+    found = r"error: format: 1 sample \(index 0 of .*\); the first: data file .*bad\.jsonl' is malformed JSON at line 1"
+    assert re.match(found, lines[0])
 
 
 def test_a_global_batch_that_cannot_be(world: TinyWorld, tmp_path: Path) -> None:

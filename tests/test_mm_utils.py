@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
+from llava.data.images import load_image
 from llava.mm_utils import (
     divide_to_patches,
     expand2square,
     get_anyres_image_grid_shape,
     get_image_side,
     get_model_name_from_path,
-    load_image,
     parse_grid_pinpoints,
     process_anyres_image,
     process_images,
@@ -144,31 +144,37 @@ def test_squares_tiles_and_padding() -> None:
     assert [tile.getpixel((0, 0)) for tile in divide_to_patches(numbered, 2)] == [0, 1]
 
 
-def test_load_image_converts_and_names_what_it_cannot_read(tmp_path: Path) -> None:
-    grey = tmp_path / "grey.png"
-    Image.effect_noise((64, 64), 50).save(grey)
-    assert load_image(grey).mode == "RGB"
-    with pytest.raises(ValueError, match=r"gone\.png.*does not exist; check"):
-        load_image(tmp_path / "gone.png")
-    for suffix in ("png", "jpg"):
-        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-        Image.effect_noise((64, 64), 50).save(whole)
-        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-        with pytest.raises(ValueError, match=rf"cut\.{suffix}.*truncated"):
-            load_image(cut)
-    text = tmp_path / "text.png"
-    text.write_text("no image")
-    with pytest.raises(ValueError, match=r"text\.png.*no format that Pillow reads"):
-        load_image(text)
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_image(tmp_path)
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "images are NoneType: expected a list of PIL pictures"),
+        (Image.new("RGB", (4, 4)), r"images are Image: expected a list of PIL pictures, \[picture\] for one"),
+        (["a.png"], r"image 0 is str: expected a PIL picture, Image.open\(path\)"),
+        ([Image.new("RGB", (4, 4)), torch.zeros(3, 4, 4)], "image 1 is Tensor: expected a PIL picture"),
+        ([Image.new("I;16", (4, 4))], "image 0 has mode 'I;16': scale it to 8 bits"),
+        ([Image.new("F", (4, 4))], "image 0 has mode 'F'"),
+        ([Image.new("RGB", (0, 4))], "image 0 has 0 x 4 pixels"),
+    ],
+)
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_what_is_no_list_of_pictures(aspect_ratio: str, images: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        process_images(images, clip(), config(aspect_ratio))
 
 
-def test_orientation_in_exif_is_left_alone(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (4, 2)
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK"])
+def test_pictures_of_other_modes_become_rgb(mode: str) -> None:
+    image = Image.new("RGB", (40, 30), "white").convert(mode)
+    expected = process_images([image.convert("RGB")], clip(), config("pad"))
+    assert torch.equal(process_images([image], clip(), config("pad")), expected)
+
+
+def test_a_processor_that_makes_no_numbers() -> None:
+    broken = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_std=[0, 0, 0])
+    with pytest.raises(ValueError, match="the image processor makes NaN or infinity: check image_mean, image_std"):
+        process_images([Image.new("RGB", (40, 30))], broken, config("square"))
+    with pytest.raises(ValueError, match="image_processor is NoneType: expected the one that load_pretrained_model"):
+        process_images([Image.new("RGB", (40, 30))], None, config("square"))
 
 
 class Letters:
@@ -188,6 +194,10 @@ def test_tokenizer_image_token() -> None:
     tensor = tokenizer_image_token("a", tokenizer, return_tensors="pt")
     assert isinstance(tensor, torch.Tensor)
     assert tensor.tolist() == [1, 97]
+    with pytest.raises(ValueError, match="expected one prompt as a text"):
+        tokenizer_image_token(["a"], tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokenizer=NoneType, image_token_index=-200: expected the tokenizer"):
+        tokenizer_image_token("a", None)
     with pytest.raises(ValueError, match="return_tensors='np'"):
         tokenizer_image_token("a", tokenizer, return_tensors="np")
 

@@ -333,3 +333,15 @@ def test_visual_token_counts() -> None:
     reduced = model.count_visual_tokens(images, SIZES)
     assert [count for count, _ in reduced] == before
     assert all(after < count for count, after in reduced)
+
+
+def test_a_batch_of_text_in_half_precision_stays_finite() -> None:
+    model = tiny_model().half().train()
+    projector = model.get_model().mm_projector
+    with torch.no_grad():
+        projector[2].bias.fill_(200.0)  # every visual token is finite, their sum is not
+    embeds = model.splice_images(prompt(7).unsqueeze(0)).inputs_embeds
+    assert embeds.isfinite().all()
+    embeds.float().sum().backward()
+    gradients = [weight.grad for weight in projector.parameters()]  # all there: DDP and ZeRO wait for each
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -330,3 +330,40 @@ def test_samplers_say_what_is_wrong(name: str, options: dict[str, Any], message:
         build(name, **options)
     with pytest.raises(ValueError, match="do not fit the tower's grid of 2 x 2"):
         build("spatial", rows=3, columns=1)(VisionFeatures(torch.zeros(1, 4, 2), grid=(2, 2)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "prumerge", "ratio": 0.25, "neighbours": 3},
+        {"name": "prumerge", "variant": "paper", "attention": "received", "ratio": 0.25},
+        {"name": "prumerge_plus", "ratio": 0.25, "neighbours": 3},
+        {"name": "trim", "ratio": 0.25},
+        {"name": "trim", "variant": "paper", "ratio": 0.25},
+    ],
+    ids=str,
+)
+def test_autocast_does_not_change_the_choice(method: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, p, c = 8, 256, 32
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vision = VisionFeatures(
+        normal(n, p, c),
+        grid=(16, 16),
+        keys=normal(n, 1 + p, c),
+        queries=normal(n, 1 + p, c),
+        num_heads=4,
+        patch_embeds=normal(n, p, c),
+        text=normal(n, c),
+    )
+    options = {key: value for key, value in method.items() if key != "name"}
+    reducer = build(method["name"], **options)
+    expected = reducer(vision)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = reducer(vision)
+    assert torch.equal(tokens.source, expected.source)
+    # The tokens themselves may be rounded to 16 bits; a neighbour more or less is more than that.
+    torch.testing.assert_close(tokens.features.float(), expected.features, atol=0.05, rtol=0.02)

@@ -7,13 +7,16 @@ import json
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llava.files import write_file_list
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints, write_file_list
+from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints
 from llava.train.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
 from tests.ranks import Ranks, kill_in_step, kill_while_writing, slow_steps, train_in_ranks, zero_flags
@@ -168,6 +171,122 @@ def test_signals_have_their_old_meaning_after_training(world: TinyWorld, tmp_pat
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     train(parse_args(flags_of("projector", 0, world, tmp_path, max_steps=1)))
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+# The end of a run ------------------------------------------------------------------------------------------------
+
+
+def write_slowly(rank: int, seconds: float) -> None:
+    """Trap: the writing of the result is announced and takes longer."""
+    from llava.train import trainer
+
+    whole = trainer.save_run
+
+    def save_run(*args: Any, **kwargs: Any) -> None:
+        if kwargs["writer"]:
+            print("the result is being written", flush=True)
+            time.sleep(seconds)
+        whole(*args, **kwargs)
+
+    trainer.save_run = save_run
+
+
+def test_signals_wait_for_the_result(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last step: before the result is written, while it is, and before the state that makes it whole."""
+    from llava.train import trainer as module
+
+    sent: list[int] = []
+
+    def signalled(owner: Any, name: str, number: int) -> None:
+        whole = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def too_early(number: int, frame: Any) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} ends the run")
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    outside = {number: signal.signal(number, too_early) for number in numbers}
+    signalled(module.LLaVATrainer, "raise_if_stopped", signal.SIGUSR1)
+    signalled(module, "save_run", signal.SIGTERM)
+    signalled(module, "atomic_folder", signal.SIGINT)
+    flags = flags_of("projector", 0, world, tmp_path, save_strategy="no", max_steps=2)
+    try:
+        trainer = train(parse_args(flags))
+    finally:
+        for number, handler in outside.items():
+            signal.signal(number, handler)
+    assert sent == [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]
+    assert trainer is not None
+    assert trainer.state.global_step == 2
+    assert train(parse_args(flags)) is None  # it is whole: nothing is left to do
+
+
+@pytest.mark.slow
+def test_no_rank_ends_before_the_result_is_whole(world: TinyWorld, tmp_path: Path) -> None:
+    """A rank that a signal ended by then would make its launcher end the one that writes."""
+    flags = flags_of("projector", 0, world, tmp_path / "run", max_steps=1, save_strategy="no")
+    run = Ranks(flags, 2, log=tmp_path / "log", before=write_slowly, arguments=(1.0,))
+    run.wait_for("the result is being written")
+    time.sleep(0.3)
+    run.signal(signal.SIGTERM, 0, 1)
+    assert run.join() == [0, 0], run.printed()[-3000:]
+    assert run.printed().count("SIGTERM: the last step is under way or done") == 2
+    assert (tmp_path / "run" / "mm_projector.bin").is_file()
+
+
+def mtimes(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("limit", "more"),
+    [
+        ({"max_steps": 3}, {"max_steps": 4}),
+        ({"max_steps": 3, "streaming": True}, {"max_steps": 4, "streaming": True}),
+        ({"max_steps": None, "num_train_epochs": 1.5}, {"max_steps": None, "num_train_epochs": 2}),
+    ],
+)
+def test_a_finished_run_is_left_as_it_is(
+    limit: dict[str, Any], more: dict[str, Any], world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Started again it says so; with more steps or epochs it goes on."""
+    caplog.set_level("INFO", "llava")
+
+    def start(settings: dict[str, Any]) -> Any:
+        return train(parse_args(flags_of("projector", 0, world, tmp_path, **settings)))
+
+    end = start(limit).state.global_step
+    before = mtimes(tmp_path)
+    caplog.clear()
+    assert start(limit) is None
+    assert mtimes(tmp_path) == before
+    assert f"{tmp_path} holds the result of this run, after step {end}" in caplog.text
+    trainer = start(more)
+    assert trainer.state.global_step == trainer.state.max_steps == end + 1
+    assert list(losses(tmp_path)) == list(range(1, end + 2))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_checkpoint_of_the_last_step_becomes_the_result(streaming: bool, world: TinyWorld, tmp_path: Path) -> None:
+    """As where a run was killed while it wrote the result: no step is trained beyond the last."""
+    settings = {"max_steps": 3, "save_steps": 3, "streaming": streaming}
+    flags = flags_of("projector", 0, world, tmp_path, **settings)
+    train(parse_args(flags))
+    weights = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    (tmp_path / "mm_projector.bin").unlink()
+    trainer = train(parse_args(flags))
+    assert trainer is not None
+    assert trainer.state.global_step == 3
+    again = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "train_loss" not in last
 
 
 # Torn checkpoints and full disks ---------------------------------------------------------------------------------

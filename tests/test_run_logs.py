@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import integration_utils
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.train import statistics
+from llava.train import parsing, statistics
 from llava.train.flops import FlopsModel, peak_flops, utilization
 from llava.train.metrics_file import TrainingBar, drop_later_lines
 from llava.train.parsing import parse_args
@@ -292,6 +294,34 @@ def test_trackers_offline(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.
     board.Reload()
     assert {"train/loss", "train/tokens_per_second", "train/padding"} <= set(board.Tags()["scalars"])
     assert trainer.state.global_step == 2
+
+
+def test_a_run_that_goes_on_keeps_its_wandb_run(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            opened.append((os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]))
+
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.delenv("WANDB_RESUME", raising=False)
+    monkeypatch.setattr(parsing, "require_package", lambda name, flag: None)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    settings = {"tune_mm_mlp_adapter": True, "report_to": "wandb", "save_strategy": "steps", "save_steps": 1}
+    for steps in (1, 2):
+        run(world, tmp_path / "first", **settings, max_steps=steps)
+    run(world, tmp_path / "second", **settings, max_steps=1)
+    (first, resume), again, (second, _) = opened
+    assert (first, resume) == again
+    assert resume == "allow"
+    assert second != first
+    assert "WANDB_RUN_ID" not in os.environ
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_RESUME", "must")
+    run(world, tmp_path / "third", **settings, max_steps=1)
+    assert opened[3] == ("mine", "must")
 
 
 def test_time_left_of_a_run_that_goes_on() -> None:

@@ -264,7 +264,7 @@ def test_a_token_that_ranks_is_never_dropped() -> None:
     for seed in range(5):
         inputs = {"input_ids": prompt(4, "image", seed=seed).unsqueeze(0), "images": torch.randn(1, 3, SIDE, SIDE)}
         spliced = model.splice_images(**inputs)
-        staged = StagedPass(spliced.image_index)
+        staged = StagedPass(spliced.image_index, reducer=model.model.decoder_reducer)
         model.get_model()(inputs_embeds=spliced.inputs_embeds, staged=staged)
         assert staged.kept is not None
         assert staged.kept.tolist() == [[0, 1, 2, 3, 4, spliced.image_index.shape[1] - 1]]
@@ -471,7 +471,7 @@ def test_a_sample_without_answer_passes_undropped() -> None:
     model = staged_model().train()
     batch = padded("right")
     spliced = model.splice_images(**batch, labels=training_batch()["labels"])
-    staged = StagedPass(spliced.image_index, spliced.labels)
+    staged = StagedPass(spliced.image_index, spliced.labels, reducer=model.model.decoder_reducer)
     model.get_model()(
         inputs_embeds=spliced.inputs_embeds,
         attention_mask=spliced.attention_mask,
@@ -521,7 +521,7 @@ def test_adapted_weights_rank() -> None:
 def kept_columns(model: Any, batch: dict[str, Any]) -> list[list[int]]:
     """Columns of the spliced batch that reach the last layer."""
     spliced = model.splice_images(**batch)
-    staged = StagedPass(spliced.image_index)
+    staged = StagedPass(spliced.image_index, reducer=model.model.decoder_reducer)
     model.get_model()(
         inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, staged=staged, use_cache=False
     )
@@ -590,3 +590,22 @@ def test_the_method_is_kept_in_the_config(tmp_path: Any) -> None:
     inputs = {"input_ids": prompt(3, "image", 4).unsqueeze(0), "images": torch.randn(1, 3, SIDE, SIDE)}
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(**inputs).logits, model(**inputs).logits, **CLOSE)
+
+
+def test_autocast_does_not_round_the_ranking() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, length, width = 2, 40, 16
+    identity = torch.nn.Identity()  # autocast leaves it alone, so that only the ranking itself can round
+    attention = SimpleNamespace(q_proj=identity, k_proj=identity, head_dim=8, scaling=8**-0.5)
+    angles = torch.rand(1, length, 8, generator=generator)
+    given = LayerInput(
+        layer=SimpleNamespace(input_layernorm=identity, self_attn=attention),  # type: ignore[arg-type]
+        hidden=torch.randn(b, length, width, generator=generator),
+        position_embeddings=(angles.cos(), angles.sin()),
+        mask=torch.ones(b, length, dtype=torch.bool),
+        queries=torch.full((b, 1), length - 1),
+        query_mask=torch.ones(b, 1, dtype=torch.bool),
+    )
+    expected = received_attention(given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(received_attention(given), expected)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from llava.train import torchrun
-from tests.ranks import free_port
+from tests.ranks import Ranks, free_port
 from tests.tiny_world import ROOT, TinyWorld, make_tiny_world
 
 # A rank that needs a while to end after a signal, with a child of its own that must not be signalled.
@@ -100,6 +100,37 @@ def test_exit_codes_by_torchrun(tmp_path: Path) -> None:
     program.write_text("import os, sys; sys.exit(75 if os.environ['RANK'] == '1' else 0)")
     arguments = ["--nproc_per_node", "2", "--master_port", str(free_port()), str(program)]
     assert torchrun.main(arguments) == 75
+
+
+def fail_in_step(rank: int, victim: int, step: int) -> None:
+    """Trap: a rank finds a mistake in a step, in which the others wait for it."""
+    from llava.train.trainer import LLaVATrainer
+
+    whole = LLaVATrainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == victim and self.state.global_step + 1 == step:
+            raise ValueError("sample 'x' can't be read")
+        return whole(self, *args, **kwargs)
+
+    LLaVATrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_not_buried_by_the_others(tmp_path: Path) -> None:
+    """Theirs follow from it: one line, and they stay long enough for a launcher to find the cause's exit code."""
+    world: TinyWorld = make_tiny_world(tmp_path / "world")
+    settings = {"tune_mm_mlp_adapter": True, "data_path": world.captions, "version": "plain", "max_steps": 3}
+    flags = world.flags(tmp_path / "run", **settings)
+    run = Ranks(flags, 2, log=tmp_path / "log", before=fail_in_step, arguments=(1, 2))
+    run.processes[1].join(60)
+    time.sleep(1)
+    assert run.processes[0].is_alive()
+    assert run.join() == [1, 2]
+    printed = run.printed()
+    assert "ERROR llava: sample 'x' can't be read" in printed
+    assert "rank 0 ends because another has ended, which says why (Connection closed by peer)" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from llava.files import atomic_folder
 from llava.model.builder import load_pretrained_model
+from llava.train import modeling
 from llava.train.checkpoint import (
     RunKind,
-    atomic_folder,
     gather,
     load_run,
     part_of,
@@ -139,6 +142,42 @@ def test_config_keeps_what_llava_keeps(world: TinyWorld, tmp_path: Path) -> None
 def test_a_language_model_needs_a_tower(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name one with --vision_tower"):
         run(world, tmp_path, vision_tower=None)
+
+
+def test_types_of_a_quantized_model(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QLoRA's way without bitsandbytes: the layers that it would quantize are plain."""
+    monkeypatch.setattr(modeling, "quantization", lambda training: {})
+    arguments = parse_args(world.flags(tmp_path, **LORA, bf16=True, max_steps=1))
+    arguments.training.bits = 4
+    trainer = train(arguments)
+    assert trainer is not None
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for name, parameter in trainer.model.named_parameters():
+        part = "norm" if part_of(name) == "language_model" and "norm" in name else part_of(name)
+        dtypes.setdefault("trained" if parameter.requires_grad else part, set()).add(parameter.dtype)
+    bf16, float32 = {torch.bfloat16}, {torch.float32}
+    assert dtypes == {"trained": float32, "norm": float32, "language_model": bf16, "vision_tower": bf16}
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_one_process_trains_on_one_gpu(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it sees four, transformers would take nn.DataParallel, which cuts lists of pictures anywhere."""
+    whole = transformers.TrainingArguments.__post_init__
+
+    def with_four_gpus(self: Any) -> None:
+        whole(self)
+        assert self.n_gpu == 0
+        self._n_gpu = 4
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", with_four_gpus)
+    monkeypatch.setattr(nn.DataParallel, "__init__", lambda *_: pytest.fail("nn.DataParallel"))
+    trainer = run(world, tmp_path, **PROJECTOR, max_steps=1)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 2
+    assert "1 of 4 GPUs trains (cpu), since one process was started" in caplog.text
+    assert "num_gpus=4" in caplog.text
 
 
 # Optimizer groups ------------------------------------------------------------------------------------------------

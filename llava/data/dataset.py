@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava.conversation import get_template
+from llava.data.images import IMAGE_ACCESS
 from llava.data.items import ItemMaker
 from llava.data.rejects import Rejects
 from llava.data.sources import DataPath, DataSource, parse_data_path
@@ -40,6 +41,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         image_processor: of the vision tower; may be None where no sample has an image.
         version: name of the prompt template.
         image_folder: folder or URL that image files are looked up in.
+        image_access: where their names may lead; see `llava.data.images.IMAGE_ACCESS`.
         image_aspect_ratio: None or "square", "pad", "anyres"; see `llava.mm_utils.process_images`.
         image_grid_pinpoints: resolutions for anyres.
         mm_use_im_start_end: surround images by `<im_start>` and `<im_end>`.
@@ -65,6 +67,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         *,
         version: str,
         image_folder: str | Path | None = None,
+        image_access: str = IMAGE_ACCESS[0],
         image_aspect_ratio: str | None = None,
         image_grid_pinpoints: str | Sequence[Sequence[int]] | None = None,
         mm_use_im_start_end: bool = False,
@@ -83,6 +86,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
             image_processor,
             version=version,
             image_folder=image_folder,
+            image_access=image_access,
             image_aspect_ratio=image_aspect_ratio,
             image_grid_pinpoints=image_grid_pinpoints,
             mm_use_im_start_end=mm_use_im_start_end,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,11 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Template, get_template
+from llava.data.images import IMAGE_ACCESS, load_image, locate_image, open_image
 from llava.data.preprocessing import parse_rounds, preprocess
 from llava.data.rejects import Rejects
 from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, image_files, sample_name
-from llava.data.sources import is_url
-from llava.mm_utils import leading_ids, load_image, process_images
+from llava.mm_utils import leading_ids, process_images
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class ItemMaker:
         *,
         version: str,
         image_folder: str | Path | None,
+        image_access: str = IMAGE_ACCESS[0],
         image_aspect_ratio: str | None,
         image_grid_pinpoints: str | Sequence[Sequence[int]] | None,
         mm_use_im_start_end: bool,
@@ -52,10 +53,13 @@ class ItemMaker:
             raise ValueError(f"text={text!r}: choose question or conversation")
         if on_bad_sample not in ON_BAD_SAMPLE:
             raise ValueError(f"on_bad_sample={on_bad_sample!r}: choose {' or '.join(ON_BAD_SAMPLE)}")
+        if image_access not in IMAGE_ACCESS:
+            raise ValueError(f"image_access={image_access!r}: choose {', '.join(IMAGE_ACCESS)}")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.version = version
         self.image_folder = str(image_folder or "")
+        self.image_access = image_access
         self.mm_use_im_start_end = mm_use_im_start_end
         self.text = text
         self.on_bad_sample = on_bad_sample
@@ -94,22 +98,24 @@ class ItemMaker:
 
     def _item(self, row: dict[str, Any], image_folder: str | None) -> dict[str, Any]:
         if row["problem"] is not None:
-            raise BadSampleError(row["kind"], row["problem"])
+            raise BadSampleError(row["problem"], row["kind"])
         sample = json.loads(row["sample"])
         name = sample_name(sample, row["index"], row["file"])
-        images = self.images(row, image_folder)
+        pixels, sizes = [], []
+        for image in self.images(row, image_folder):
+            try:
+                pixels.append(self._process(image))
+            except ValueError as error:
+                raise BadSampleError(f"{name}: its image cannot be prepared: {error}", IMAGE) from error
+            sizes.append(image.size)
         ids, labels = self.tokens(sample, name)
-        try:
-            pixels = [self._process(image) for image in images]
-        except ValueError as error:
-            raise BadSampleError(IMAGE, f"{name}: its image cannot be prepared: {error}") from error
         return {
             "id": _id(sample, row["index"]),
             "input_ids": ids,
             "labels": labels,
             "images": pixels,
-            "image_sizes": [image.size for image in images],
-            "text": self._text(sample["conversations"], bool(images)),
+            "image_sizes": sizes,
+            "text": self._text(sample["conversations"], bool(pixels)),
         }
 
     def placeholder(self, sample_id: object) -> dict[str, Any]:
@@ -137,30 +143,37 @@ class ItemMaker:
         except BadSampleError:
             raise
         except ValueError as error:
-            raise BadSampleError(NO_ANSWER, str(error)) from error
+            raise BadSampleError(str(error), NO_ANSWER) from error
         return ids, labels
 
     def locations(self, row: dict[str, Any], image_folder: str | None = None) -> list[str]:
-        """Paths or URLs of a row's images; empty where it holds them itself."""
+        """Paths or URLs of a row's images; empty where it holds them itself.
+
+        Raises:
+            ValueError: one leads where `image_access` does not allow.
+        """
         if row["pictures"]:
             return []
         folder = self.image_folder if image_folder is None else image_folder
         sample = json.loads(row["sample"])
-        return [join_location(folder, file) for file in image_files(sample, sample_name(sample, row["index"], ""))]
+        files = image_files(sample, sample_name(sample, row["index"], ""))
+        return [locate_image(folder, file, self.image_access) for file in files]
 
-    def images(self, row: dict[str, Any], image_folder: str | None = None) -> list[Image.Image]:
-        """A row's images, read completely.
+    def images(self, row: dict[str, Any], image_folder: str | None = None) -> Iterator[Image.Image]:
+        """A row's images, one after the other, read completely.
 
         Raises:
             BadSampleError: one cannot be read.
         """
         try:
             if row["pictures"]:
-                return [load_image(io.BytesIO(content), f"embedded {i}") for i, content in enumerate(row["pictures"])]
-            return [open_image(location) for location in self.locations(row, image_folder)]
+                for number, content in enumerate(row["pictures"]):
+                    yield load_image(io.BytesIO(content), f"embedded {number}")
+            for location in self.locations(row, image_folder):
+                yield open_image(location)
         except ValueError as error:
             name = sample_name(json.loads(row["sample"]), row["index"], row["file"])
-            raise BadSampleError(IMAGE, f"{name}: {error}") from error
+            raise BadSampleError(f"{name}: {error}", IMAGE) from error
 
     def _process(self, image: Image.Image) -> torch.Tensor:
         return process_images([image], self.image_processor, self._image_config)[0]
@@ -171,32 +184,6 @@ class ItemMaker:
         template = get_template(self.version)
         segments = template.render(parse_rounds(conversation, template, has_image))
         return "".join(segment.text for segment in segments).replace(DEFAULT_IMAGE_TOKEN, "")
-
-
-def join_location(folder: str, file: str) -> str:
-    """A file name of the data below its folder, which may be a URL; what is absolute or a URL itself stays."""
-    if is_url(file):
-        return file
-    return f"{folder.rstrip('/')}/{file}" if is_url(folder) else str(Path(folder) / file)
-
-
-def open_image(location: str) -> Image.Image:
-    """Read an image from a path or URL completely, as RGB.
-
-    Raises:
-        ValueError: it is missing, truncated or no image; the message names it.
-    """
-    if not is_url(location):
-        return load_image(location)
-    import fsspec
-
-    try:
-        with fsspec.open(location, "rb") as file:
-            return load_image(io.BytesIO(file.read()), location)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"image {location!r} does not exist; check the file name and the image folder it is looked up in"
-        ) from error
 
 
 def _id(sample: Any, index: int) -> Any:

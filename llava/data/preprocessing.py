@@ -115,8 +115,10 @@ def _parse_turns(conversation: Sequence[dict[str, str]], sample: str) -> list[tu
             )
         if turn["from"] not in (HUMAN, MODEL):
             raise ConversationError(
-                f"{sample}: turn {index} is from {turn['from']!r}; known roles: {HUMAN!r}, {MODEL!r}"
+                f"{sample}: turn {index} is from {turn['from']!r:.80}; known roles: {HUMAN!r}, {MODEL!r}"
             )
+        if not is_unicode(turn["value"]):
+            raise ConversationError(f"{sample}: turn {index} holds half a character (a lone surrogate); write it anew")
         turns.append((turn["from"], turn["value"]))
     dropped = int(turns[0][0] != HUMAN)
     for index, (role, _) in enumerate(turns[dropped:]):
@@ -127,6 +129,15 @@ def _parse_turns(conversation: Sequence[dict[str, str]], sample: str) -> list[tu
                 "human and gpt must alternate"
             )
     return turns[dropped:]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a tokenizer can read a text: JSON may hold halves of characters, such as "\\ud800"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_caption(values: list[str], template: Template, has_image: bool, sample: str) -> None:

@@ -5,9 +5,13 @@ Any path that fsspec opens will do, `s3://` say, and a compressed one where its 
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
-from typing import Any, TextIO
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TextIO
 
 CHUNK = 1 << 20
 """Characters that are read at a time of a JSON list."""
@@ -15,50 +19,136 @@ CHUNK = 1 << 20
 PARQUET_ROWS = 256
 """Rows that are read at a time of a Parquet file: few, since they may hold images."""
 
+MAX_SAMPLE = 1 << 26
+"""Characters of the longest sample that is read, so that a broken or hostile file does not fill the memory."""
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message stays one sentence when the error comes from a data worker.
+
+    torch makes the exception of a worker anew from one text: the worker's traceback, at whose end the message stands.
+    """
+
+    def __init__(self, message: str) -> None:
+        cls = type(self)
+        super().__init__(message.rpartition(f"{cls.__module__}.{cls.__qualname__}: ")[2].rstrip("\n"))
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """What stands in the place of a sample that cannot be decoded.
+
+    Attributes:
+        reason: in one sentence, with file and line.
+    """
+
+    reason: str
+
 
 def read_records(path: str) -> Iterator[Any]:
     """Decoded samples of one file, in order; by its name JSON lines (.jsonl), Parquet (.parquet), else a JSON list.
 
-    Raises:
-        ValueError: malformed JSON (with file, line and column), not UTF-8, no list, no Parquet, or no such file.
-    """
-    import fsspec
+    A line that cannot be decoded is a `Malformed`, and the next one is read. Of the other kinds nothing can be read
+    after such a place.
 
-    name = path.removesuffix(".gz")
-    try:
+    Raises:
+        DataError: malformed JSON (with file, line and column), not UTF-8, no list, no Parquet, torn, or no such file.
+    """
+    with reading(path):
+        name = path.removesuffix(".gz")
         if name.endswith(".parquet"):
             yield from _parquet_rows(path)
-            return
-        # newline="\n": JSON strings may hold other characters that Python takes for line ends.
-        with fsspec.open(path, "rt", encoding="utf-8-sig", newline="\n", compression="infer") as file:
-            yield from (_json_lines if name.endswith(".jsonl") else _json_list)(file, path)
+        elif name.endswith(".jsonl"):
+            yield from _json_lines(path)
+        else:
+            yield from _json_list(path)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Name a data file in all that goes wrong while it is read.
+
+    Raises:
+        DataError: in place of any other error.
+    """
+    try:
+        yield
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
-        raise ValueError(f"data file {path!r} is not UTF-8 ({error}); convert it") from error
+        raise DataError(f"data file {path!r} is not UTF-8 ({error}); convert it") from error
     except FileNotFoundError as error:
-        raise ValueError(f"data file {path!r} does not exist; check data_path") from error
+        raise DataError(f"data file {path!r} does not exist; check data_path") from error
+    except Exception as error:  # of the kinds of fsspec, of each object store, of each compression and of Parquet
+        reason = " ".join(f"{error!s:.300}".split()) or type(error).__name__
+        kind = "is no whole Parquet file" if path.endswith(".parquet") else "cannot be read"
+        raise DataError(
+            f"data file {path!r} {kind} ({reason}); check that it can be reached, and write or download it again if it "
+            "was cut off"
+        ) from error
 
 
-def _json_lines(file: TextIO, path: str) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _malformed(path, number + error.lineno - 1, error.colno, error.msg) from error
+def decode_json(text: str | bytes) -> Any:
+    """As `json.loads`.
+
+    Raises:
+        ValueError: malformed, a json.JSONDecodeError where the place is known; nested too deeply; not UTF-8.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
-def _malformed(path: str, line: int, column: int, reason: str) -> ValueError:
-    return ValueError(
+def _json_lines(path: str) -> Iterator[Any]:
+    import fsspec
+
+    with fsspec.open(path, "rb", compression="infer") as file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield _decode_line(text, path, number)
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
+    while line := file.readline(MAX_SAMPLE + 1):
+        if len(line) > MAX_SAMPLE:
+            raise DataError(f"data file {path!r} has a line of more than {MAX_SAMPLE} bytes; are these JSON lines?")
+        yield line
+
+
+def _decode_line(line: bytes, path: str, number: int) -> Any:
+    try:
+        return decode_json(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        return Malformed(str(_malformed(path, number, error.colno, error.msg)))
+    except UnicodeDecodeError as error:
+        return Malformed(f"data file {path!r} is not UTF-8 at line {number} ({error.reason}); convert it")
+    except ValueError as error:
+        return Malformed(f"data file {path!r} cannot be used at line {number}: {error}")
+
+
+def _malformed(path: str, line: int, column: int, reason: str) -> DataError:
+    return DataError(
         f"data file {path!r} is malformed JSON at line {line}, column {column}: {reason}; "
         "mend that place, or write the file again if it was cut off"
     )
 
 
-def _json_list(file: TextIO, path: str) -> Iterator[Any]:
-    text = _Window(file, path)
+def _json_list(path: str) -> Iterator[Any]:
+    import fsspec
+
+    # newline="\n": JSON strings may hold other characters that Python takes for line ends.
+    with fsspec.open(path, "rt", encoding="utf-8-sig", newline="\n", compression="infer") as file:
+        yield from _list_items(_Window(file, path), path)
+
+
+def _list_items(text: _Window, path: str) -> Iterator[Any]:
     if text.peek() != "[":
         value = text.value() if text.peek() else text.fail("Expecting value")
-        raise ValueError(
+        raise DataError(
             f"data file {path!r} holds a JSON {type(value).__name__}, expected a list of samples; "
             "name a file of JSON lines *.jsonl"
         )
@@ -90,8 +180,7 @@ class _Window:
     def peek(self) -> str:
         """The next character that is no white space, which becomes the present one; empty at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\n\r":
-                self._at += 1
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or not self._read(CHUNK):
                 return self._text[self._at : self._at + 1]
 
@@ -106,9 +195,13 @@ class _Window:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
+            except RecursionError as error:
+                self.fail("nested too deeply", error)
             except json.JSONDecodeError as error:
                 # What was read so far may end within the value. Doubling keeps the work linear.
                 offset = error.pos - self._at
+                if len(self._text) - self._at > MAX_SAMPLE:
+                    self.fail(f"{error.msg}, or a sample of more than {MAX_SAMPLE} characters", error)
                 if self._read(size):
                     size *= 2
                     continue
@@ -121,7 +214,7 @@ class _Window:
                 return value
 
     def fail(self, reason: str, cause: Exception | None = None) -> Any:
-        """Raise a ValueError that names the present place."""
+        """Raise a DataError that names the present place."""
         self._forget()
         raise _malformed(self._path, self._line, self._column, reason) from cause
 
@@ -142,14 +235,35 @@ class _Window:
 
 def _parquet_rows(path: str) -> Iterator[Any]:
     import fsspec
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with fsspec.open(path, "rb") as file:
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
-                yield from batch.to_pylist()
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"data file {path!r} is no whole Parquet file ({error}); write or download it again"
-            ) from error
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
+            yield from batch.to_pylist()
+
+
+def count_parquet_rows(path: str) -> int:
+    """Number of samples of a Parquet file, of which it says so itself.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    import fsspec
+    import pyarrow.parquet as pq
+
+    with reading(path), fsspec.open(path, "rb") as file:
+        rows: int = pq.ParquetFile(file).metadata.num_rows
+    return rows
+
+
+def size_of(path: str) -> int:
+    """Bytes of a data file; 0 where its place does not say.
+
+    Raises:
+        DataError: it cannot be asked for.
+    """
+    import fsspec
+
+    with reading(path):
+        system, place = fsspec.core.url_to_fs(path)
+        return int(system.size(place) or 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from llava.data.samples import BadSampleError
 
 REJECTS_FILE = "rejects.jsonl"
-_PARTS = "rejects.rank*.jsonl"
+REJECTS_PARTS = "rejects.rank*.jsonl"
 
 
 class Rejects:
@@ -63,7 +63,7 @@ def join_rejects(output_dir: str | Path) -> list[dict]:
         The entries, each sample once, in the order of the data; no file is written without any.
     """
     folder = Path(output_dir)
-    parts = sorted(folder.glob(_PARTS))
+    parts = sorted(folder.glob(REJECTS_PARTS))
     target = folder / REJECTS_FILE
     entries = {(e["file"], e["index"]): e for path in [target, *parts] for e in read_rejects(path)}
     ordered = [entries[key] for key in sorted(entries)]
@@ -78,5 +78,5 @@ def join_rejects(output_dir: str | Path) -> list[dict]:
 
 def forget_rejects(output_dir: str | Path) -> None:
     """Remove what an earlier run in the same folder left."""
-    for path in [Path(output_dir) / REJECTS_FILE, *Path(output_dir).glob(_PARTS)]:
+    for path in [Path(output_dir) / REJECTS_FILE, *Path(output_dir).glob(REJECTS_PARTS)]:
         path.unlink(missing_ok=True)

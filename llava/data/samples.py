@@ -7,19 +7,23 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Round, Template
 from llava.data.preprocessing import ConversationError, NoTrainableTokensError, parse_rounds
+from llava.data.records import DataError
 
 FORMAT, TAGS, NO_ANSWER, IMAGE = "format", "image tags", "nothing to learn", "image"
 """Kinds of defects: malformed, `<image>` that do not match the images, no answer, an image that cannot be read."""
 
+MAX_IMAGES = 1000
+"""Images of one sample; no model has room for more."""
 
-class BadSampleError(ValueError):
+
+class BadSampleError(DataError):
     """A sample that cannot be trained on; the message names it.
 
     Attributes:
         kind: one of the kinds of defects above.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, message: str, kind: str = FORMAT) -> None:
         super().__init__(message)
         self.kind = kind
 
@@ -32,7 +36,7 @@ def sample_name(sample: Any, index: int, path: str) -> str:
         index: its place in the file, from 0.
         path: of the file.
     """
-    label = f"sample {sample['id']!r}" if isinstance(sample, dict) and "id" in sample else "sample without id"
+    label = f"sample {sample['id']!r:.100}" if isinstance(sample, dict) and "id" in sample else "sample without id"
     return f"{label} (index {index} of {path})"
 
 
@@ -47,7 +51,9 @@ def image_files(sample: dict[str, Any], name: str) -> list[str]:
         return []
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-        raise BadSampleError(FORMAT, f'{name}: "image" is {value!r:.80}, expected a file name or a list of file names')
+        raise BadSampleError(f'{name}: "image" is {value!r:.80}, expected a file name or a list of file names')
+    if len(files) > MAX_IMAGES:
+        raise BadSampleError(f"{name}: it has {len(files)} images, at most {MAX_IMAGES} are read")
     return files
 
 
@@ -67,25 +73,25 @@ def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round
             `<image>` is not the number of images.
     """
     if not isinstance(sample, dict):
-        raise BadSampleError(FORMAT, f"{name}: expected an object with 'conversations', got {sample!r:.80}")
+        raise BadSampleError(f"{name}: expected an object with 'conversations', got {sample!r:.80}")
     if "conversations" not in sample:
-        raise BadSampleError(FORMAT, f"{name}: the key 'conversations' is missing; it has {sorted(sample)}")
+        raise BadSampleError(f"{name}: the key 'conversations' is missing; it has {sorted(sample)!r:.200}")
     files = image_files(sample, name)
     try:
         rounds = parse_rounds(sample["conversations"], template, bool(files), name)
     except NoTrainableTokensError as error:
-        raise BadSampleError(NO_ANSWER, str(error)) from error
+        raise BadSampleError(str(error), NO_ANSWER) from error
     except ConversationError as error:
-        raise BadSampleError(FORMAT, str(error)) from error
+        raise BadSampleError(str(error)) from error
     questions = [question.strip() for question, _ in rounds]
     tag = DEFAULT_IMAGE_TOKEN
     count = sum(question.count(tag) for question in questions)
     marked = any(question.startswith(tag) or question.endswith(tag) for question in questions)
     if count != len(files) and (files or marked):
         raise BadSampleError(
-            TAGS,
             f"{name}: its questions have {count} {tag} and it names {len(files)} image file(s); "
             f'write one {tag} for each file of "image"',
+            TAGS,
         )
     return rounds, files
 
@@ -97,8 +103,12 @@ def split_pictures(sample: Any) -> tuple[Any, list[bytes]]:
     """
     value = sample.get("image") if isinstance(sample, dict) else None
     images: list[Any] = value if isinstance(value, list) else [value]
-    if not images or not all(isinstance(image, dict) and "bytes" in image for image in images):
+    if not images or not all(map(_is_embedded, images)):
         return sample, []
     names = [image.get("path") or f"embedded image {number}" for number, image in enumerate(images)]
     contents = [image["bytes"] for image in images if image["bytes"]]
     return {**sample, "image": names}, contents if len(contents) == len(images) else []
+
+
+def _is_embedded(image: Any) -> bool:
+    return isinstance(image, dict) and "bytes" in image and isinstance(image["bytes"], bytes | None)

@@ -6,6 +6,7 @@ before anything is started; what is remote is asked for only when the data is re
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -61,7 +62,7 @@ class DataSource:
     @property
     def _is_hub_name(self) -> bool:
         named = _HUB_NAME.fullmatch(self.path) is not None and not self.path.endswith(SUFFIXES)
-        return named and not Path(self.path).exists()
+        return named and not os.path.exists(self.path)  # noqa: PTH110 (False for any text)
 
     def files(self) -> list[str]:
         """Paths or URLs of the files, sorted where they are found in a folder or by a glob.
@@ -71,7 +72,10 @@ class DataSource:
         """
         if self._is_hub_name:
             return _hub_files(self)
-        found = _url_files(self.path) if is_url(self.path) else _local_files(self.path)
+        try:
+            found = _url_files(self.path) if is_url(self.path) else _local_files(self.path)
+        except OSError as error:  # too long a name, no permission
+            raise ValueError(f"data_path {self.path!r:.300} cannot be looked up: {error.strerror}") from error
         if not found:
             raise ValueError(
                 f"data_path {self.path!r}: nothing there that ends in {', '.join(SUFFIXES)}; name a file, a folder or "
@@ -95,7 +99,7 @@ def parse_data_path(data_path: DataPath) -> list[DataSource]:
     Raises:
         ValueError: none is named, a local one does not exist, or a mapping has an unknown key or a wrong value.
     """
-    if isinstance(data_path, str) and not Path(data_path).is_file():
+    if isinstance(data_path, str) and not os.path.isfile(data_path):  # noqa: PTH113 (False for any text)
         data_path = _parse_text(data_path)
     entries = [data_path] if isinstance(data_path, str | Path | Mapping) else list(data_path)
     if not entries:
@@ -108,7 +112,7 @@ def _parse_text(text: str) -> Any:
         return [part.strip() for part in text.split(",") if part.strip()]
     try:
         return read_yaml(text)  # JSON is YAML
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"data_path {text!r} is neither a file nor valid JSON or YAML: {error}") from error
 
 
@@ -148,8 +152,8 @@ def _url_files(url: str) -> list[str]:
         else:
             return [url]
         return _data_files(system.unstrip_protocol(file) for file in found)
-    except ImportError as error:
-        raise ValueError(f"data_path {url!r}: {error}") from error  # says which package the protocol needs
+    except Exception as error:  # of the kinds that each object store has; a package that is missing is named
+        raise ValueError(f"data_path {url!r} cannot be looked up: {error!s:.300}") from error
 
 
 def _data_files(paths: Any) -> list[str]:

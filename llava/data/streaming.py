@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llava.data.items import ItemMaker
-from llava.data.records import read_records
+from llava.data.records import DataError, count_parquet_rows, read_records, size_of
 from llava.data.sources import DataPath, DataSource, parse_data_path
 from llava.data.table import stream_table
 
@@ -117,22 +117,22 @@ class StreamingSupervisedDataset(IterableDataset[dict[str, Any]]):
                 row = {name: values[0] for name, values in batch.items()}
                 yield row
             if row is None:
-                raise ValueError(
+                raise DataError(
                     f"{', '.join(files)}: fewer samples than processes x workers ({parts}); do without --streaming"
                 )
 
 
 def estimate_samples(file: str) -> float:
-    """Number of samples of a file: counted for Parquet, else its size over that of its first samples."""
-    import fsspec
+    """Number of samples of a file: counted for Parquet, else its size over that of its first samples.
 
+    Raises:
+        DataError: it cannot be read, or has none.
+    """
     if file.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        with fsspec.open(file, "rb") as opened:
-            return float(pq.ParquetFile(opened).metadata.num_rows)
-    first = [len(json.dumps(sample)) for sample in islice(read_records(file), _SIZE_SAMPLE)]
-    if not first:
-        raise ValueError(f"no samples in data file {file!r}; fill it, or leave it out of data_path")
-    system, path = fsspec.core.url_to_fs(file)
-    return max(1.0, float(system.size(path) or 0) * len(first) / sum(first))
+        count = float(count_parquet_rows(file))
+    else:
+        first = [len(json.dumps(sample, default=str)) for sample in islice(read_records(file), _SIZE_SAMPLE)]
+        count = max(1.0, size_of(file) * len(first) / sum(first)) if first else 0.0
+    if not count:
+        raise DataError(f"no samples in data file {file!r}; fill it, or leave it out of data_path")
+    return count

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava.conversation import Template, get_template
-from llava.data.records import read_records
-from llava.data.samples import BadSampleError, check_sample, sample_name, split_pictures
+from llava.data.records import DataError, Malformed, read_records, reading
+from llava.data.samples import FORMAT, BadSampleError, check_sample, sample_name, split_pictures
+from llava.files import check_writable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache's key: raise it when the columns or the checks change."""
 
 
@@ -63,7 +64,7 @@ def rows(files: list[str], version: str) -> Iterator[dict[str, Any]]:
         version: name of the template that the samples will be written in.
 
     Raises:
-        ValueError: see `llava.data.records.read_records`; also a file without samples.
+        DataError: see `llava.data.records.read_records`; also a file without samples.
     """
     template = get_template(version)
     for file in files:
@@ -71,21 +72,24 @@ def rows(files: list[str], version: str) -> Iterator[dict[str, Any]]:
         for index, sample in enumerate(read_records(file)):
             yield _row(sample, file, index, template)
         if index < 0:
-            raise ValueError(f"no samples in data file {file!r}; fill it, or leave it out of data_path")
+            raise DataError(f"no samples in data file {file!r}; fill it, or leave it out of data_path")
 
 
 def _row(sample: Any, file: str, index: int, template: Template) -> dict[str, Any]:
     sample, pictures = split_pictures(sample)
+    problem = sample.reason if isinstance(sample, Malformed) else None
     row = {
-        "sample": json.dumps(sample, default=str),
+        "sample": json.dumps(None if problem else sample, default=str),
         "file": file,
         "index": index,
         "words": 0,
         "images": 0,
         "pictures": pictures or None,
-        "kind": None,
-        "problem": None,
+        "kind": FORMAT if problem else None,
+        "problem": problem,
     }
+    if problem:
+        return row
     try:
         turns, names = check_sample(sample, sample_name(sample, index, file), template)
     except BadSampleError as error:
@@ -109,9 +113,10 @@ def load_table(file: str, version: str, cache_dir: str | None = None) -> Any:
         A `datasets.Dataset` with the columns of `features`.
 
     Raises:
-        ValueError: see `llava.data.records.read_records`. Bad samples raise nothing.
+        ValueError: see `llava.data.records.read_records`; or the cache can't be written. Bad samples raise nothing.
     """
     datasets = import_datasets()
+    check_writable(cache_dir or datasets.config.HF_DATASETS_CACHE, "the cache of converted data (HF_DATASETS_CACHE)")
     try:
         return datasets.Dataset.from_generator(
             rows,
@@ -129,11 +134,9 @@ def load_table(file: str, version: str, cache_dir: str | None = None) -> Any:
 def _fingerprint(file: str, version: str) -> str:
     import fsspec
 
-    system, path = fsspec.core.url_to_fs(file)
-    try:
+    with reading(file):
+        system, path = fsspec.core.url_to_fs(file)
         state = system.ukey(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"data file {file!r} does not exist; check data_path") from error
     key = [FORMAT_VERSION, file, state, get_template(version).name]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 

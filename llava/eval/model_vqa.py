@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,18 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava.conversation import get_template
+from llava.data.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
 from llava.data.preprocessing import build_prompt_ids
 from llava.eval.questions import Question, get_chunk, read_jsonl, read_questions
-from llava.mm_utils import get_model_name_from_path, load_image, process_images
+from llava.files import check_apart, check_writable
+from llava.lock import lock
+from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
 from llava.reduction.config import join_pyramiddrop_flags
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,8 @@ class VqaOptions:
     """How questions are put and answers are drawn; LLaVA's flags of the same names.
 
     Attributes:
-        image_folder: where the questions' image names start from.
+        image_folder: where the questions' image names start from: a folder or URL.
+        image_access: where they may lead; see `llava.data.images.IMAGE_ACCESS`.
         conv_mode: name of the prompt template.
         temperature: 0 takes the likeliest token each time; above 0 it samples.
         top_p: sample from the likeliest tokens of this total probability; None: from all.
@@ -49,6 +55,7 @@ class VqaOptions:
     """
 
     image_folder: str = ""
+    image_access: str = IMAGE_ACCESS[0]
     conv_mode: str = "vicuna_v1"
     temperature: float = 0.2
     top_p: float | None = None
@@ -60,11 +67,41 @@ class VqaOptions:
 
     def __post_init__(self) -> None:
         get_template(self.conv_mode)
+        if self.image_access not in IMAGE_ACCESS:
+            raise ValueError(f"image_access={self.image_access!r}: choose {', '.join(IMAGE_ACCESS)}")
         for name in ("batch_size", "num_beams", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or above")
+
+    def locations(self, question: Question) -> list[str]:
+        """Paths or URLs of a question's images, without `no_images`.
+
+        Raises:
+            ValueError: one leads where `image_access` does not allow; the question is named.
+        """
+        names = () if self.no_images else question.images
+        return [_of_question(question, locate_image, self.image_folder, name, self.image_access) for name in names]
+
+
+def _of_question(question: Question, function: Callable[..., T], *arguments: str) -> T:
+    """Call a function for a question, which its ValueErrors then name."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"question {question.question_id!r:.100}: {error}") from error
+
+
+def check_images(questions: Sequence[Question], options: VqaOptions) -> None:
+    """Look for all images, so that a missing one is found before the model is opened.
+
+    Raises:
+        ValueError: the first one that is not there, with its question.
+    """
+    for question in questions:
+        for location in options.locations(question):
+            _of_question(question, check_image_exists, location)
 
 
 class Answerer:
@@ -86,9 +123,14 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question]) -> list[tuple[str, list[tuple[int, int]] | None]]:
         """For each question its answer, and its images' visual tokens (before, after) if they are counted."""
-        names = [() if self.options.no_images else question.images for question in questions]
-        ids, mask = self._prompts(questions, [len(n) for n in names])
-        pictures = [load_image(Path(self.options.image_folder) / name) for group in names for name in group]
+        places = [self.options.locations(question) for question in questions]
+        counts = [len(group) for group in places]
+        ids, mask = self._prompts(questions, counts)
+        pictures = [
+            _of_question(question, open_image, place)
+            for question, group in zip(questions, places, strict=True)
+            for place in group
+        ]
         images = list(process_images(pictures, self.image_processor, self.model.config)) if pictures else []
         sizes = [picture.size for picture in pictures]
         new = self.model.generate(
@@ -100,8 +142,8 @@ class Answerer:
             **self._generation(),
         )
         answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
-        texts = [question.text for question, group in zip(questions, names, strict=True) for _ in group]
-        return list(zip(answers, self._count(images, sizes, texts, [len(n) for n in names]), strict=True))
+        texts = [question.text for question, count in zip(questions, counts, strict=True) for _ in range(count)]
+        return list(zip(answers, self._count(images, sizes, texts, counts), strict=True))
 
     def _prompts(self, questions: Sequence[Question], image_counts: list[int]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask, [B, S]."""
@@ -150,11 +192,15 @@ def answer_questions(
     Args:
         answerer: the model.
         questions: what to ask.
-        answers_file: where the answers go.
+        answers_file: where the answers go, in place of earlier answers.
         model_id: the model's name in the answers.
         run: says which run this is; runs of other models or options must differ in it.
+
+    Raises:
+        ValueError: the file exists and holds something else than answers, or nothing can be written there.
     """
     target = Path(answers_file)
+    check_answers(target, overwrite=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{hashlib.sha256(run.encode()).hexdigest()[:12]}.partial")
     done = _resume(partial, questions)
@@ -171,6 +217,30 @@ def answer_questions(
             file.flush()
             progress.update(len(batch))
     partial.replace(target)
+
+
+def check_answers(answers_file: str | Path, overwrite: bool) -> None:
+    """Raise a ValueError where answers may not be written.
+
+    Args:
+        answers_file: where they go.
+        overwrite: in place of earlier answers; anything else is never replaced.
+    """
+    target = Path(answers_file)
+    check_writable(target.parent, f"the folder of answers file {target}:")
+    if target.is_dir() or (target.exists() and not _holds_answers(target)):
+        raise ValueError(f"answers file {target} exists and holds no answers: it is not replaced; choose another name")
+    if target.exists() and not overwrite:
+        raise ValueError(
+            f"answers file {target} exists; choose another name, or pass overwrite=True (--overwrite) to replace it"
+        )
+
+
+def _holds_answers(file: Path) -> bool:
+    try:
+        return all({"question_id", "answer_id", "text"} <= row.keys() for _, row in read_jsonl(file))
+    except (ValueError, OSError):
+        return False
 
 
 def _rows(answerer: Answerer, batch: Sequence[Question], model_id: str) -> Iterator[dict[str, Any]]:
@@ -212,6 +282,7 @@ def evaluate(
     options: VqaOptions | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Open a checkpoint and answer a file of questions, or one chunk of it.
 
@@ -221,26 +292,32 @@ def evaluate(
         answers_file: where the answers go, see `answer_questions`.
         num_chunks, chunk_idx: answer one of so many parts.
         options: see `VqaOptions`.
+        overwrite: replace earlier answers.
 
     Raises:
-        ValueError: the checkpoint, a question or an image cannot be read; it is named.
+        ValueError: the checkpoint, a question or an image cannot be read, or the answers can't be written; it is named.
     """
+    target = Path(answers_file)
+    check_apart(target, "answers file", {"question file": question_file})
+    check_answers(target, overwrite)
     options = options or VqaOptions()
     questions = get_chunk(read_questions(question_file), num_chunks, chunk_idx)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        model_path,
-        model_base,
-        None,
-        vision_tower=vision_tower,
-        reduction=reduction,
-        device=device,
-        dtype=dtype,
-    )
-    changed = max((file.stat().st_mtime for file in Path(model_path).glob("*") if file.is_file()), default=0.0)
-    run = [str(model_path), changed, str(model_base), str(vision_tower), repr(reduction), asdict(options)]
-    name = get_model_name_from_path(os.fspath(model_path))
-    answerer = Answerer(tokenizer, model, image_processor, options)
-    answer_questions(answerer, questions, answers_file, name, json.dumps(run, sort_keys=True))
+    check_images(questions, options)
+    with lock(target.with_name(f".{target.name}.lock"), f"answers file {target}"):
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            model_path,
+            model_base,
+            None,
+            vision_tower=vision_tower,
+            reduction=reduction,
+            device=device,
+            dtype=dtype,
+        )
+        changed = max((file.stat().st_mtime for file in Path(model_path).glob("*") if file.is_file()), default=0.0)
+        run = [str(model_path), changed, str(model_base), str(vision_tower), repr(reduction), asdict(options)]
+        name = get_model_name_from_path(os.fspath(model_path))
+        answerer = Answerer(tokenizer, model, image_processor, options)
+        answer_questions(answerer, questions, target, name, json.dumps(run, sort_keys=True))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -252,8 +329,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer_list", default=None, help="as PyramidDrop's release has it, e.g. [8,16,24]")
     parser.add_argument("--image_token_ratio_list", default=None, help="with --layer_list, e.g. [0.5,0.25,0.125]")
     parser.add_argument("--image-folder", default="")
+    parser.add_argument("--image-access", "--image_access", default=VqaOptions.image_access, choices=IMAGE_ACCESS)
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace an answers file that exists")
     parser.add_argument("--conv-mode", default=VqaOptions.conv_mode)
     parser.add_argument("--num-chunks", type=int, default=1)
     parser.add_argument("--chunk-idx", type=int, default=0)

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.preprocessing import is_unicode
+from llava.data.records import decode_json
+from llava.data.samples import MAX_IMAGES
 
 T = TypeVar("T")
 
@@ -41,14 +44,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; it should be a file of JSON lines")
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = decode_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
             yield number, row
@@ -78,14 +83,18 @@ def read_questions(path: str | Path) -> list[Question]:
 
 def _parse_question(row: dict[str, Any], where: str) -> Question:
     for key, kinds in (("question_id", (int, str)), ("text", (str,))):
-        if not isinstance(row.get(key), kinds):
+        if not isinstance(row.get(key), kinds) or isinstance(row[key], bool):
             raise ValueError(f"{where}: {key!r} is missing or of the wrong type; a question needs question_id and text")
-    images = row.get("image") or ()
-    images = (images,) if isinstance(images, str) else tuple(images)
-    if not all(isinstance(name, str) for name in images):
-        raise ValueError(f"{where}: 'image' must be a file name or a list of them, got {row['image']!r}")
+    if not is_unicode(row["text"]):
+        raise ValueError(f"{where}: 'text' holds half a character (a lone surrogate); write it anew")
+    images = row.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise ValueError(f"{where}: 'image' must be a file name or a list of them, got {row['image']!r:.200}")
+    if len(images) > MAX_IMAGES:
+        raise ValueError(f"{where}: it has {len(images)} images, at most {MAX_IMAGES} are read")
     text = row["text"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    return Question(row["question_id"], text, images, row.get("answer"), row.get("category"))
+    return Question(row["question_id"], text, tuple(images), row.get("answer"), row.get("category"))
 
 
 def get_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T]:

@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from transformers import (
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Template, get_template
+from llava.files import check_apart, new_folder, places_read
 from llava.mm_utils import get_image_side, parse_grid_pinpoints
 from llava.model.builder import load_pretrained_model, local_folder
 from llava.model.hf_layout import KEPT, to_hf_name
@@ -71,27 +70,28 @@ def convert(
         drop_reduction: to hf, leave out the reduction of visual tokens, which that layout can't express: the model
             then gets all tokens, other than it was trained with.
         max_shard_size: largest size of one weight file.
-        overwrite: replace a target that exists.
+        overwrite: replace a target that this program wrote; what someone else put there stays.
 
     Returns:
         The target.
 
     Raises:
-        ValueError: the target exists, or the checkpoint can't be opened or expressed in that layout.
+        ValueError: the target exists, may not be replaced, or holds what is read; or the checkpoint can't be opened or
+            expressed in that layout.
     """
     if to not in ("hf", "llava"):
         raise ValueError(f"to={to!r}: choose hf or llava")
     folder, origin = Path(target), local_folder(source)
-    _check_target(origin, folder, overwrite)
+    check_apart(folder, "target", places_read(origin, model_base, vision_tower))
     raw = _config_json(origin)
     hf = raw if "text_config" in raw else None
     if to == "hf" and hf is not None:
         raise ValueError(f"{os.fspath(source)} has the llava-hf layout already")
-    tokenizer, model, processor, _ = load_pretrained_model(
-        origin, model_base, device="cpu", dtype=dtype, vision_tower=None if hf else vision_tower, merge_lora=True
-    )
-    model.config.mm_vision_tower = _tower_name(raw, vision_tower if hf else None, model.config.mm_vision_tower)
-    with _written_at_once(folder) as staging:
+    with new_folder(folder, overwrite=overwrite) as staging:
+        tokenizer, model, processor, _ = load_pretrained_model(
+            origin, model_base, device="cpu", dtype=dtype, vision_tower=None if hf else vision_tower, merge_lora=True
+        )
+        model.config.mm_vision_tower = _tower_name(raw, vision_tower if hf else None, model.config.mm_vision_tower)
         if to == "hf":
             _write_hf(staging, model, tokenizer, processor, template, drop_reduction, max_shard_size)
         else:
@@ -121,33 +121,6 @@ def _tower_name(raw: dict[str, Any], wanted: str | os.PathLike | None, opened: s
     """The tower's name to write: the one asked for or the source's own, rather than where its weights were read."""
     kept = raw.get(KEPT, {}).get("config", raw)
     return os.fspath(wanted or kept.get("mm_vision_tower") or opened)
-
-
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    if target.resolve() == source.resolve():
-        raise ValueError(f"target {target} is the source; choose another folder")
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise ValueError(
-            f"target {target} exists and is not empty; choose another, or pass overwrite=True (--overwrite)"
-        )
-
-
-@contextmanager
-def _written_at_once(target: Path) -> Iterator[Path]:
-    """A sibling folder to write into, which takes the target's name at the end; after an error it is removed."""
-    target = target.absolute()
-    staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        if target.exists():
-            target.rename(old)
-        staging.rename(target)
-    finally:
-        for leftover in (staging, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
 
 
 # Ours to hf

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any
 
 from torch import Tensor
+
+from llava.model.prompt_inputs import describe, is_dense
 
 Images = Tensor | Sequence[Tensor] | None
 ImageSizes = Sequence[tuple[int, int]] | Tensor | None
 
 
 def match_images(
-    markers: list[int], images: Images, image_sizes: ImageSizes
+    markers: list[int], images: Images, image_sizes: ImageSizes, *, trusted: bool = False
 ) -> tuple[list[Tensor], list[tuple[int, int]] | None]:
     """The images that markers stand for, with their sizes.
 
@@ -21,12 +22,13 @@ def match_images(
         markers: for each sample, how many image markers its ids hold.
         images: as for `LlavaMetaForCausalLM.forward`.
         image_sizes: one pair (width, height) for each of `images`, or None.
+        trusted: in training, whose samples are made here, images without a marker are blank: their values are not read,
+            which would wait for the device.
 
     Raises:
-        ValueError: counts do not match.
+        ValueError: counts do not match, or an image that is not blank has no marker.
     """
     pictures = image_list(images)
-    sizes = None if image_sizes is None else [size_pair(size) for size in image_sizes]
     real = [count > 0 for count in markers for _ in range(max(count, 1))]  # blank images of text-only samples: False
     if len(pictures) == sum(markers):
         real = [True] * len(pictures)
@@ -36,8 +38,13 @@ def match_images(
             f"the batch has {sum(markers)} image markers ({per_sample}) but {len(pictures)} images were given; "
             "each <image> in a prompt needs one image"
         )
-    if sizes is not None and len(sizes) != len(pictures):
-        raise ValueError(f"{len(pictures)} images but {len(sizes)} image_sizes; give one (width, height) an image")
+    sizes = size_pairs(image_sizes, len(pictures))
+    left_out = compress(pictures, [not is_real for is_real in real])
+    if not trusted and any(bool(picture.any()) for picture in left_out):
+        raise ValueError(
+            f"{len(pictures)} images were given, but the ids hold {sum(markers)} image markers: an image without a "
+            "marker would not be seen. Put <image> into the prompt and make ids with tokenizer_image_token"
+        )
     return list(compress(pictures, real)), None if sizes is None else list(compress(sizes, real))
 
 
@@ -45,7 +52,7 @@ def image_list(images: Images) -> list[Tensor]:
     """A batch's images one by one, each [3, H, W] or [tiles, 3, H, W].
 
     Raises:
-        ValueError: another shape.
+        ValueError: another type or shape.
     """
     if images is None:
         return []
@@ -53,14 +60,58 @@ def image_list(images: Images) -> list[Tensor]:
         raise ValueError(
             f"images of shape {tuple(images.shape)}: expected [N, 3, H, W] or [N, tiles, 3, H, W], or a list of images"
         )
+    if not isinstance(images, Tensor | list | tuple):
+        raise ValueError(f"images are {describe(images)}: expected what llava.mm_utils.process_images returns")
     pictures = list(images)
     for i, picture in enumerate(pictures):
-        if picture.ndim not in (3, 4) or picture.shape[-3] != 3:
+        if not is_dense(picture) or not picture.is_floating_point():
+            raise ValueError(
+                f"image {i} is {describe(picture)}: expected float pixels, as llava.mm_utils.process_images returns"
+            )
+        if picture.ndim not in (3, 4) or picture.shape[-3] != 3 or not picture.numel():
             raise ValueError(f"image {i} has shape {tuple(picture.shape)}: expected [3, H, W] or [tiles, 3, H, W]")
     return pictures
 
 
-def size_pair(size: Any) -> tuple[int, int]:
-    """(width, height) in pixels, from a pair or a tensor."""
-    width, height = (int(side) for side in size)
-    return width, height
+def check_side(pictures: Sequence[Tensor], side: int) -> None:
+    """Raise ValueError for an image that is not of the vision tower's height and width."""
+    for i, picture in enumerate(pictures):
+        if tuple(picture.shape[-2:]) != (side, side):
+            raise ValueError(
+                f"image {i} has shape {tuple(picture.shape)}: the vision tower reads {side} x {side} pixels; prepare "
+                "images with the image processor that load_pretrained_model returns"
+            )
+
+
+def check_finite(tiles: Tensor, counts: list[int]) -> None:
+    """Raise ValueError for NaN or infinity in an image. This waits for the device.
+
+    Args:
+        tiles: [T, 3, H, W] of all images.
+        counts: tiles of each image.
+    """
+    if bool(tiles.isfinite().all()):
+        return
+    bad = [i for i, part in enumerate(tiles.split(counts)) if not bool(part.isfinite().all())]
+    raise ValueError(f"images {', '.join(map(str, bad))} hold NaN or infinity: check how their pixels were prepared")
+
+
+def size_pairs(sizes: ImageSizes, count: int) -> list[tuple[int, int]] | None:
+    """(width, height) in pixels of each of `count` images; None where none were given.
+
+    Raises:
+        ValueError: not one pair for each image.
+    """
+    if sizes is None:
+        return None
+    try:
+        pairs = [(int(width), int(height)) for width, height in sizes]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"image_sizes are {describe(sizes)}: expected one pair (width, height) for each image, [image.size] for one"
+        ) from error
+    if len(pairs) != count:
+        raise ValueError(f"{count} images but {len(pairs)} image_sizes; give one (width, height) an image")
+    if any(side < 1 for pair in pairs for side in pair):
+        raise ValueError(f"image_sizes {pairs}: a picture is at least 1 pixel wide and high")
+    return pairs

@@ -24,16 +24,24 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
-    IMAGE_TOKEN_INDEX,
 )
 from llava.data.prompt_text import question_of_ids
-from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, size_pair
+from llava.model.image_inputs import (
+    Images,
+    ImageSizes,
+    check_finite,
+    check_side,
+    image_list,
+    match_images,
+    size_pairs,
+)
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.model.projector_method import add_projector_method, method_of_adapter
+from llava.model.prompt_inputs import check_cache, check_device, check_prompt, check_texts, count_markers
 from llava.model.splice import Spliced, plan_splice, splice
 from llava.model.weights import (
     VISION_TOWER_PREFIX,
@@ -44,11 +52,20 @@ from llava.model.weights import (
     strip_prefixes,
     without_load_report,
 )
-from llava.reduction.base import DecoderReducer, ProjectorReducer, Reducer, VisionFeatures, VisualTokens
+from llava.reduction.base import (
+    DecoderReducer,
+    EncoderReducer,
+    ProjectorReducer,
+    Reducers,
+    VisionFeatures,
+    VisualTokens,
+)
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
 
+Reduction = ReductionConfig | Mapping | str | Reducers | None
+"""The method of one call: what `ReductionConfig.parse` reads, or reducers made of it; None: the model's own."""
 
 # Where TRIM's release has what `ClipText` holds.
 RELEASED_NAMES = {r"vision_tower\.vision_tower\.visual_projection": "vision_tower.text_tower.visual_projection"}
@@ -63,12 +80,13 @@ class LlavaMetaModel:
     vision_tower: VisionTower | None
     mm_projector: nn.Module
     mm_projector_crosslayer: nn.Module | None
-    encoder_reducer: nn.Module | None
+    encoder_reducer: EncoderReducer | None
     projector_reducer: ProjectorReducer | None
     decoder_reducer: DecoderReducer | None
     config: Any
     embed_tokens: nn.Embedding
     named_parameters: Any
+    training: bool
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -83,22 +101,53 @@ class LlavaMetaModel:
 
     def _add_vision_modules(self) -> None:
         config = self.config
-        reduction = ReductionConfig.of_model(config)
-        reducer = reduction.build("encoder")
-        self.vision_tower = build_vision_tower(config, with_text=reads_text(reducer))
+        reducers = self._build_reducers(ReductionConfig.of_model(config))
+        self.vision_tower = build_vision_tower(config, with_text=reducers.read_text)
         self.vision_tower.requires_grad_(False)
         config.mm_hidden_size = self.vision_tower.hidden_size
-        self.projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
-        self._set_projector(build_projector_modules(config, self.vision_tower, self.projector_reducer))
+        self._set_projector(build_projector_modules(config, self.vision_tower, reducers.projector))
         self._add_newline()
-        self.encoder_reducer = reducer
-        self.decoder_reducer = self._build_decoder_reducer(reduction)
+        self._set_reducers(reducers)
 
-    def _build_decoder_reducer(self, reduction: ReductionConfig) -> DecoderReducer | None:
-        reducer = cast("DecoderReducer | None", reduction.build("decoder"))
-        if reducer is not None:
-            reducer.drops(self.config.num_hidden_layers)  # raises for layers that are not there
-        return reducer
+    def _build_reducers(self, reduction: ReductionConfig) -> Reducers:
+        reducers = reduction.build_all()
+        if reducers.decoder is not None:
+            reducers.decoder.drops(self.config.num_hidden_layers)  # raises for layers that are not there
+        return reducers
+
+    def _set_reducers(self, reducers: Reducers) -> None:
+        self.encoder_reducer, self.projector_reducer = reducers.encoder, reducers.projector
+        self.decoder_reducer = reducers.decoder
+
+    def reducers(self, reduction: Reduction = None) -> Reducers:
+        """The methods of one call. The model stays as it is, so that calls in several threads do not meet.
+
+        Args:
+            reduction: see `Reduction`. Methods that leave the site `projector` open keep this model's method there.
+
+        Raises:
+            ValueError: an unknown method or option; or one that needs weights that this model does not have: another
+                projector, or CLIP's text tower.
+        """
+        if isinstance(reduction, Reducers):
+            return reduction
+        if reduction is None:
+            return Reducers(self.encoder_reducer, self.projector_reducer, self.decoder_reducer)
+        own = ReductionConfig.of_model(self.config)
+        wanted = ReductionConfig.parse(reduction).keeping_projector_of(own)
+        reducers = self._build_reducers(wanted)
+        if self.vision_tower is None:
+            return reducers
+        misfit = None if wanted.projector == own.projector else self._projector_misfit(reducers.projector, wanted)
+        if misfit:
+            raise ValueError(misfit)
+        if reducers.read_text and self.vision_tower.text_tower is None:
+            raise ValueError(
+                f"the method '{wanted.encoder['name']}' reads the prompt's text, and this model was opened without "
+                f"CLIP's text tower: open it with load_pretrained_model(..., reduction={wanted.encoder['name']!r}), or "
+                "call set_reduction with that method once"
+            )
+        return reducers
 
     def _set_projector(self, modules: dict[str, nn.Module]) -> None:
         self.mm_projector = modules["mm_projector"]
@@ -212,19 +261,30 @@ class LlavaMetaModel:
             ValueError: an unknown method or option, or one that does not suit the vision tower; or see above.
         """
         reduction = ReductionConfig.parse(value).keeping_projector_of(ReductionConfig.of_model(self.config))
-        reducer = reduction.build("encoder")
-        projector_reducer = cast("ProjectorReducer | None", reduction.build("projector"))
-        decoder_reducer = self._build_decoder_reducer(reduction)
+        reducers = self._build_reducers(reduction)
         if self.vision_tower is not None:
-            self._fit_projector(projector_reducer, reduction, keep_projector)
-        if reads_text(reducer) and self.vision_tower is not None and self.vision_tower.text_tower is None:
+            self._fit_projector(reducers.projector, reduction, keep_projector)
+        if reducers.read_text and self.vision_tower is not None and self.vision_tower.text_tower is None:
             add_text_tower(self.vision_tower, self.config)
             self._to_language_model(self.vision_tower)
             own = {name for name, _ in self.vision_tower.named_parameters() if name.startswith("text_tower.")}
             self.vision_tower.load_weights(own)
         self.config.reduction = reduction.to_dict()
-        self.encoder_reducer, self.projector_reducer = reducer, projector_reducer
-        self.decoder_reducer = decoder_reducer
+        self._set_reducers(reducers)
+
+    def _projector_misfit(self, reducer: ProjectorReducer | None, reduction: ReductionConfig) -> str | None:
+        """What is wrong where the projector is not of the layers that the method and the config ask for."""
+        with torch.device("meta"):
+            wanted = _layers(build_projector_modules(self.config, self._tower(), reducer))
+        present = _layers(self._projector_modules())
+        if wanted == present:
+            return None
+        own = ReductionConfig.of_model(self.config).to_dict() or "none"
+        return (
+            f"reduction={reduction.to_dict() or 'none'} with mm_projector_type={self.config.mm_projector_type} needs "
+            f"another projector than this checkpoint has, which was trained with reduction={own}. Needed: {wanted}; "
+            f"there is: {present}. Keep its method of the site projector, or train a projector"
+        )
 
     def _fit_projector(self, reducer: ProjectorReducer | None, reduction: ReductionConfig, keep: bool) -> None:
         """Start the projector anew where it is not of the layers that the method and the config ask for.
@@ -232,19 +292,12 @@ class LlavaMetaModel:
         Raises:
             ValueError: it is not, and `keep` forbids to start it anew.
         """
-        with torch.device("meta"):
-            wanted = _layers(build_projector_modules(self.config, self._tower(), reducer))
-        present = _layers(self._projector_modules())
-        if wanted == present:
+        misfit = self._projector_misfit(reducer, reduction)
+        if misfit is None:
             return
-        asked = f"reduction={reduction.to_dict() or 'none'} with mm_projector_type={self.config.mm_projector_type}"
         if keep:
-            own = ReductionConfig.of_model(self.config).to_dict() or "none"
-            raise ValueError(
-                f"{asked} needs another projector than this checkpoint has, which was trained with reduction={own}. "
-                f"Needed: {wanted}; there is: {present}. Keep its method of the site projector, or train a projector"
-            )
-        logger.warning("%s is new to this model: its projector starts anew", asked)
+            raise ValueError(misfit)
+        logger.warning("reduction=%s is new to this model: its projector starts anew", reduction.to_dict() or "none")
         self._set_projector(build_projector_modules(self.config, self._tower(), reducer))
         self._to_language_model(*self._projector_modules().values())
 
@@ -259,18 +312,22 @@ class LlavaMetaModel:
             return super().forward(*args, past_key_values=past_key_values, **kwargs)  # type: ignore[misc]
         return forward_in_stages(self, *args, past_key_values=past_key_values, staged=staged, **kwargs)
 
-    def encode_tiles(self, pixels: Tensor, text: Tensor | None = None) -> tuple[Tensor, VisualTokens]:
+    def encode_tiles(
+        self, pixels: Tensor, text: Tensor | None = None, reduction: Reduction = None
+    ) -> tuple[Tensor, VisualTokens]:
         """Tower, reducers and projector.
 
         Args:
             pixels: [T, 3, H, W].
             text: [T, E], embedding of the text that goes with each tile, for a reducer that reads it.
+            reduction: see `Reduction`.
 
         Returns:
             The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
             and the reducer's output, for what came from where.
         """
-        reducer, fuser, tower = self.encoder_reducer, self.projector_reducer, self._tower()
+        methods, tower = self.reducers(reduction), self._tower()
+        reducer, fuser = methods.encoder, methods.projector
         needs = () if reducer is None else reducer.needs
         blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
         vision: VisionFeatures = tower(pixels, needs=needs, blocks=blocks)
@@ -287,7 +344,11 @@ class LlavaMetaModel:
         return self._tower().dtype if weight is None else weight.dtype
 
     def encode_images(
-        self, images: Sequence[Tensor], image_sizes: ImageSizes = None, texts: Sequence[str] | None = None
+        self,
+        images: Sequence[Tensor],
+        image_sizes: ImageSizes = None,
+        texts: Sequence[str] | None = None,
+        reduction: Reduction = None,
     ) -> tuple[Tensor, Tensor]:
         """Visual tokens of all images in the order in which they enter the language model.
 
@@ -295,19 +356,25 @@ class LlavaMetaModel:
             images: N tensors [3, H, W] or [tiles, 3, H, W].
             image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
             texts: N texts, one for each image, for a reducer that reads them.
+            reduction: see `Reduction`.
 
         Returns:
             Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
         """
-        tiles = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
+        tower, reducers = self._tower(), self.reducers(reduction)
+        pictures = image_list(images)
+        check_side(pictures, tower.image_size)
+        tiles = [picture if picture.ndim == 4 else picture.unsqueeze(0) for picture in pictures]
         counts = [len(t) for t in tiles]
-        tower = self._tower()
-        text = self._embed_texts(texts, counts) if reads_text(self.encoder_reducer) else None
-        projected, tokens = self.encode_tiles(torch.cat([t.to(tower.device) for t in tiles]), text)
+        pixels = torch.cat([t.to(tower.device) for t in tiles])
+        if not self.training:  # there the loss shows it, without waiting for the device
+            check_finite(pixels, counts)
+        text = self._embed_texts(texts, counts) if reducers.read_text else None
+        projected, tokens = self.encode_tiles(pixels, text, reducers)
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
-            projected = torch.cat([projected, self.image_newline.to(projected.dtype).unsqueeze(0)])
+            projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
         index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
         return projected[index], torch.tensor([len(layout) for layout in layouts])
 
@@ -318,6 +385,7 @@ class LlavaMetaModel:
             raise ValueError(
                 "this model's reduction reads the prompt's text: pass texts=[...], one for each sample of the batch"
             )
+        check_texts(texts, len(counts), "image")
         assert tower.text_tower is not None
         distinct = list(dict.fromkeys(texts))  # images of one sample share its text
         embeds = tower.text_tower.embed_texts(distinct, tower.name)
@@ -326,7 +394,7 @@ class LlavaMetaModel:
 
     def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
         """For each image, indices into the projected tokens, or NEWLINE."""
-        spec = self._layout_spec(tokens.grid)
+        spec, sizes = self._layout_spec(tokens.grid), size_pairs(image_sizes, len(counts))
         t, m = tokens.features.shape[:2]
         # The one copy to the host: lengths and places of the tokens become shapes and indices.
         mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
@@ -334,9 +402,8 @@ class LlavaMetaModel:
         packed = mask.flatten().cumsum(0) - 1
         layouts, start = [], 0
         for i, count in enumerate(counts):
-            size = None if image_sizes is None else size_pair(image_sizes[i])
             rows = slice(start, start + count)
-            local = image_layout(source[rows], mask[rows], size, spec)
+            local = image_layout(source[rows], mask[rows], None if sizes is None else sizes[i], spec)
             layouts.append(torch.where(local == NEWLINE, NEWLINE, packed[local + start * m]))
             start += count
         return layouts
@@ -355,11 +422,6 @@ class LlavaMetaModel:
             tile_size=tower.image_size,
             pinpoints=getattr(config, "image_grid_pinpoints", None),
         )
-
-
-def reads_text(reducer: nn.Module | None) -> bool:
-    """Whether a reducer compares images with the prompt's text."""
-    return isinstance(reducer, Reducer) and "text" in reducer.needs
 
 
 class LlavaMetaForCausalLM:
@@ -416,8 +478,8 @@ class LlavaMetaForCausalLM:
         """
         if any(".base_layer." in name for name, _ in self.named_parameters()):  # type: ignore[attr-defined]
             raise ValueError(
-                "the model holds a LoRA adapter that is not merged: open it with merge_lora=True and write that, or run "
-                "llava merge; the LoRA folder itself can be copied"
+                "the model holds a LoRA adapter that is not merged: open it with merge_lora=True and write that, or "
+                "run llava merge; the LoRA folder itself can be copied"
             )
         # What transformers undoes in writing: left alone, the renamings that this model's reading needed.
         self._weight_conversions = get_model_conversion_mapping(
@@ -461,6 +523,7 @@ class LlavaMetaForCausalLM:
         texts: Sequence[str] | None = None,
         image_index: Tensor | None = None,
         packed: bool = False,
+        reduction: Reduction = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where labels are given.
@@ -479,6 +542,8 @@ class LlavaMetaForCausalLM:
             image_index: [B, L] for `inputs_embeds`, as `splice_images` returns it (-1 for text); a decoder reducer and
                 packing need it.
             packed: run the batch as one row without padding, in which the samples do not see each other.
+            reduction: method for this call alone, in any form that `set_reduction` takes, "none" for all tokens; None:
+                the model's own. It is for a prompt; what goes on from a cache keeps to what the cache holds.
 
         Returns:
             transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
@@ -488,13 +553,17 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: markers and images do not match (the sample is named), or arguments that exclude each other.
         """
+        check_cache(past_key_values)
         cached = past_key_values is not None and past_key_values.get_seq_length() > 0
         if cached and images is not None:
             raise ValueError(
                 "images enter with the prompt: pass the whole prompt, without a cache that holds it already"
             )
+        if inputs_embeds is not None and images is not None:
+            raise ValueError("images enter with input_ids, where their markers stand: pass those, not inputs_embeds")
         if packed and past_key_values is not None:
             raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
+        reducers = self.get_model().reducers(reduction)
         left = None
         if inputs_embeds is None and input_ids is not None and not cached:
             spliced = self.splice_images(
@@ -506,6 +575,7 @@ class LlavaMetaForCausalLM:
                 texts,
                 left=False if packed else None,
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
+                reduction=reducers,
             )
             input_ids, inputs_embeds, attention_mask = None, spliced.inputs_embeds, spliced.attention_mask
             position_ids, labels = spliced.position_ids, spliced.labels
@@ -518,14 +588,15 @@ class LlavaMetaForCausalLM:
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if cached or not (packed or self.get_model().decoder_reducer is not None):
+        if cached or not (packed or reducers.decoder is not None):
             return super().forward(**inputs, labels=labels)  # type: ignore[misc]
-        return self._forward_staged(inputs, image_index, labels, packed, left)
+        return self._forward_staged(inputs, image_index, reducers.decoder, labels, packed, left)
 
     def _forward_staged(
         self,
         inputs: dict[str, Any],
         image_index: Tensor | None,
+        reducer: DecoderReducer | None,
         labels: Tensor | None,
         packed: bool,
         left: bool | None,
@@ -536,7 +607,7 @@ class LlavaMetaForCausalLM:
                 "inputs_embeds do not tell which tokens are an image's: pass image_index [batch, tokens] with them, as "
                 "splice_images returns it, or all -1 for text only"
             )
-        staged = StagedPass(image_index, labels, packed, left)
+        staged = StagedPass(image_index, labels, packed, left, reducer)
         as_tuple = inputs.pop("return_dict", None) is False
         output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
         if staged.labels is not None:
@@ -556,6 +627,7 @@ class LlavaMetaForCausalLM:
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         attention_mask: Tensor | None = None,
+        reduction: Reduction = None,
         **kwargs: Any,
     ) -> Any:
         """Continue prompts. Arguments as for `forward`; `kwargs` are those of transformers' generate.
@@ -568,14 +640,20 @@ class LlavaMetaForCausalLM:
         """
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
-        if inputs is None:
+        check_cache(kwargs.get("past_key_values"))
+        reducers = kwargs["reduction"] = self.get_model().reducers(reduction)
+        if reducers.decoder is not None:
             self._choose_cache(kwargs)
+        if inputs is None and images is None:
             return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        if "inputs_embeds" in kwargs:
+            raise ValueError("pass input_ids, with images and their markers, or inputs_embeds; not both")
         kwargs.pop("position_ids", None)  # they follow from the mask
-        spliced = self.splice_images(inputs, attention_mask, None, images, image_sizes, texts, left=True)
-        if self.get_model().decoder_reducer is not None:
+        spliced = self.splice_images(
+            inputs, attention_mask, None, images, image_sizes, texts, left=True, reduction=reducers
+        )
+        if reducers.decoder is not None:
             kwargs["image_index"] = spliced.image_index
-            self._choose_cache(kwargs)
         return super().generate(  # type: ignore[misc]
             inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
         )
@@ -586,7 +664,7 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: they ask for one that has one length for all layers.
         """
-        if self.get_model().decoder_reducer is None or kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") is not None:
             return
         kind = kwargs.pop("cache_implementation", None)
         kind = kind or getattr(kwargs.get("generation_config"), "cache_implementation", None)
@@ -611,6 +689,7 @@ class LlavaMetaForCausalLM:
         *,
         left: bool | None = None,
         max_length: int | None = None,
+        reduction: Reduction = None,
     ) -> Spliced:
         """Encode the images of a batch and put their tokens where the markers stand.
 
@@ -619,41 +698,46 @@ class LlavaMetaForCausalLM:
             max_length: rows are cut behind this many tokens.
             Others as for `forward`.
         """
+        check_prompt(input_ids, attention_mask, labels)
+        if not (self.training or hasattr(self, "hf_device_map") or self.device.type == "meta"):
+            check_device(input_ids, self.device)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        markers = ((input_ids == IMAGE_TOKEN_INDEX) & mask).sum(dim=1).tolist()
-        pictures, sizes = match_images(markers, images, image_sizes)
-        texts = self._texts_of_images(texts, input_ids, mask, markers) if pictures else None
-        visual, lengths = self._visual_tokens(pictures, sizes, texts)
+        vocabulary = self.config.vocab_size
+        markers = count_markers(input_ids, mask, labels, vocabulary)
+        if texts is not None:
+            check_texts(texts, len(markers), "sample")
+        pictures, sizes = match_images(markers, images, image_sizes, trusted=self.training)
+        reducers = self.get_model().reducers(reduction)
+        reads = bool(pictures) and reducers.read_text
+        texts = self._texts_of_images(texts, input_ids, mask, markers) if reads else None
+        visual, lengths = self._visual_tokens(pictures, sizes, texts, reducers)
         if left is None:
             side = getattr(self.config, "tokenizer_padding_side", "right")
             left = side == "left" or not bool(mask[:, 0].all())
-        plan = plan_splice(input_ids, mask, lengths, max_length, left)
-        embed = self.get_model().embed_tokens
-        text_embeds = embed(input_ids.clamp(min=0))
+        text_embeds = self.get_model().embed_tokens(input_ids.clamp(0, vocabulary - 1))
+        here = text_embeds.device  # where the model is spread over several, perhaps not that of the ids
+        plan = plan_splice(input_ids.to(here), mask.to(here), lengths, max_length, left)
         if visual is not None and not pictures:
-            text_embeds = text_embeds + 0 * visual.sum()
+            # The sum of none of them is zero, and so are its gradients; 0 * sum would be NaN where the sum overflows.
+            text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
-        return splice(text_embeds, visual, labels, plan)
+        return splice(text_embeds, visual, None if labels is None else labels.to(here).long(), plan)
 
     def _texts_of_images(
         self, texts: Sequence[str] | None, input_ids: Tensor, mask: Tensor, markers: list[int]
     ) -> list[str] | None:
-        """For each image the text of its sample, where the reducer reads one; by default the prompt's question."""
-        if not reads_text(self.get_model().encoder_reducer):
-            return None
+        """For each image the text of its sample; by default the prompt's question."""
         if texts is None:
             if self.tokenizer is None:
                 return None
             texts = [question_of_ids(ids[real], self.tokenizer) for ids, real in zip(input_ids, mask, strict=True)]
-        if len(texts) != len(markers):
-            raise ValueError(f"{len(texts)} texts for {len(markers)} samples; give one text a sample")
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(
-        self, pictures: list[Tensor], sizes: ImageSizes, texts: list[str] | None
+        self, pictures: list[Tensor], sizes: ImageSizes, texts: list[str] | None, reducers: Reducers
     ) -> tuple[Tensor | None, Tensor]:
         if pictures:
-            return self.get_model().encode_images(pictures, sizes, texts)
+            return self.get_model().encode_images(pictures, sizes, texts, reducers)
         none = torch.zeros(0, dtype=torch.int64)
         tower = self.get_vision_tower()
         if not self.training or tower is None:
@@ -661,20 +745,24 @@ class LlavaMetaForCausalLM:
         # Every rank must run the same modules and have a gradient for the same weights, or ZeRO and DDP wait for
         # ever: a batch without images encodes a blank one, whose tokens are multiplied by zero.
         blank = torch.zeros(3, tower.image_size, tower.image_size, device=self.device)
-        return self.get_model().encode_images([blank], texts=[""])[0], none
+        return self.get_model().encode_images([blank], texts=[""], reduction=reducers)[0], none
 
     @torch.no_grad()
     def count_visual_tokens(
-        self, images: Images, image_sizes: ImageSizes = None, texts: Sequence[str] | None = None
+        self,
+        images: Images,
+        image_sizes: ImageSizes = None,
+        texts: Sequence[str] | None = None,
+        reduction: Reduction = None,
     ) -> list[tuple[int, int]]:
-        """For each image, its visual tokens without and with the model's reduction; `texts` has one for each image."""
+        """For each image, its visual tokens without and with the reduction; `texts` has one for each image."""
         pictures = image_list(images)
         model = self.get_model()
-        tower = model.get_vision_tower()
+        tower = model._tower()
         tiles = [image.shape[0] if image.ndim == 4 else 1 for image in pictures]
         full = VisualTokens(torch.empty(sum(tiles), tower.num_patches, 0))
         before = [len(layout) for layout in model._layouts(full, tiles, image_sizes)]
-        after = model.encode_images(pictures, image_sizes, texts)[1].tolist()
+        after = model.encode_images(pictures, image_sizes, texts, reduction)[1].tolist()
         return list(zip(before, after, strict=True))
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:

@@ -113,7 +113,7 @@ def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | N
     d = text_embeds.shape[-1]
     parts = [text_embeds.reshape(-1, d)]
     if visual_tokens is not None:
-        parts.append(visual_tokens.to(text_embeds.dtype))
+        parts.append(visual_tokens.to(text_embeds))  # the projector may be on another device
     parts.append(text_embeds.new_zeros(1, d))
     embeds = torch.cat(parts)[plan.source]
     if labels is not None:

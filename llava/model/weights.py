@@ -97,7 +97,7 @@ def weights_mark(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -122,7 +122,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         Names of the parameters that were filled.
 
     Raises:
-        ValueError: a name that the module does not have, or another shape; all such keys are listed.
+        ValueError: a name that the module does not have, another shape, NaN or infinity; all such keys are listed.
     """
     named = strip_prefixes(weights, [prefix])
     parameters = dict(module.named_parameters())
@@ -133,6 +133,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         if k in parameters and tuple(v.shape) != true_shape(parameters[k])
     ]
     raise_for_keys(origin, unexpected=unknown, misshapen=shapes)
+    raise_for_nonfinite(origin, named.items())
     for key, value in named.items():
         _copy(parameters[key], value)
     return set(named)
@@ -190,7 +191,7 @@ def raise_for_keys(
 ) -> None:
     """Raise a ValueError that lists the keys, if there are any."""
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
-    parts = [f"{kind} ({len(keys)}): {_shorten(keys)}" for kind, keys in found.items() if keys]
+    parts = [f"{kind} ({len(keys)}): {shorten(keys)}" for kind, keys in found.items() if keys]
     if parts:
         raise ValueError(
             f"the weights of {origin} do not fit the model that its config describes; " + "; ".join(parts) + ". Check "
@@ -199,5 +200,38 @@ def raise_for_keys(
         )
 
 
-def _shorten(keys: list[str], most: int = 12) -> str:
+class NonFiniteWeightsError(ValueError):
+    """Weights hold NaN or infinity; the message lists them."""
+
+
+def raise_for_nonfinite(origin: object, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that a diverged run has written, or a damaged file.
+
+    Args:
+        origin: file or folder that the weights come from.
+        weights: names and weights; where ZeRO-3 has partitioned one, this process's slice is looked at.
+
+    Raises:
+        NonFiniteWeightsError: some hold NaN or infinity.
+    """
+    bad = [name for name, weight in weights if not is_finite(getattr(weight, "ds_tensor", weight))]
+    if bad:
+        raise NonFiniteWeightsError(
+            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, or "
+            "a file is damaged: take an earlier checkpoint, or copy it again"
+        )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """False where a weight of a usual floating-point type holds NaN or infinity; it takes no memory."""
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return True
+    if weight.is_meta or weight.numel() == 0:
+        return True
+    least, most = torch.aminmax(weight.detach())  # NaN is both
+    return bool(least.isfinite() & most.isfinite())
+
+
+def shorten(keys: list[str], most: int = 12) -> str:
+    """Keys as a message lists them."""
     return ", ".join(keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")

@@ -46,6 +46,49 @@ class VisionFeatures:
     patch_embeds: Tensor | None = None
     text: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is no tensor, or of a shape that does not go with `features`."""
+        n, p, _ = _float_shape("features", self.features, "[N, P, C]", (None, None, None))
+        if self.grid is not None and not _is_grid(self.grid, (p, p - 1)):  # with CLS, one more than the grid has
+            raise ValueError(f"grid={self.grid!r}: expected (rows, columns) of the {p} patches in features")
+        width = None
+        if self.keys is not None:
+            _, tokens, width = _float_shape("keys", self.keys, "[N, P or 1 + P, C]", (n, (p, p + 1), None))
+            if self.queries is not None:
+                _float_shape("queries", self.queries, "[N, 1 or as many as keys, C]", (n, (1, tokens), width))
+        heads = self.num_heads
+        if not isinstance(heads, int) or heads < 1 or (width or 0) % heads:
+            raise ValueError(f"num_heads={heads!r}: expected a whole number that divides the {width or 'C'} channels")
+        if not isinstance(self.hidden_states, Mapping):
+            raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
+        for block, state in self.hidden_states.items():
+            _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
+        embeds = None
+        if self.patch_embeds is not None:
+            *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
+        if self.text is not None:
+            _float_shape("text", self.text, "[N, E]", (n, embeds))
+
+
+def _float_shape(
+    name: str, value: Any, expected: str, sizes: tuple[int | tuple[int, ...] | None, ...]
+) -> tuple[int, ...]:
+    """The shape of a float tensor, each of whose sizes is the one given, one of those given, or any but 0."""
+    shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else ()
+    allowed = [size if isinstance(size, tuple) else (size,) for size in sizes]
+    if len(shape) != len(sizes) or any(
+        size == 0 or (ok != (None,) and size not in ok) for size, ok in zip(shape, allowed, strict=True)
+    ):
+        kind = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {kind}: expected a float tensor {expected}, here {list(sizes)} (None: any)")
+    return shape
+
+
+def _is_grid(grid: Any, cells: tuple[int, ...]) -> bool:
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+        return False
+    return grid[0] * grid[1] in cells
+
 
 @dataclass
 class VisualTokens:
@@ -226,3 +269,17 @@ class DecoderReducer(Reducer, abc.ABC):
     @abc.abstractmethod
     def score(self, given: LayerInput) -> Tensor:
         """[B, L] float32: the higher a token's score, the longer it stays."""
+
+
+@dataclass(frozen=True)
+class Reducers:
+    """The methods that one forward pass goes through, by site; None where nothing is reduced."""
+
+    encoder: EncoderReducer | None = None
+    projector: ProjectorReducer | None = None
+    decoder: DecoderReducer | None = None
+
+    @property
+    def read_text(self) -> bool:
+        """Whether images are compared with the prompt's text."""
+        return self.encoder is not None and "text" in self.encoder.needs

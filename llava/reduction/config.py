@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from llava.reduction.base import Reducer
+from llava.reduction.base import Reducer, Reducers
 from llava.reduction.registry import SITES, build, method_class, site_of
 from llava.yaml_text import read_yaml
 
@@ -98,6 +98,10 @@ class ReductionConfig:
         method = dict(getattr(self, site))
         return build(method.pop("name"), **method) if method else None
 
+    def build_all(self) -> Reducers:
+        """New reducers for all sites."""
+        return Reducers(**{site: cast(Any, self.build(site)) for site in SITES})
+
 
 def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_ratio_list: str | None) -> Any:
     """A reduction together with what PyramidDrop's release gives as two flags of its own.
@@ -138,6 +142,8 @@ def _load_yaml(text: str) -> Any:
         return read_yaml(text)  # JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"reduction={text!r} is neither a method's name nor valid JSON or YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"reduction={text[:40]!r}... is nested too deeply") from error
 
 
 def _method_mapping(site: str, method: Any) -> dict[str, Any]:
@@ -147,7 +153,12 @@ def _method_mapping(site: str, method: Any) -> dict[str, Any]:
         return {}
     if not isinstance(method, Mapping) or "name" not in method:
         raise ValueError(f"reduction.{site}={method!r}: expected a method's name or a mapping with the key 'name'")
-    return json.loads(json.dumps(dict(method)))  # plain data only: it is written to config.json
+    try:
+        return json.loads(json.dumps(dict(method)))  # plain data only: it is written to config.json
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"reduction.{site}: {error}; options are plain numbers, texts and lists, for config.json keeps them"
+        ) from error
 
 
 def _parse_legacy(value: str | None) -> dict[str, Any] | None:

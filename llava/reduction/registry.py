@@ -57,7 +57,7 @@ def method_class(name: str, site: str | None = None) -> type[Reducer]:
     Raises:
         ValueError: no such method (the known ones are listed), or it works at another site.
     """
-    cls = _METHODS.get(name)
+    cls = _METHODS.get(name) if isinstance(name, str) else None
     if cls is None:
         known = "; ".join(f"{s}: {', '.join(names)}" for s, names in available().items() if names)
         raise ValueError(f"unknown reduction method {name!r}; known methods are: {known}")

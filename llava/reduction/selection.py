@@ -81,6 +81,13 @@ def take_in_raster_order(features: Tensor, is_kept: Tensor) -> VisualTokens:
     return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
 
 
+def precise_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, or float64 where one of them is: what ranks must not be rounded to 16 bits by autocast."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
 def uniform_positions(count: int, length: int) -> Tensor:
     """The middles of `count` equal parts of 0, 1, ..., length - 1: [count] int64, distinct if count <= length."""
     return (2 * torch.arange(count) + 1) * length // (2 * count)
@@ -109,7 +116,7 @@ def nearest_neighbours(
     # The length of the kept patch's own key does not change the order along its row. Scaling the products, not the
     # keys, spares a pass over all keys.
     lengths = torch.linalg.vector_norm(keys, dim=2, dtype=torch.promote_types(keys.dtype, torch.float32))
-    similarity = (centres @ keys.transpose(1, 2)) / lengths.clamp(min=1e-12).unsqueeze(1)
+    similarity = precise_product(centres, keys.transpose(1, 2)) / lengths.clamp(min=1e-12).unsqueeze(1)
     columns = torch.arange(p, device=kept.device).expand(n, p)
     if repeated is not None:
         again = similarity.gather(2, kept.unsqueeze(1).expand(-1, m, -1))

@@ -23,13 +23,15 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import get_template
+from llava.data.images import IMAGE_ACCESS
 from llava.data.items import ON_BAD_SAMPLE
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
+from llava.files import check_writable
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
 from llava.train.problems import Problems
-from llava.train.values import check_numbers, check_output_dir
+from llava.train.values import check_numbers
 from llava.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -181,6 +183,10 @@ class DataArguments:
     lazy_preprocess: bool = flag(True, "Kept for LLaVA's commands; samples are always read when their turn comes.")
     is_multimodal: bool = flag(True, "Kept for LLaVA's commands; found out by itself.")
     image_folder: str | None = flag(None, "Folder that the JSON's image paths start from.")
+    image_access: str = flag(
+        IMAGE_ACCESS[0],
+        "Where image names may lead: folder (below image_folder), disk (any file of this machine), remote (URLs too).",
+    )
     image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, else square.")
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
@@ -194,6 +200,7 @@ class DataArguments:
             problems.check(parse_data_path, self.data_path)
         if not is_url(self.image_folder or ""):
             problems.check(check_exists, "image_folder", self.image_folder)
+        problems.check(check_choice, "image_access", self.image_access, IMAGE_ACCESS)
         problems.check(check_choice, "on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         check_numbers(vars(self), problems)
         problems.check(check_choice, "image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
@@ -251,6 +258,10 @@ class TrainingArguments(transformers.TrainingArguments):
     resume_changed: str | None = flag(
         None, "Settings, a,b, in which the run may differ from that of the checkpoint it goes on from."
     )
+    logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the log.")
+    stop_after_nonfinite_steps: int = flag(
+        3, "Stop when the loss was NaN or infinite in so many steps in a row, seen when a line is logged; 0: never."
+    )
     packing: bool = flag(False, "Run a batch as one row without padding, in which the samples do not see each other.")
 
     def __post_init__(self) -> None:
@@ -274,6 +285,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise ValueError("--fp16 True needs a GPU, and this run has none: use --bf16 True, or neither")
             self._prepare_cpu()
         super().__post_init__()
+        self._keep_to_one_gpu()
 
     def _rename_checkpointing(self) -> None:
         # An alias that newer transformers warn about: use the new name where there is one.
@@ -282,6 +294,12 @@ class TrainingArguments(transformers.TrainingArguments):
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing_kwargs = None
+
+    def _keep_to_one_gpu(self) -> None:
+        # Where one process sees several GPUs, transformers wraps the model in nn.DataParallel, which would cut the
+        # lists of pictures at places of its own.
+        self.idle_gpus = max(0, self.n_gpu - 1)
+        self._n_gpu = min(1, self.n_gpu)
 
     def _prepare_cpu(self) -> None:
         # transformers takes bf16 on the CPU only with use_cpu; and with use_cpu accelerate starts torch's
@@ -329,7 +347,7 @@ def check_training(args: Any) -> None:
     """
     problems = Problems()
     if args.output_dir:
-        problems.check(check_output_dir, "--output_dir", args.output_dir)
+        problems.check(check_writable, args.output_dir, "--output_dir")
     else:
         problems.add("--output_dir is missing: name a folder for checkpoints and results")
     if args.mpt_attn_impl is not None:

@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.model.weights import load_into, raise_for_keys, read_weights
+from llava.files import checkpoint_folder
+from llava.model.weights import (
+    NonFiniteWeightsError,
+    is_finite,
+    load_into,
+    raise_for_keys,
+    read_weights,
+    shorten,
+)
 
 logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
-WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class RunKind(Enum):
@@ -40,6 +45,12 @@ class RunKind(Enum):
     PROJECTOR = "projector"
     LORA = "lora"
     FULL = "full"
+
+    def is_in(self, folder: str | Path) -> bool:
+        """True where a folder has the weights that such a run writes."""
+        if self is RunKind.FULL:
+            return any(Path(folder).glob("model*.safetensors"))
+        return Path(folder, PROJECTOR_FILE if self is RunKind.PROJECTOR else ADAPTER_FILE).is_file()
 
 
 def part_of(name: str) -> str:
@@ -66,7 +77,9 @@ def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
 
     Raises:
         ValueError: a weight has no elements: it is a slice that could not be gathered.
+        NonFiniteWeightsError: weights hold NaN or infinity, and must not take the place of good ones.
     """
+    bad: list[str] = []
     weights: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}  # tied weights stay one tensor under two names, and are written once
     for name, parameter in parameters:
@@ -79,8 +92,11 @@ def gather(parameters: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
                     "be gathered; it is not written, because it would load as an empty weight"
                 )
             if id(parameter) not in copies:
+                bad += [] if is_finite(parameter) else [name]
                 copies[id(parameter)] = parameter.detach().to("cpu", copy=True).contiguous()
             weights[name] = copies[id(parameter)]
+    if bad:
+        raise NonFiniteWeightsError(f"{len(bad)} weights hold NaN or infinity, so none is written: {shorten(bad)}")
     return weights
 
 
@@ -92,28 +108,12 @@ def _whole(parameter: Tensor) -> contextlib.AbstractContextManager:
     return zero.GatheredParameters([parameter])
 
 
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into; what is in it at the end is moved to `folder` file by file, each in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".writing-{os.getpid()}"
-    staging.mkdir()
-    try:
-        yield staging
-        for path in sorted(p for p in staging.rglob("*") if p.is_file()):
-            target = folder / path.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    finally:
-        shutil.rmtree(staging)
-
-
 def save_run(model: nn.Module, kind: RunKind, folder: str | Path, *, writer: bool, tokenizer: Any = None) -> None:
     """Write what a run of this kind trains. Every rank must call it.
 
     Args:
         model: the model, or PEFT's wrapper of it for `RunKind.LORA`.
-        folder: where the files go; made if missing.
+        folder: where the files go; made if missing. What is left there of an earlier result is removed.
         writer: True on the one rank that writes.
         tokenizer: written along where the kind has one.
     """
@@ -125,14 +125,10 @@ def save_run(model: nn.Module, kind: RunKind, folder: str | Path, *, writer: boo
     weights = gather(collect(model), keep=writer)
     if not writer:
         return
-    folder = Path(folder)
-    with atomic_folder(folder) as staging:
+    with checkpoint_folder(Path(folder)) as staging:
         write(model, weights, staging)
         if tokenizer is not None and kind is not RunKind.PROJECTOR:
             tokenizer.save_pretrained(staging)
-        written = {path.name for path in staging.iterdir()}
-    if kind is RunKind.FULL:
-        _remove_stale_weights(folder, written)
 
 
 def _projector_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -169,6 +165,8 @@ def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     adapters = {name: weight for name, weight in weights.items() if _is_adapter(name)}
     # Left to itself, PEFT looks up the base model on the hub to see whether its vocabulary has changed.
     model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
+    # PEFT's model card: a form to be filled in, which would replace the README of a repository.
+    (folder / "README.md").unlink(missing_ok=True)
     others = {_base_name(name): weight for name, weight in weights.items() if not _is_adapter(name)}
     torch.save(others, folder / NON_LORA_FILE)
     _write_config(model, folder)
@@ -204,13 +202,6 @@ def _mend_generation_config(model: Any) -> None:
     except ValueError:
         logger.info("generation_config sets how to sample but not do_sample; it is written with do_sample")
         generation.do_sample = True
-
-
-def _remove_stale_weights(folder: Path, written: set[str]) -> None:
-    """Shards of an earlier run in the same folder would be read along."""
-    for path in folder.iterdir():
-        if WEIGHTS_PATTERN.fullmatch(path.name) and path.name not in written:
-            path.unlink()
 
 
 def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:

@@ -18,27 +18,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from llava.files import LIST_FILE, read_file_list, set_aside, size_of
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-LIST_FILE = "files.json"
 # What torch.save says where the disk is full; the errno does not reach Python.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container")
 
 
 class CannotWriteError(OSError):
     """Files of a run could not be written; the message says which, and what is left."""
-
-
-def write_file_list(folder: Path) -> None:
-    """List all files of a checkpoint and their sizes in bytes in its `files.json`; the last thing written to it."""
-    sizes = {str(path.relative_to(folder)): _size(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    (folder / LIST_FILE).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-
-
-def _size(path: Path) -> int:
-    with path.open("rb") as file:  # on network file systems only an open file's size is up to date
-        return os.fstat(file.fileno()).st_size
 
 
 def flaw_of(folder: Path) -> str | None:
@@ -49,17 +39,17 @@ def flaw_of(folder: Path) -> str | None:
     if not (folder / STATE_FILE).is_file():
         return f"{STATE_FILE} is missing"
     try:
-        sizes = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return f"{LIST_FILE} is not valid JSON"
+        sizes = read_file_list(folder) or {}
+    except ValueError as error:
+        return str(error).removeprefix(f"{folder}{os.sep}")
     for name, size in sizes.items():
         path = folder / name
+        if size is None:
+            continue
         if not path.is_file():
             return f"{name} is missing"
-        if _size(path) != size:
-            return f"{name} has {_size(path):,} bytes of {size:,}"
+        if size_of(path) != size:
+            return f"{name} has {size_of(path):,} bytes of {size:,}"
     return None
 
 
@@ -87,7 +77,7 @@ def remove_old_checkpoints(output_dir: str | Path, step: int, limit: int | None,
     """After `checkpoint-STEP` was written, leave the newest `limit` whole ones up to it.
 
     Torn ones go too: they would take the place of whole ones. Newer ones than STEP are not touched: they belong
-    to a run that went on from another checkpoint.
+    to a run that went on from another checkpoint. Nor are those that another program wrote.
 
     Args:
         output_dir: of the run.
@@ -97,12 +87,24 @@ def remove_old_checkpoints(output_dir: str | Path, step: int, limit: int | None,
     """
     if not limit or limit < 0:
         return
-    older = [path for number, path in checkpoints_of(output_dir) if number <= step]
+    older = [path for number, path in checkpoints_of(output_dir) if number <= step and _is_own(path)]
     whole = [path for path in older if flaw_of(path) is None]
     stay = {path.resolve() for path in whole[-limit:]} | ({Path(keep).resolve()} if keep else set())
     for path in older:
         if path.resolve() not in stay:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def make_room(checkpoint: Path) -> None:
+    """Remove a checkpoint that is about to be written again; one that another program wrote gets another name."""
+    if _is_own(checkpoint):
+        shutil.rmtree(checkpoint)
+    elif checkpoint.exists():
+        set_aside(checkpoint)
+
+
+def _is_own(checkpoint: Path) -> bool:
+    return (checkpoint / LIST_FILE).is_file()
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def load_dataset(
     options: dict[str, Any] = {
         "version": model_args.version,
         "image_folder": data_args.image_folder,
+        "image_access": data_args.image_access,
         "image_aspect_ratio": data_args.image_aspect_ratio,
         "image_grid_pinpoints": data_args.image_grid_pinpoints,
         "mm_use_im_start_end": bool(model_args.mm_use_im_start_end),

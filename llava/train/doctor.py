@@ -16,6 +16,7 @@ from llava.train.arguments import accumulation_steps, runs_on_cpu
 from llava.train.config import LaunchOptions, load_config
 from llava.train.data import load_dataset
 from llava.train.modeling import load_tokenizer, read_config, run_kind
+from llava.train.output_dir import check_free, check_output_dir
 from llava.train.parsing import Arguments, check_args
 from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
@@ -61,6 +62,9 @@ def _derive_accumulation(training: Any, processes: int) -> None:
 
 def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float | None, report: Report) -> None:
     config = tokenizer = None
+    with report.catch("output"):
+        check_output_dir(arguments)
+        check_free(arguments)
     with report.catch("model"):
         config = read_config(arguments)
         tokenizer = load_tokenizer(arguments)

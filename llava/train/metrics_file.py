@@ -21,7 +21,7 @@ class MetricsFile(TrainerCallback):
     """Appends each line of log to `metrics.jsonl`: a JSON object with `step` and `time` (seconds since 1970).
 
     When a run goes on from a checkpoint, lines of later steps are dropped, so each step stands there once; so is a line
-    that a killed run wrote half, and the summary of an earlier end. NaN and infinity are null.
+    that a killed run wrote half, and the summary of an earlier end. NaN and infinity: see `strict_json`.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class MetricsFile(TrainerCallback):
             return
         file = Path(args.output_dir, METRICS_FILE)
         record = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
-        line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
+        line = json.dumps(strict_json(record)) + "\n"
         with write_errors_named(file, args.output_dir):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as lines:
@@ -62,8 +62,10 @@ def _is_kept(line: str, step: int) -> bool:
     return line.endswith("\n") and record["step"] <= step and "train_runtime" not in record
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def strict_json(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with null for each NaN and infinity, which JSON does not have; `not_finite` says which it was."""
+    odd = {key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {**record, **dict.fromkeys(odd), **({"not_finite": odd} if odd else {})}
 
 
 class TrainingBar(ProgressCallback):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, raise_if_merged
 from llava.model.language_model import llava_class_for
-from llava.model.weights import read_json, read_weights
+from llava.model.weights import raise_for_nonfinite, read_json, read_weights
 from llava.reduction import ReductionConfig
 from llava.train.arguments import (
     DataArguments,
@@ -153,6 +153,9 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
 
     Returns:
         The model, or PEFT's wrapper of it where LoRA is trained.
+
+    Raises:
+        ValueError: weights do not fit, or hold NaN or infinity; they are listed.
     """
     model_args, data_args, training = arguments.model, arguments.data, arguments.training
     model = llava_class_for(config.model_type).from_pretrained(
@@ -165,6 +168,8 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
         **quantization(training),
     )
     model.get_model().initialize_vision_modules(model_args)
+    origin = f"--model_name_or_path {model_args.model_name_or_path} with --vision_tower {model_args.vision_tower}"
+    raise_for_nonfinite(origin, model.named_parameters())
     model.initialize_vision_tokenizer(model_args, tokenizer)
     write_llava_config(model.config, model_args, data_args, training, tokenizer)
     select_trainable(model, arguments)
@@ -304,9 +309,22 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name in others:  # PEFT freezes all but its adapters, and trains all biases where lora_bias says "all"
         model.get_parameter(name).requires_grad_(name in trained)
+    if training.bits != 16:
+        cast_frozen(adapted, compute_dtype(training))
     if training.lora_weight_path:
         load_adapter(adapted, training.lora_weight_path)
     return adapted
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the frozen weights that are not quantized the type of the products: vision tower, embeddings, head.
+
+    PEFT has made them float32, for which they take twice the memory. The language model's norms stay so, as in LLaVA.
+    """
+    for name, parameter in model.named_parameters():
+        is_norm = part_of(name) == "language_model" and "norm" in name
+        if parameter.is_floating_point() and not parameter.requires_grad and not is_norm:
+            parameter.data = parameter.data.to(dtype)
 
 
 def set_trainable_dtype(model: nn.Module, training: TrainingArguments) -> None:

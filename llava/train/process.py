@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,10 @@ import torch
 import torch.distributed
 
 from llava.train.checkpoint_folders import CannotWriteError
-from llava.train.stop import RunStoppedError
+from llava.train.stop import SIGNALS, RunStoppedError
 
-# How a training process ends; the values of the last two are those of sysexits.h.
+# How a training process ends, besides 0; the values of the last two are those of sysexits.h.
+EXIT_LOST = 1  # another rank ended before
 EXIT_MISTAKE = 2  # flags, data or checkpoints do not fit
 EXIT_CANNOT_WRITE = os.EX_IOERR  # 74: the disk is full, or a folder can't be written to
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, with a checkpoint; the same command goes on from there
@@ -30,6 +33,15 @@ NOISE = (
 # ZeRO-3 hooks into the inputs and outputs of modules, and cannot look into this class; it sees the tensors where
 # they enter and leave the modules inside, which hold all the weights.
 DEEPSPEED_NOISE = "A module has unknown inputs or outputs type (<class 'llava.reduction.base."
+# What Gloo and NCCL raise in a collective when the process at the other end is gone.
+PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exit",
+    "Timed out waiting",
+)
+SECONDS_FOR_THE_LAUNCHER = 3
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -73,6 +85,8 @@ def leave(code: int) -> NoReturn:
     join the threads, but only when nobody holds it any more, and each of ZeRO-3's parameters does. So the process
     runs its exit handlers, and ends without finalizing the interpreter.
     """
+    for number in SIGNALS:  # what was to be written is: a signal now would only change the exit code
+        signal.signal(number, signal.SIG_IGN)
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         remove_shared_buffer(int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
@@ -86,8 +100,15 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def lost_peer(error: RuntimeError) -> str | None:
+    """What a collective has raised because another rank ended, which says itself why; None for other errors."""
+    if not torch.distributed.is_initialized():
+        return None
+    return next((words for words in PEER_IS_GONE if words in str(error)), None)
+
+
 def run_and_report(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run `main`; what the user can mend becomes one line of log in place of a traceback.
+    """Run `main`; what the user can mend, or another rank's end, becomes one line of log in place of a traceback.
 
     Args:
         main: the program.
@@ -107,4 +128,13 @@ def run_and_report(main: Callable[[list[str]], None], argv: list[str]) -> int:
             raise
         logger.error("%s (LLAVA_DEBUG=1 shows where)", error)
         return EXIT_CANNOT_WRITE if isinstance(error, CannotWriteError) else EXIT_MISTAKE
+    except RuntimeError as error:
+        lost = lost_peer(error)
+        if os.environ.get("LLAVA_DEBUG") or lost is None:
+            raise
+        logger.warning(
+            "rank %d ends because another has ended, which says why (%s)", torch.distributed.get_rank(), lost
+        )
+        time.sleep(SECONDS_FOR_THE_LAUNCHER)  # it passes on the exit code of the rank that it finds ended first
+        return EXIT_LOST
     return 0

@@ -25,8 +25,14 @@ class EpochSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.order(generator).tolist())
+        return iter(self.order_of_epoch(self.epoch).tolist())
+
+    def order_of_epoch(self, epoch: int) -> Tensor:
+        """Indices of all samples [length] int64 in the order of an epoch, counted from 0.
+
+        The ranks take turns at the batches, so a step of all of them is a stretch of this order.
+        """
+        return self.order(torch.Generator().manual_seed(self.seed + epoch))
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Indices of all samples [length] int64, each once."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
 import logging
 import multiprocessing.util
 import signal
@@ -19,6 +18,8 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+CHECKPOINT_FOLLOWS = "writing a checkpoint at the end of this step"
+RESULT_FOLLOWS = "the last step is under way or done: the run ends when its result is written"
 
 
 class RunStoppedError(Exception):
@@ -28,9 +29,10 @@ class RunStoppedError(Exception):
 class StopOnSignal(TrainerCallback):
     """Ends training with a checkpoint after SIGTERM, SIGUSR1 or Ctrl-C.
 
-    The step that is under way is finished. At its end all ranks hear whether one of them got a signal, so they
-    stop at the same step. The exchange is between the processes' hosts; the devices are not waited for. A second
-    Ctrl-C ends the process at once, even inside a collective.
+    The step that is under way is finished. The ranks tell one another of a signal at the beginning of each step and
+    hear of it at its end, so they stop at the same step: of several ranks, one step later than a single process would.
+    The exchange takes the way of the gradients, and the host does not wait for it. After the last step a signal waits
+    until the result is written. A second Ctrl-C ends the process at once, even inside a collective.
 
     Attributes:
         stopped_by: name of the signal that ended training, None if none did.
@@ -39,7 +41,8 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.stopped_by: str | None = None
         self._received = 0
-        self._group: Any = None
+        self._exchange: _Exchange | None = None
+        self._consequence = CHECKPOINT_FOLLOWS
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -58,23 +61,26 @@ class StopOnSignal(TrainerCallback):
         self._received = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        logger.warning("%s: writing a checkpoint at the end of this step", signal.Signals(number).name)
+        logger.warning("%s: %s", signal.Signals(number).name, self._consequence)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the ranks' group for the exchange."""
-        if args.world_size > 1:
-            timeout = datetime.timedelta(seconds=args.ddp_timeout)
-            self._group = distributed.new_group(backend="gloo", timeout=timeout)
+        """Make the ranks' exchange."""
+        self._exchange = _Exchange(args.device) if args.world_size > 1 else None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the group, whose threads must not outlive the interpreter; see `llava.train.process.leave`."""
-        if self._group is not None:
-            distributed.destroy_process_group(self._group)
-            self._group = None
+        """From here on a signal changes nothing."""
+        self._consequence = RESULT_FOLLOWS if self.stopped_by is None else "the run is stopping already"
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the other ranks whether this one was told to stop."""
+        if state.global_step + 1 >= state.max_steps:
+            self._consequence = RESULT_FOLLOWS
+        if self._exchange is not None:
+            self._exchange.send(self._received)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training where a rank was told to stop before the last step."""
-        number = self._received_anywhere()
+        number = self._received if self._exchange is None else self._exchange.receive()
         if number and state.global_step < state.max_steps:
             self.stopped_by = signal.Signals(number).name
             control.should_save = control.should_training_stop = True
@@ -85,13 +91,33 @@ class StopOnSignal(TrainerCallback):
         if self.stopped_by is not None:
             control.should_save = control.should_evaluate = False
 
-    def _received_anywhere(self) -> int:
-        """Number of the signal that a rank got, 0 for none; the same on all ranks."""
-        if self._group is None:
-            return self._received
-        number = torch.tensor(self._received)
-        distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._group)
-        return int(number)
+
+class _Exchange:
+    """The largest of a number that each rank has, by the ranks' own process group, without waiting for the device.
+
+    Args:
+        device: that the group's collectives work on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._largest = torch.tensor(0)
+        self._arrival: torch.Event | None = None
+
+    def send(self, number: int) -> None:
+        """Start an exchange; every rank must."""
+        ranks = torch.full((), number, device=self._device)  # filled on the device: a copy would wait for it
+        distributed.all_reduce(ranks, op=distributed.ReduceOp.MAX)
+        self._largest = ranks.to("cpu", non_blocking=True)
+        if self._device.type != "cpu":
+            self._arrival = torch.Event(self._device)
+            self._arrival.record()
+
+    def receive(self) -> int:
+        """The largest number of the exchange that was last started."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return int(self._largest)
 
 
 def ignore_signals(worker: int) -> None:
@@ -109,6 +135,7 @@ def ignore_signals(worker: int) -> None:
 @atexit.register  # after multiprocessing's own handler, and so called before it
 def _end_workers() -> None:
     """multiprocessing ends processes by SIGTERM and waits for them: for those that ignore it, without end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report each with a traceback
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

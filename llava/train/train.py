@@ -14,22 +14,23 @@ import yaml
 from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
 from llava.train.arguments import require_package
-from llava.train.checkpoint import atomic_folder
+from llava.train.checkpoint_folders import STATE_FILE, read_state
 from llava.train.data import prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
+from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
 from llava.train.resume import check_checkpoint, check_result, checkpoint_to_resume, run_settings
 from llava.train.run_info import write_run_info
+from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
-
-RUN_CONFIG_FILE = "train_config.yaml"
 
 
 def main(argv: list[str]) -> None:
@@ -45,13 +46,24 @@ def main(argv: list[str]) -> None:
     train(parse_args(argv))
 
 
-def train(arguments: Arguments) -> LLaVATrainer:
+def train(arguments: Arguments) -> LLaVATrainer | None:
     """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Returns:
+        The trainer, or None where `output_dir` has the result of these steps already.
 
     Raises:
         RunStoppedError: a signal ended it before its last step.
     """
+    with holding_output_dir(arguments):
+        return _train(arguments)
+
+
+def _train(arguments: Arguments) -> LLaVATrainer | None:
     training = arguments.training
+    if is_finished(arguments):
+        return None
+    report_idle_gpus(training)
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     check_result(training.output_dir, run_kind(arguments))
@@ -77,11 +89,11 @@ def train(arguments: Arguments) -> LLaVATrainer:
         processing_class=tokenizer,
     )
     write_run_config(arguments, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.raise_if_stopped()
-    trainer.save_state()
-    trainer.save_model()
-    report_rejects(trainer)
+    with trainer.stop.listening(), wandb_run(training, checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.raise_if_stopped()
+        trainer.save_result()
+        report_rejects(trainer)
     return trainer
 
 
@@ -95,6 +107,20 @@ def best_attention(arguments: Arguments) -> str:
             return "sdpa"
         return "flash_attention_2"
     return "sdpa"
+
+
+def report_idle_gpus(training: Any) -> None:
+    """Say that one process trains on one GPU, where there are more, and how to use them all."""
+    if training.idle_gpus:
+        count = training.idle_gpus + 1
+        logger.warning(
+            "1 of %d GPUs trains (%s), since one process was started. For all of them start one process for each: "
+            "llava train CONFIG num_gpus=%d, or deepspeed or torchrun --nproc_per_node %d llava/train/train_mem.py ...",
+            count,
+            training.device,
+            count,
+            count,
+        )
 
 
 def log_trainable(model: Any) -> None:
@@ -112,10 +138,39 @@ def log_trainable(model: Any) -> None:
     logger.info("training %s of %s weights (%.2f %%): %s", f"{trained:,}", f"{total:,}", 100 * trained / total, parts)
 
 
+def is_finished(arguments: Arguments) -> bool:
+    """True where `output_dir` holds the result of such a run after as many steps or epochs as are asked for.
+
+    Whoever names a checkpoint wants to train from there again.
+    """
+    training, kind = arguments.training, run_kind(arguments)
+    folder, asked = Path(training.output_dir), training.resume_from_checkpoint
+    names_checkpoint = bool(asked) and asked.lower() != "true"
+    if names_checkpoint or not ((folder / STATE_FILE).is_file() and kind.is_in(folder)):
+        return False
+    state = read_state(folder)
+    step, epoch = state["global_step"], state["epoch"] or 0.0
+    by_steps = training.max_steps > 0
+    wanted, reached = (training.max_steps, step) if by_steps else (training.num_train_epochs, epoch + 1e-6)
+    if step < state["max_steps"] or reached < wanted:
+        return False
+    logger.info(
+        "%s holds the result of this run, after step %d (epoch %.4g), its last: nothing is left to do. A larger %s "
+        "goes on from its last checkpoint; another run needs an --output_dir of its own",
+        folder,
+        step,
+        epoch,
+        "--max_steps" if by_steps else "--num_train_epochs",
+    )
+    return True
+
+
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
     """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`."""
     if arguments.training.should_save:
         text = yaml.safe_dump(arguments.given, sort_keys=False)
-        with atomic_folder(Path(arguments.training.output_dir)) as folder:
+        output_dir = Path(arguments.training.output_dir)
+        with atomic_folder(output_dir) as folder:
+            note_files(output_dir, dict.fromkeys(RUN_FILES))
             (folder / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")
             write_run_info(arguments, checkpoint, folder)

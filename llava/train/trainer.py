@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -20,11 +21,20 @@ from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from llava.data.streaming import StreamingSupervisedDataset
+from llava.files import adopt_checkpoint, atomic_folder, write_file_list
+from llava.model.weights import NonFiniteWeightsError, raise_for_nonfinite
 from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.arguments import TrainingArguments, split_names
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
-from llava.train.checkpoint_folders import CannotWriteError, remove_old_checkpoints, write_errors_named, write_file_list
-from llava.train.metrics_file import MetricsFile, TrainingBar
+from llava.train.checkpoint_folders import (
+    STATE_FILE,
+    CannotWriteError,
+    make_room,
+    remove_old_checkpoints,
+    write_errors_named,
+)
+from llava.train.divergence import DivergedError, diverged, samples_of_steps, what_is_left
+from llava.train.metrics_file import MetricsFile, TrainingBar, strict_json
 from llava.train.resume import RATES, SETTINGS_FILE
 from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
@@ -89,6 +99,16 @@ class _FirstLineCallback(TrainerCallback):
         self.trainer.begin_line_of_log()
 
 
+class _LossCallback(TrainerCallback):
+    """Tells the meter where a step ends."""
+
+    def __init__(self, meter: RunMeter) -> None:
+        self.meter = meter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.meter.losses.end_step()
+
+
 def _init_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None:
     ignore_signals(worker)
     if seed_worker is not None:
@@ -114,40 +134,84 @@ class LLaVATrainer(Trainer):
         self._asked_groups: list[dict[str, Any]] = []
         self.add_callback(_OnScheduleCallback)
         self.add_callback(_FirstLineCallback(self))
-        self._stop = StopOnSignal()
-        self.add_callback(self._stop)
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
         self.kind = kind
         self._resumed_from: str | None = None
         self._is_staging = False
         reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
         self._meter = RunMeter(self.model, self.args)
+        self.sampler: EpochSampler | None = None
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingBar)
         self.add_callback(MetricsFile)
+        self.add_callback(_LossCallback(self._meter))
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As transformers'; SIGTERM, SIGUSR1 and Ctrl-C end it with a checkpoint, see `raise_if_stopped`."""
+        """As transformers'; inside `stop.listening()` signals end it with a checkpoint, see `raise_if_stopped`."""
         self._resumed_from = resume_from_checkpoint
-        with self._stop.listening():
-            return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+            return
+        # transformers would train one step more before it looks.
+        logger.info("no step is left after step %d: the result is written", self.state.global_step)
+        self.control.should_training_stop = True
 
     def raise_if_stopped(self) -> None:
         """Raise a RunStoppedError where a signal ended the training before its last step."""
-        if self._stop.stopped_by is not None:
+        if self.stop.stopped_by is not None:
             raise RunStoppedError(
-                f"stopped by {self._stop.stopped_by} after step {self.state.global_step} of {self.state.max_steps}, "
+                f"stopped by {self.stop.stopped_by} after step {self.state.global_step} of {self.state.max_steps}, "
                 f"with a checkpoint in {self.args.output_dir}; start the same command again to go on"
             )
+
+    def save_result(self) -> None:
+        """Write what was trained to `output_dir`, and last the state, which says that it is whole.
+
+        Every rank must call it. It ends on all of them when the result is whole: a rank that ended earlier, at a signal
+        say, would make the launcher end the one that writes.
+        """
+        self.save_model()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            with write_errors_named(folder / STATE_FILE, folder), atomic_folder(folder) as staging:
+                self.state.save_to_json(str(staging / STATE_FILE))
+        self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As transformers', with the visual tokens, the padding and the throughput since the last time."""
         for meter in self._meters:
             logs.update(meter.read())
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            del logs["train_loss"]  # no step was trained: it would be the mean of nothing
         if "loss" in logs:
             logs.update(self._meter.read())
+            if not math.isfinite(logs["loss"]):
+                self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves NaN for ever
         super().log(logs, *args, **kwargs)
+        self.state.log_history[-1] = strict_json(self.state.log_history[-1])
+        if "loss" in logs:
+            self._stop_if_diverged()
+
+    def _stop_if_diverged(self) -> None:
+        count, limit = self._meter.nonfinite_steps, self.args.stop_after_nonfinite_steps
+        if limit and count >= limit:
+            first = self.state.global_step - count + 1
+            # The update of the step before may have spoilt the weights.
+            steps = [step for step in (first - 1, first) if step]
+            samples = samples_of_steps(self, steps) if self.args.should_save else {}
+            raise diverged(first, self.state.global_step, self.args.output_dir, samples)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As transformers'."""
+        loss = super().training_step(*args, **kwargs)
+        self._meter.losses.note(loss)
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the flags ask for, with its own learning rate for projector and vision tower."""
@@ -189,6 +253,7 @@ class LLaVATrainer(Trainer):
                 batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
                 seed=seed,
             )
+        self.sampler = sampler
         self.remove_callback(_EpochCallback)
         self.add_callback(_EpochCallback(sampler))
         return sampler
@@ -223,11 +288,17 @@ class LLaVATrainer(Trainer):
         """Write what this kind of run trains; every rank must call it."""
         if self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                adopt_checkpoint(Path(output_dir or self.args.output_dir))
             return
         folder = output_dir or self.args.output_dir
         # A checkpoint's errors are named where it is written, by the name that it will have.
         with nullcontext() if self._is_staging else write_errors_named(Path(folder), self.args.output_dir):
-            save_run(self.model, self.kind, folder, writer=self.args.should_save, tokenizer=self.processing_class)
+            try:
+                save_run(self.model, self.kind, folder, writer=self.args.should_save, tokenizer=self.processing_class)
+            except NonFiniteWeightsError as error:
+                step, left = self.state.global_step, what_is_left(self.args.output_dir)
+                raise DivergedError(f"the run has diverged: after step {step} {error}. {left}") from error
         if not self._is_staging:
             logger.info("wrote %s", folder)
 
@@ -258,7 +329,7 @@ class LLaVATrainer(Trainer):
                     if self._settings is not None:
                         (staging / name / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=1))
                     self._publish_checkpoint(staging / name, run_dir / name)
-        except CannotWriteError:
+        except (CannotWriteError, DivergedError):
             shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint would take the space of a whole one
             raise
         finally:
@@ -268,7 +339,7 @@ class LLaVATrainer(Trainer):
     def _publish_checkpoint(self, staged: Path, target: Path) -> None:
         """Give a checkpoint that all ranks have written its name, and remove what is too old."""
         write_file_list(staged)
-        shutil.rmtree(target, ignore_errors=True)  # a torn one
+        make_room(target)
         staged.replace(target)
         staged.parent.rmdir()
         logger.info("wrote %s", target)
@@ -286,7 +357,7 @@ class LLaVATrainer(Trainer):
         """Keep the sum of the losses since the last line of log, which the next line is the mean of."""
         pending = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         if self.args.should_save:
-            values = {"loss": pending, "last_logged": self._globalstep_last_logged}
+            values = {"loss": str(pending), "last_logged": self._globalstep_last_logged}  # NaN is no JSON
             (folder / PENDING_LOSS_FILE).write_text(json.dumps(values), encoding="utf-8")
 
     def begin_line_of_log(self) -> None:
@@ -295,7 +366,7 @@ class LLaVATrainer(Trainer):
         file = Path(self._resumed_from or "", PENDING_LOSS_FILE)
         if self._resumed_from and file.is_file():
             values = json.loads(file.read_text(encoding="utf-8"))
-            self._tr_loss.fill_(values["loss"])
+            self._tr_loss.fill_(float(values["loss"]))
             self._globalstep_last_logged = values["last_logged"]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -327,6 +398,12 @@ class LLaVATrainer(Trainer):
         load_run(self.model if model is None else model, self.kind, resume_from_checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = self._prepare_as_usual(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint:
+            raise_for_nonfinite(resume_from_checkpoint, self.model.named_parameters())
+        return prepared
+
+    def _prepare_as_usual(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not (resume_from_checkpoint and self.is_deepspeed_enabled and self.kind is RunKind.PROJECTOR):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)

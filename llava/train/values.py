@@ -58,6 +58,7 @@ RANGES = {
             "global_batch_size",
             "preflight_seconds",
             "save_total_limit",
+            "stop_after_nonfinite_steps",
         ),
         NOT_NEGATIVE,
     ),
@@ -144,18 +145,6 @@ def read_path(flag: str, text: str) -> str:
     if path[:1] in ("[", "{") and not Path(path).exists():
         raise ValueError(f"{flag} {text}: expected one path")
     return path
-
-
-def check_output_dir(flag: str, path: str) -> None:
-    """Raise a ValueError where no folder can be made or written at `path`."""
-    try:
-        there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}") from error
-    if not there.is_dir():
-        raise ValueError(f"{flag} {path}: {there} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {path}: {there} cannot be written to")
 
 
 # Words -----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class StagedPass:
         labels: [B, L] int64 or None. With labels the tokens before the answers rank, without them the last one does.
         packed: whether to run the batch as one row without padding; the output then is one row too.
         left: whether rows are padded on the left; None: as the mask shows.
+        reducer: what drops image tokens; None drops none.
         kept: set by the runner: [B, L'] int64, the columns that reach the end; -1 at padding.
         place: set by the runner where the batch is packed: [T], index of each token of the row into [B, L'].
     """
@@ -50,18 +51,20 @@ class StagedPass:
     labels: Tensor | None = None
     packed: bool = False
     left: bool | None = None
+    reducer: DecoderReducer | None = None
     kept: Tensor | None = None
     place: Tensor | None = None
 
     def kept_labels(self) -> Tensor:
         """The labels of the tokens that reach the end, [B, L'], or [1, T] where packed."""
         assert self.labels is not None and self.kept is not None
-        labels = self.labels.gather(1, self.kept.clamp(min=0)).masked_fill(self.kept < 0, IGNORE_INDEX)
+        kept = self.kept.to(self.labels.device)  # the last layer may be on another device
+        labels = self.labels.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, IGNORE_INDEX)
         if self.place is None:
             return labels
         # In a packed row the token before a sample is another sample's: nothing predicts the first one.
         first = torch.nn.functional.pad(labels[:, 1:], (1, 0), value=IGNORE_INDEX)
-        return first.flatten()[self.place].unsqueeze(0)
+        return first.flatten()[self.place.to(first.device)].unsqueeze(0)
 
 
 @dataclass
@@ -199,10 +202,10 @@ def forward_in_stages(
     staged: StagedPass | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
-    """In place of the forward of a transformer's inner model whose `decoder_reducer` drops image tokens.
+    """In place of the forward of a transformer's inner model, where a decoder reducer drops image tokens.
 
     Args:
-        model: with `layers`, `norm`, `rotary_emb`, `embed_tokens` and `decoder_reducer`.
+        model: with `layers`, `norm`, `rotary_emb` and `embed_tokens`.
         staged: for training and prefill; None to go on from a `StagedCache`.
         Others as for transformers' models.
 
@@ -250,7 +253,7 @@ def _prefill(
     staged: StagedPass,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    reducer: DecoderReducer | None = model.decoder_reducer
+    reducer = staged.reducer
     rows = _entering_rows(hidden, attention_mask, position_ids)
     pool_of = "image" if reducer is None else reducer.pool
     pools = plan_pools(staged.image_index, rows.mask, staged.labels, pool_of, staged.left)

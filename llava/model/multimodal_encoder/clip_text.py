@@ -5,6 +5,7 @@ Shapes: B texts, N images, P patches, C vision width, E width of the shared spac
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from llava.model.weights import raise_for_keys, without_load_report
+
+# A fast tokenizer sets padding and truncation on itself, which two threads must not do at once.
+_TOKENIZING = threading.Lock()
 
 
 def resolve_text_config(name_or_path: str) -> CLIPTextConfig:
@@ -74,7 +78,8 @@ class ClipText(nn.Module):
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer(name_or_path)
         length = self.config.max_position_embeddings
-        ids = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        with _TOKENIZING:
+            ids = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         with torch.no_grad():
             pooled = self.text_model(**ids.to(self.text_projection.weight.device)).pooler_output
             return self.text_projection(pooled)

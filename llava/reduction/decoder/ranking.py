@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.reduction.base import Drop, LayerInput
+from llava.reduction.selection import precise_product
 
 
 def check_drops(method: str, drops: list[Drop], num_layers: int) -> list[Drop]:
@@ -38,12 +39,12 @@ def received_attention(given: LayerInput) -> Tensor:
         attention: Any = given.layer.self_attn
         normed: Any = given.layer.input_layernorm(given.hidden.detach())  # type: ignore[operator]
         cos, sin = (table.expand(len(normed), -1, -1) for table in given.position_embeddings)
-        keys = _project(attention, "k", normed, cos, sin).float()
-        queries = _project(attention, "q", *(_take(t, given.queries) for t in (normed, cos, sin))).float()
+        keys = _project(attention, "k", normed, cos, sin)
+        queries = _project(attention, "q", *(_take(t, given.queries) for t in (normed, cos, sin)))
 
         b, h, q, d = queries.shape
         grouped = queries.reshape(b, keys.shape[1], -1, d)  # the heads of a group lie side by side: [B, K, H/K * Q, d]
-        logits = (grouped @ keys.transpose(-1, -2)).view(b, h, q, -1) * attention.scaling
+        logits = precise_product(grouped, keys.transpose(-1, -2)).view(b, h, q, -1) * attention.scaling
         columns = torch.arange(logits.shape[-1], device=logits.device)
         visible = given.mask.unsqueeze(1) & (columns <= given.queries.unsqueeze(-1))  # [B, Q, L]
         lowest = torch.finfo(logits.dtype).min

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.options import Variant, Within
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetedReducer, nearest_neighbours, take_in_raster_order
+from llava.reduction.selection import BudgetedReducer, nearest_neighbours, precise_product, take_in_raster_order
 
 
 @dataclass
@@ -130,10 +130,10 @@ def _projections(vision: VisionFeatures) -> tuple[Tensor, Tensor]:
 def _mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
     """Softmax attention [N, S] float32 of queries [N, Q, C] to keys [N, S, C], the mean over queries and heads."""
     width = keys.shape[2] // heads
-    total = keys.new_zeros(())
+    total = torch.zeros((), device=keys.device)
     for head in range(heads):  # one map at a time, for what all heads take in memory
         part = slice(head * width, (head + 1) * width)
-        logits = queries[:, :, part] @ keys[:, :, part].transpose(1, 2) * width**-0.5
+        logits = precise_product(queries[:, :, part], keys[:, :, part].transpose(1, 2)) * width**-0.5
         total = total + logits.softmax(dim=2, dtype=torch.float32).mean(dim=1)
     return total / heads
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.options import Variant
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetedReducer, take_in_raster_order
+from llava.reduction.selection import BudgetedReducer, precise_product, take_in_raster_order
 
 
 @register("trim")
@@ -55,11 +55,12 @@ class Trim(BudgetedReducer):
                 "trim compares patches with a text: pass patch_embeds= and text=, or call the model with texts=[...], "
                 "one for each sample"
             )
-        product = (vision.patch_embeds @ vision.text.unsqueeze(2).to(vision.patch_embeds.dtype)).squeeze(2).float()
+        patches, text = vision.patch_embeds.float(), vision.text.float()
+        product = precise_product(patches, text.unsqueeze(2)).squeeze(2)
         if self.variant == "release":
             return (-product).softmax(dim=1)
-        lengths = vision.patch_embeds.norm(dim=2) * vision.text.norm(dim=1, keepdim=True)
-        return (product / lengths.float().clamp(min=1e-12)).softmax(dim=1)
+        lengths = patches.norm(dim=2) * text.norm(dim=1, keepdim=True)
+        return (product / lengths.clamp(min=1e-12)).softmax(dim=1)
 
 
 def append_mean(tokens: VisualTokens, features: Tensor, rest: Tensor) -> VisualTokens:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from tqdm import tqdm
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import LazySupervisedDataset
+from llava.data.images import check_image_exists
 from llava.data.samples import IMAGE, BadSampleError
-from llava.data.sources import is_url
 from llava.train.preflight.findings import ERROR, NAMED, NOTE, WARNING, Report, name_samples
 
 CHUNK = 512
@@ -60,7 +59,7 @@ def label(row: dict[str, Any]) -> str:
     """What a report calls a sample: its id, else its place."""
     sample = json.loads(row["sample"])
     has_id = isinstance(sample, dict) and "id" in sample
-    return repr(sample["id"]) if has_id else f"index {row['index']} of {row['file']}"
+    return f"{sample['id']!r:.100}" if has_id else f"index {row['index']} of {row['file']}"
 
 
 def check_images_exist(dataset: LazySupervisedDataset, report: Report, seconds: float, threads: int = 16) -> None:
@@ -82,9 +81,9 @@ def check_images_exist(dataset: LazySupervisedDataset, report: Report, seconds: 
                 report.add(IMAGE, f"{seconds:g} s were enough to look for the images of {seen} samples only", NOTE)
                 break
             results = pool.map(lambda one: _missing(dataset, one[0], one[1]), chunk)
-            for (row, _), missing in zip(chunk, results, strict=True):
-                if missing is not None:
-                    tally.add(row, f"image {missing!r} does not exist; check --image_folder")
+            for (row, _), problem in zip(chunk, results, strict=True):
+                if problem is not None:
+                    tally.add(row, problem)
             seen += len(chunk)
     _report_tally(report, IMAGE, tally, _level(dataset))
 
@@ -185,17 +184,13 @@ def _chunks(
 
 
 def _missing(dataset: LazySupervisedDataset, row: dict[str, Any], folder: str | None) -> str | None:
-    """The first image of a row that is not there."""
-    return next((place for place in dataset.maker.locations(row, folder) if not _exists(place)), None)
-
-
-def _exists(location: str) -> bool:
-    if not is_url(location):
-        return Path(location).is_file()
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(location)
-    return bool(system.exists(path))
+    """What is wrong with the first image of a row that is not there, or that may not be opened."""
+    try:
+        for location in dataset.maker.locations(row, folder):
+            check_image_exists(location)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _examine(
@@ -208,7 +203,7 @@ def _examine(
     maker = dataset.maker
     try:
         if row["problem"] is not None:
-            raise BadSampleError(row["kind"], row["problem"])
+            raise BadSampleError(row["problem"], row["kind"])
         sizes = [image.size for image in maker.images(row, folder)]
         ids, labels = maker.tokens(json.loads(row["sample"]), label(row))
     except BadSampleError as error:

@@ -1,0 +1,103 @@
+"""The ids of a batch with what goes along with them: wrong types, shapes and values are refused before they are used.
+
+Shapes: B samples, S tokens a row of ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+_WHOLE_NUMBERS = (torch.int64, torch.int32)
+
+
+def check_prompt(input_ids: Any, attention_mask: Any = None, labels: Any = None) -> None:
+    """Look at types, shapes and devices; values are not read, so that no device is waited for.
+
+    Raises:
+        ValueError: `input_ids` are no [B, S] tensor of whole numbers, or mask or labels do not go with them.
+    """
+    if not is_dense(input_ids) or input_ids.ndim != 2 or input_ids.dtype not in _WHOLE_NUMBERS or not len(input_ids):
+        raise ValueError(
+            f"input_ids are {describe(input_ids)}: expected a tensor [samples, tokens] of int64, e.g. "
+            "tokenizer_image_token(prompt, tokenizer, return_tensors='pt').unsqueeze(0)"
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids are {describe(input_ids)}: expected at least one token")
+    for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+        if given is None:
+            continue
+        if not is_dense(given) or given.shape != input_ids.shape or given.device != input_ids.device:
+            raise ValueError(
+                f"{name} is {describe(given)}: expected what input_ids are, a tensor of shape "
+                f"{tuple(input_ids.shape)} on {input_ids.device}, without places for the tokens of images"
+            )
+    if labels is not None and labels.dtype not in _WHOLE_NUMBERS:
+        raise ValueError(f"labels are {describe(labels)}: expected int64, -100 where nothing is learnt")
+
+
+def check_device(input_ids: Tensor, device: torch.device) -> None:
+    """Raise ValueError where the ids are not on the model's device."""
+    if input_ids.device != device:
+        raise ValueError(f"input_ids are on {input_ids.device}, the model is on {device}: input_ids.to(model.device)")
+
+
+def count_markers(input_ids: Tensor, mask: Tensor, labels: Tensor | None, vocab_size: int) -> list[int]:
+    """Image markers of each sample, [B]. The one copy to the host reports ids that stand for nothing too.
+
+    Args:
+        input_ids: [B, S].
+        mask: [B, S] bool, real tokens; what padding holds is not looked at.
+        labels: [B, S] or None.
+        vocab_size: rows of the embeddings.
+
+    Raises:
+        ValueError: a real token is neither a marker nor in the vocabulary, or a label is neither -100 nor in it.
+    """
+    checked = [("input_ids", input_ids, IMAGE_TOKEN_INDEX, "an image goes")]
+    if labels is not None:
+        checked.append(("labels", labels, IGNORE_INDEX, "nothing is learnt"))
+    odd = [((ids < 0) & (ids != mark) | (ids >= vocab_size)) & mask for _, ids, mark, _ in checked]
+    is_image = (input_ids == IMAGE_TOKEN_INDEX) & mask
+    markers, *counts = torch.stack([part.sum(dim=1) for part in (is_image, *odd)]).tolist()
+    for (name, ids, mark, meaning), where, count in zip(checked, odd, counts, strict=True):
+        row = next((i for i, number in enumerate(count) if number), None)
+        if row is not None:
+            raise ValueError(
+                f"{name} of sample {row} hold {', '.join(map(str, ids[row][where[row]].tolist()[:5]))}: expected ids "
+                f"from 0 to {vocab_size - 1} (the model's vocabulary), or {mark} where {meaning}"
+            )
+    return markers
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor that holds its elements one by one: not sparse, not on the meta device."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def check_cache(cache: Any) -> None:
+    """Raise ValueError for what is no cache of transformers'."""
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is {describe(cache)}: expected the cache that an earlier call returned")
+
+
+def check_texts(texts: Any, count: int, of: str) -> None:
+    """Raise ValueError unless `texts` are `count` strings, one for each `of` ("sample" or "image")."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"texts are {describe(texts)}: expected a list of strings, one for each {of}")
+    if len(texts) != count:
+        raise ValueError(f"{len(texts)} texts for {count} {of}s; give one text for each {of}")
+
+
+def describe(value: Any) -> str:
+    """What a value is, for a message: type, shape and device of a tensor, else its type and a little of it."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} with shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
