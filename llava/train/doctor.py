@@ -21,7 +21,7 @@ from llava.train.parsing import Arguments, check_args
 from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
 from llava.train.preflight.models import check_model
-from llava.train.preflight.samples import check_images_exist, check_samples
+from llava.train.preflight.samples import check_images_exist, check_learnable, check_samples
 from llava.train.problems import Problems
 from llava.train.resume import check_checkpoint, check_result, checkpoint_to_resume, run_settings
 
@@ -83,13 +83,27 @@ def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float
         world_size = processes_of(options)
         check_memory(report, estimate_memory(model, arguments, world_size, length), device)
         check_disk(report, model, arguments, 0 if data is None else len(data), world_size)
-        _check_output_dir(arguments, model, data, world_size, report)
+        _check_left_there(arguments, model, data, world_size, report)
+        if data is not None:
+            check_batches(arguments, len(data), world_size, report)
 
 
-def _check_output_dir(arguments: Arguments, model: Any, data: Any, processes: int, report: Report) -> None:
+def check_batches(arguments: Arguments, samples: int, processes: int, report: Report) -> None:
+    """Note that an epoch has no batch, where incomplete ones are dropped."""
+    training = arguments.training
+    batch = training.per_device_train_batch_size * processes
+    if training.dataloader_drop_last and samples < batch:
+        report.add(
+            "data",
+            f"--dataloader_drop_last True leaves no batch of {samples} samples: {processes} x "
+            f"--per_device_train_batch_size {training.per_device_train_batch_size} are {batch}",
+        )
+
+
+def _check_left_there(arguments: Arguments, model: Any, data: Any, processes: int, report: Report) -> None:
     """Whether what lies in `output_dir` belongs to this run."""
     training = arguments.training
-    with report.catch("output_dir"):
+    with report.catch("output"):
         check_result(training.output_dir, run_kind(arguments))
     with report.catch("checkpoint"):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -153,10 +167,13 @@ def preflight(arguments: Arguments, config: Any, dataset: Any) -> None:
         return
     report = Report()
     if training.process_index == 0:
-        model, _ = check_model(arguments, config, report)
+        model, count = check_model(arguments, config, report)
         is_table = isinstance(dataset, LazySupervisedDataset)
         if is_table:
             check_images_exist(dataset, report, training.preflight_seconds)
+            check_batches(arguments, len(dataset), training.world_size, report)
+            if not report.errors:
+                check_learnable(dataset, report, count.count if count else None, training.model_max_length)
         if model is not None and training.should_save:
             check_disk(report, model, arguments, len(dataset) if is_table else 0, training.world_size)
     problems = [[finding.line() for finding in report.errors]]

@@ -38,12 +38,13 @@ from llava.train.metrics_file import MetricsFile, TrainingBar, strict_json
 from llava.train.resume import RATES, SETTINGS_FILE
 from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
-from llava.train.statistics import VisualTokenMeter
+from llava.train.statistics import AnswerMeter, VisualTokenMeter
 from llava.train.stop import RunStoppedError, StopOnSignal, ignore_signals
 
 logger = logging.getLogger(__name__)
 
 STAGING = ".incomplete"
+STEPS_TO_LEARN = 10  # a run goes on so long without an answer to learn
 GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps")  # of an optimizer's group of weights
 PENDING_LOSS_FILE = "pending_loss.json"
 
@@ -142,6 +143,7 @@ class LLaVATrainer(Trainer):
         reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
         self._meter = RunMeter(self.model, self.args)
+        self._answers: AnswerMeter | None = AnswerMeter(self.model)
         self.sampler: EpochSampler | None = None
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -152,7 +154,24 @@ class LLaVATrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As transformers'; inside `stop.listening()` signals end it with a checkpoint, see `raise_if_stopped`."""
         self._resumed_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint, **kwargs)
+        steps = self.state.global_step - self._initial_global_step
+        if self.stop.stopped_by is None and (steps or not self.state.global_step):
+            self._stop_if_nothing_is_learned(steps)
+        return output
+
+    def _stop_if_nothing_is_learned(self, steps: int) -> None:
+        """Raise a ValueError where no step so far had an answer to learn; every rank must call it."""
+        if self._answers is None:
+            return
+        own = self._answers.read(self.args.device)
+        if int(nested_gather(own, self.args.parallel_mode).sum()):
+            self._answers = None  # from now on nothing is waited for
+            return
+        raise ValueError(
+            f"nothing was learned in {steps} steps, and no model is written: no answer begins within "
+            f"--model_max_length {self.args.model_max_length}, all samples were skipped, or an epoch has no batch"
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
@@ -197,6 +216,9 @@ class LLaVATrainer(Trainer):
         self.state.log_history[-1] = strict_json(self.state.log_history[-1])
         if "loss" in logs:
             self._stop_if_diverged()
+            steps = self.state.global_step - self._initial_global_step
+            if steps >= STEPS_TO_LEARN:
+                self._stop_if_nothing_is_learned(steps)
 
     def _stop_if_diverged(self) -> None:
         count, limit = self._meter.nonfinite_steps, self.args.stop_after_nonfinite_steps
