@@ -136,7 +136,7 @@ def processes_of(options: LaunchOptions) -> int:
     if not options.hostfile:
         return here
     lines = Path(options.hostfile).read_text(encoding="utf-8").splitlines()
-    slots = re.findall(r"^[^#]*\bslots=(\d+)", "\n".join(lines), re.MULTILINE)
+    slots = re.findall(r"^[^#\n]*\bslots=(\d+)", "\n".join(lines), re.MULTILINE)
     if not sum(map(int, slots)):
         raise ValueError(f"hostfile={options.hostfile}: expected a line `HOST slots=GPUS` for each machine")
     return sum(map(int, slots))
