@@ -360,6 +360,8 @@ def check_training(args: Any) -> None:
         problems.check(check_choice, "report_to", tracker, ("none", "all", *sorted(INTEGRATION_TO_CALLBACK)))
     problems.check(check_choice, "attn_implementation", args.attn_implementation, ATTENTION)
     problems.check(check_exists, "lora_weight_path", args.lora_weight_path)
+    if isinstance(args.fsdp_config, str) and not args.fsdp_config.lstrip().startswith("{"):
+        problems.check(check_exists, "fsdp_config", args.fsdp_config)
     check_numbers(vars(args), problems)
     problems.check(check_scheduler, args)
     if args.fp16 and args.use_cpu:
@@ -414,7 +416,10 @@ def read_deepspeed_config(deepspeed: str | dict) -> dict[str, Any]:
         text = deepspeed
         if not text.lstrip().startswith("{"):
             check_exists("deepspeed", deepspeed)
-            text = Path(deepspeed).read_text(encoding="utf-8")
+            try:
+                text = Path(deepspeed).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--deepspeed {deepspeed}: no JSON file: {error}") from error
         try:
             config = json.loads(text)
         except json.JSONDecodeError as error:
@@ -426,8 +431,11 @@ def read_deepspeed_config(deepspeed: str | dict) -> dict[str, Any]:
 
 def zero_stage(deepspeed: str | dict | None) -> int:
     """The ZeRO stage that a DeepSpeed configuration asks for; 0 without one."""
-    config = read_deepspeed_config(deepspeed) if deepspeed else {}
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+    zero = read_deepspeed_config(deepspeed).get("zero_optimization", {}) if deepspeed else {}
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f'--deepspeed {deepspeed}: "zero_optimization" needs a "stage" from 0 to 3')
+    return int(stage)
 
 
 def split_names(text: str) -> list[str]:

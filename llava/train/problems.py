@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+LONGEST = 1000  # characters of a problem
+
 
 class SettingsError(ValueError):
     """Settings that no run can have.
@@ -27,7 +29,9 @@ class Problems:
         self.found: list[str] = []
 
     def add(self, problem: str) -> None:
-        """Note a problem; one that is known already is not noted twice."""
+        """Note a problem; one that is known already is not noted twice, and an overlong value is cut."""
+        if len(problem) > LONGEST:
+            problem = f"{problem[: LONGEST // 2]} ... {problem[-LONGEST // 2 :]}"
         if problem not in self.found:
             self.found.append(problem)
 

@@ -167,7 +167,7 @@ def plain_text(action: Action, text: str) -> str | None:
         return _whole_number(text)
     if name in PATHS and not (name in HOLDS_JSON and text.lstrip().startswith("{")):
         return _path_text(name, text)
-    if name in JSON_FLAGS and text.lstrip()[:1] in ("{", "["):
+    if name in JSON_FLAGS:
         return _json_text(name, text)
     if text.lower() in NO_WORDS:
         choices = [*(action.choices or ())]
@@ -198,7 +198,15 @@ def _path_text(name: str, text: str) -> str | None:
     return read_path(f"--{name}", text)
 
 
-def _json_text(name: str, text: str) -> str:
+def _json_text(name: str, text: str) -> str | None:
+    if text.lower() in NOTHING_WORDS:
+        return None
+    if (
+        name == "accelerator_config"
+        and not text.lstrip().startswith("{")
+        and Path(read_path(f"--{name}", text)).is_file()
+    ):
+        return text
     try:
         is_object = isinstance(json.loads(text), dict)
     except ValueError as error:
