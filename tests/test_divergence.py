@@ -123,6 +123,23 @@ def test_nan_that_passes(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.M
     assert trainer.state.global_step == 4
 
 
+def test_gradients_that_overflow_do_not_stop_a_run(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the first steps with fp16: the scaled gradients are infinite, the step is skipped, the loss is finite."""
+
+    def clip(self: Any, model: Any) -> torch.Tensor:
+        model.zero_grad()
+        return torch.tensor(math.inf)
+
+    monkeypatch.setattr(LLaVATrainer, "_clip_grad_norm", clip)
+    train(parse_args(flags(world, tmp_path, max_steps=5)))
+    logged = lines(tmp_path)[:5]
+    assert all(line["loss"] > 0 for line in logged)
+    assert all(line["not_finite"] == {"grad_norm": "inf"} for line in logged)
+    assert (tmp_path / "mm_projector.bin").exists()
+
+
 def test_steps_in_a_row() -> None:
     """Counted on the device: tensors of the meta device have no values to wait for."""
     watch, device = LossWatch(), torch.device("cpu")

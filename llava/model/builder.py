@@ -18,7 +18,15 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
-from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_weights, strip_prefixes, weights_mark
+from llava.model.weights import (
+    WEIGHT_FILES,
+    parse_dtype,
+    raise_for_keys,
+    read_json,
+    read_weights,
+    strip_prefixes,
+    weights_mark,
+)
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +62,9 @@ def load_pretrained_model(
     reduction: ReductionConfig | dict | str | None = None,
     attn_implementation: str | None = None,
     merge_lora: bool = False,
+    use_flash_attn: bool = False,
+    torch_dtype: torch.dtype | str | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, Any, Any, int]:
     """Open a LLaVA checkpoint for inference.
 
@@ -67,7 +78,8 @@ def load_pretrained_model(
         model_name: not needed, kept for LLaVA's callers.
         load_8bit: quantize the language model with bitsandbytes.
         load_4bit: the same in 4 bits (nf4).
-        device_map: spread over devices as transformers does, instead of `device`.
+        device_map: spread over devices as transformers does, instead of `device`; where both are given, a `device`
+            other than cuda counts, as in LLaVA.
         device: default: cuda where there is one, else cpu.
         dtype: default: the checkpoint's.
         vision_tower: folder or hub name in place of the config's `mm_vision_tower`.
@@ -75,6 +87,10 @@ def load_pretrained_model(
         attn_implementation: eager, sdpa or flash_attention_2; default: transformers' choice.
         merge_lora: add a LoRA folder's weights to the base's. Faster; the sum is rounded to `dtype`, so that answers
             differ slightly from those that the adapter was trained to give.
+        use_flash_attn: LLaVA's word for attn_implementation="flash_attention_2".
+        torch_dtype: LLaVA's word for `dtype`; also a name such as "float16".
+        kwargs: for transformers' from_pretrained; of LLaVA-NeXT's words `overwrite_config`, settings in place of those
+            in config.json, and `multimodal`, which is always so.
 
     Returns:
         tokenizer, model in eval mode, image processor, and the context length in tokens.
@@ -84,7 +100,10 @@ def load_pretrained_model(
     """
     del model_name
     folder = local_folder(model_path)
-    kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
+    dtype = dtype or (parse_dtype(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype)
+    kwargs = {k: v for k, v in kwargs.items() if k != "multimodal"} | {"dtype": dtype or "auto"}
+    if use_flash_attn or kwargs.pop("use_flash_attention_2", False):
+        attn_implementation = "flash_attention_2"
     if attn_implementation is not None:
         if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
             raise ValueError(
@@ -94,8 +113,8 @@ def load_pretrained_model(
         kwargs["attn_implementation"] = attn_implementation
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = _quantization(load_4bit, dtype)
-    if device_map is not None or load_8bit or load_4bit:
-        kwargs["device_map"] = device_map or "auto"
+    if device_map or load_8bit or load_4bit:
+        kwargs["device_map"] = {"": device} if device not in (None, "cuda") else device_map or "auto"
     tower = None if vision_tower is None else os.fspath(vision_tower)
     checkpoint = _open(folder, model_base, tower, merge_lora, kwargs)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
@@ -136,7 +155,7 @@ def _open(
         return _Checkpoint(open_hf_checkpoint(folder, tower, kwargs), _tokenizer(folder))
     if model_base is not None:
         logger.warning("%s is a full checkpoint: model_base=%s is not read", folder, model_base)
-    cls, config = _llava_config(folder)
+    cls, config = _llava_config(folder, kwargs.pop("overwrite_config", None))
     model = cls.from_pretrained(str(folder), config=config, vision_tower=tower, **kwargs)
     if not hasattr(model.get_model(), "mm_projector"):
         raise ValueError(
@@ -231,7 +250,7 @@ def _open_on_base(
 ) -> Any:
     """The base with the configuration of `folder` and the projector weights in `weights`."""
     base_folder = local_folder(base)
-    cls, config = _config_on_base(folder, base_folder, tower, weights)
+    cls, config = _config_on_base(folder, base_folder, tower, weights, kwargs.pop("overwrite_config", None))
     embeddings = {k: v for k, v in weights.items() if k.endswith("embed_tokens.weight")}
     vocabulary = config.vocab_size
     config.vocab_size = AutoConfig.from_pretrained(base_folder).vocab_size
@@ -248,7 +267,7 @@ def _open_on_base(
 
 
 def _config_on_base(
-    folder: Path, base: Path, tower: str | None, weights: dict[str, Tensor]
+    folder: Path, base: Path, tower: str | None, weights: dict[str, Tensor], overwrite: Mapping[str, Any] | None
 ) -> tuple[Any, PreTrainedConfig]:
     """What the config.json of `folder` describes; without one, the base with the released STF, if `weights` are that.
 
@@ -256,10 +275,10 @@ def _config_on_base(
     is as in LLaVA-1.5, on which it was trained.
     """
     if (folder / "config.json").is_file() or method_of_weights(weights) is None:
-        return _llava_config(folder)
+        return _llava_config(folder, overwrite)
     if tower is None:
         raise ValueError(f"{folder} has no config.json to name a vision tower; pass vision_tower=")
-    cls, config = _llava_config(base)
+    cls, config = _llava_config(base, overwrite)
     settings = {**LLAVA_1_5, "mm_vision_tower": tower}
     logger.info("%s has no config.json; settings of LLaVA-1.5: %s", folder, settings)
     for name, value in settings.items():
@@ -276,9 +295,9 @@ def _fill_embeddings(parameter: Tensor, value: Tensor, folder: Path) -> None:
     parameter.data.copy_(value)
 
 
-def _llava_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
-    """The model class and configuration that config.json describes."""
-    raw = read_json(folder / "config.json")
+def _llava_config(folder: Path, overwrite: Mapping[str, Any] | None = None) -> tuple[Any, PreTrainedConfig]:
+    """The model class and configuration that config.json describes; `overwrite` goes before its settings."""
+    raw = {**read_json(folder / "config.json"), **(overwrite or {})}
     model_type = raw.get("model_type")
     if model_type is None:
         raise ValueError(f"{folder / 'config.json'} has no model_type")

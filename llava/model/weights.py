@@ -26,6 +26,18 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 VISION_TOWER_PREFIX = "model.vision_tower."
+_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of this name; None for "auto".
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -54,6 +66,20 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         weights = torch.load(path, map_location="meta", weights_only=True)
         return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, one or its shards.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found]
+    return [folder / name for name in sorted(set(read_json(found)["weight_map"].values()))]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -217,8 +243,8 @@ def raise_for_nonfinite(origin: object, weights: Iterable[tuple[str, Tensor]]) -
     bad = [name for name, weight in weights if not is_finite(getattr(weight, "ds_tensor", weight))]
     if bad:
         raise NonFiniteWeightsError(
-            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, or "
-            "a file is damaged: take an earlier checkpoint, or copy it again"
+            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, "
+            "or a file is damaged: take an earlier checkpoint, or copy it again"
         )
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llava import conversation
+from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.items import ItemMaker
 from llava.data.rejects import REJECTS_FILE, Rejects, forget_rejects, join_rejects
@@ -89,6 +91,34 @@ def load_dataset(
         seed=seed,
         shuffle_buffer=data_args.shuffle_buffer_size,
     )
+
+
+def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
+    """A trainer's data as LLaVA's programs make it, for `LLaVATrainer(model=model, ..., **the result)`.
+
+    Args:
+        tokenizer: of the language model, with a padding token.
+        data_args: a `DataArguments`, to which LLaVA's programs add `image_processor` and `mm_use_im_start_end`. The
+            template is `version` there, otherwise `llava.conversation.default_conversation`, which they set.
+
+    Returns:
+        `train_dataset`, `eval_dataset` (None) and `data_collator`.
+    """
+    dataset = LazySupervisedDataset(
+        data_args.data_path,
+        tokenizer,
+        getattr(data_args, "image_processor", None),
+        version=getattr(data_args, "version", None) or conversation.default_conversation.version,
+        image_folder=data_args.image_folder,
+        image_aspect_ratio=data_args.image_aspect_ratio,
+        image_grid_pinpoints=getattr(data_args, "image_grid_pinpoints", None),
+        mm_use_im_start_end=bool(getattr(data_args, "mm_use_im_start_end", False)),
+    )
+    return {
+        "train_dataset": dataset,
+        "eval_dataset": None,
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
+    }
 
 
 def report_rejects(trainer: Any) -> None:

@@ -1,7 +1,7 @@
-"""Flags of the transformers that LLaVA was written for, in today's words.
+"""Flags of LLaVA's and its forks' launch commands, in today's words.
 
-LLaVA's launch commands carry flags that transformers 5 renamed or dropped. A flag is translated only where
-the installed transformers does not know it.
+Those commands carry flags that transformers 5 renamed or dropped, and TRIM's name their method by one of their own. A
+flag is translated only where it is not known as it stands.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+from llava.reduction.config import LEGACY_TRIM_KEY, trim_flag
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def _if_true(value: str) -> Callable[[str], str | None]:
 
 
 LEGACY_FLAGS: dict[str, Legacy] = {
+    LEGACY_TRIM_KEY: Legacy("reduction", trim_flag),
     "evaluation_strategy": Legacy("eval_strategy"),
     "no_cuda": Legacy("use_cpu"),
     "per_gpu_train_batch_size": Legacy("per_device_train_batch_size"),

@@ -299,9 +299,8 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
-        target_modules=linear_layer_names(model),
-        # The vision tower has layers of the same names.
-        exclude_modules=r"(?!model\.layers\.).*",
+        # The vision tower has layers of the same names. (PEFT has exclude_modules too; older releases refuse it.)
+        target_modules=rf"model\.layers\..*\.({'|'.join(linear_layer_names(model))})",
         lora_dropout=training.lora_dropout,
         bias=training.lora_bias,
         task_type="CAUSAL_LM",

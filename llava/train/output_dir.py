@@ -24,9 +24,11 @@ from llava.files import (
     remove_leftovers,
 )
 from llava.lock import holder, lock
+from llava.train.checkpoint import RunKind
 from llava.train.checkpoint_folders import STATE_FILE
 from llava.train.divergence import SAMPLES_FILE
 from llava.train.metrics_file import METRICS_FILE
+from llava.train.modeling import run_kind
 from llava.train.parsing import Arguments
 from llava.train.run_info import RUN_INFO_FILE
 from llava.train.trackers import WANDB_FILE
@@ -57,8 +59,8 @@ def check_output_dir(arguments: Arguments) -> None:
         arguments: of the run.
 
     Raises:
-        ValueError: it is, lies in or holds a place that the run reads; a stranger's file is in the way; or nothing can
-            be written there.
+        ValueError: it is, lies in or holds a place that the run reads; a stranger's file or the result of another kind
+            of run is in the way; or nothing can be written there.
     """
     model, folder = arguments.model, Path(arguments.training.output_dir)
     read = places_read(model.model_name_or_path or "", None, model.vision_tower)
@@ -69,6 +71,7 @@ def check_output_dir(arguments: Arguments) -> None:
     }
     check_apart(folder, "output_dir", inputs)
     check_writable(folder, "output_dir")
+    _check_kind(folder, run_kind(arguments))
     if _is_of_an_older_run(folder):
         return
     foreign = foreign_files(folder, (*CHECKPOINT_FILES, *RUN_FILES))
@@ -77,6 +80,16 @@ def check_output_dir(arguments: Arguments) -> None:
             f"output_dir {folder} holds {foreign[0].name}, which no run of this program wrote there, or which was "
             "changed since, and which would be replaced; move it away, or choose another folder"
         )
+
+
+def _check_kind(folder: Path, kind: RunKind) -> None:
+    """Refuse to let the result of another kind of run be replaced."""
+    for other in RunKind:
+        if other is not kind and other.is_in(folder):
+            raise ValueError(
+                f"output_dir {folder} holds the result of a {other.value} run, and this {kind.value} run would "
+                "replace it; choose another folder"
+            )
 
 
 def check_free(arguments: Arguments) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
-from llava.train.arguments import require_package
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
 from llava.train.checkpoint_folders import STATE_FILE, read_state
-from llava.train.data import prepare_data, report_rejects
+from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
@@ -31,6 +32,25 @@ from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
+
+# What LLaVA's programs import from its module of this name.
+__all__ = ["DataArguments", "ModelArguments", "TrainingArguments", "main", "make_supervised_data_module", "train"]
+
+# How far a run goes, and what it says and keeps on the way; with other values of these it is the same run.
+NOT_SHAPING = (
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "logging_steps",
+    "max_steps",
+    "num_train_epochs",
+    "preflight_seconds",
+    "report_to",
+    "resume_changed",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -46,8 +66,13 @@ def main(argv: list[str]) -> None:
     train(parse_args(argv))
 
 
-def train(arguments: Arguments) -> LLaVATrainer | None:
+def train(arguments: Arguments | None = None, attn_implementation: str | None = None) -> LLaVATrainer | None:
     """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Args:
+        arguments: of the run; None: those of the command line, as LLaVA's `train_mem.py` wants it.
+        attn_implementation: not read. That program passes flash_attention_2, which is taken wherever it can run; the
+            flag of this name chooses another.
 
     Returns:
         The trainer, or None where `output_dir` has the result of these steps already.
@@ -55,6 +80,10 @@ def train(arguments: Arguments) -> LLaVATrainer | None:
     Raises:
         RunStoppedError: a signal ended it before its last step.
     """
+    del attn_implementation
+    if arguments is None:
+        set_up_logging()
+        arguments = parse_args(sys.argv[1:])
     with holding_output_dir(arguments):
         return _train(arguments)
 
@@ -139,14 +168,15 @@ def log_trainable(model: Any) -> None:
 
 
 def is_finished(arguments: Arguments) -> bool:
-    """True where `output_dir` holds the result of such a run after as many steps or epochs as are asked for.
+    """True where `output_dir` holds the result of this run after as many steps or epochs as are asked for.
 
-    Whoever names a checkpoint wants to train from there again.
+    With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
     """
     training, kind = arguments.training, run_kind(arguments)
     folder, asked = Path(training.output_dir), training.resume_from_checkpoint
     names_checkpoint = bool(asked) and asked.lower() != "true"
-    if names_checkpoint or not ((folder / STATE_FILE).is_file() and kind.is_in(folder)):
+    is_whole = all((folder / name).is_file() for name in (STATE_FILE, RUN_CONFIG_FILE)) and kind.is_in(folder)
+    if names_checkpoint or not is_whole or not _same_run(folder / RUN_CONFIG_FILE, arguments.given):
         return False
     state = read_state(folder)
     step, epoch = state["global_step"], state["epoch"] or 0.0
@@ -165,9 +195,18 @@ def is_finished(arguments: Arguments) -> bool:
     return True
 
 
+def _same_run(file: Path, given: dict[str, Any]) -> bool:
+    kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
+    return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))
+
+
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
-    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`."""
+    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`.
+
+    What says that a result there is whole goes: it was another's, or of fewer steps.
+    """
     if arguments.training.should_save:
+        Path(arguments.training.output_dir, STATE_FILE).unlink(missing_ok=True)
         text = yaml.safe_dump(arguments.given, sort_keys=False)
         output_dir = Path(arguments.training.output_dir)
         with atomic_folder(output_dir) as folder:

@@ -33,7 +33,7 @@ from llava.train.checkpoint_folders import (
     remove_old_checkpoints,
     write_errors_named,
 )
-from llava.train.divergence import DivergedError, diverged, samples_of_steps, what_is_left
+from llava.train.divergence import DivergedError, diverged, samples_of_steps, what_is_left, write_samples
 from llava.train.metrics_file import MetricsFile, TrainingBar, strict_json
 from llava.train.resume import RATES, SETTINGS_FILE
 from llava.train.run_meter import RunMeter
@@ -226,7 +226,9 @@ class LLaVATrainer(Trainer):
             first = self.state.global_step - count + 1
             # The update of the step before may have spoilt the weights.
             steps = [step for step in (first - 1, first) if step]
-            samples = samples_of_steps(self, steps) if self.args.should_save else {}
+            samples = samples_of_steps(self, steps)
+            if self.args.should_save:
+                write_samples(self.args.output_dir, samples)
             raise diverged(first, self.state.global_step, self.args.output_dir, samples)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from llava.model.weights import raise_for_keys, without_load_report
 
@@ -38,6 +38,14 @@ def resolve_text_config(name_or_path: str) -> CLIPTextConfig:
     return config.text_config
 
 
+class _Clip(CLIPModel):
+    """CLIP without the scale of its scores: a single number, which ZeRO-3 has no way to hand out."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        del self.logit_scale
+
+
 class ClipText(nn.Module):
     """Embeds texts, and patches beside them.
 
@@ -62,7 +70,7 @@ class ClipText(nn.Module):
         """
         like = self.text_projection.weight
         with without_load_report():
-            clip, info = CLIPModel.from_pretrained(name_or_path, dtype=like.dtype, output_loading_info=True)
+            clip, info = _Clip.from_pretrained(name_or_path, dtype=like.dtype, output_loading_info=True)
         raise_for_keys(name_or_path, missing=sorted(info["missing_keys"]))
         for name in ("text_model", "text_projection", "visual_projection"):
             module = getattr(clip, name).requires_grad_(False)
