@@ -231,7 +231,7 @@ WRONG = {
     "pyramiddrop's lists": ({"layer_list": "[8]", "image_token_ratio_list": "[0.5,0.2]"}, r"lists of one length"),
     "pyramiddrop's code": (
         {"layer_list": "__import__('os').getcwd()", "image_token_ratio_list": "[0.5]"},
-        r"must be lists of one length",
+        r"must be a list",
     ),
     "two decoder methods": (
         {"layer_list": "[8]", "image_token_ratio_list": "[0.5]", "reduction": "fastv"},
