@@ -18,7 +18,15 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.model.language_model import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
-from llava.model.weights import WEIGHT_FILES, parse_dtype, raise_for_keys, read_json, read_weights, strip_prefixes
+from llava.model.weights import (
+    WEIGHT_FILES,
+    parse_dtype,
+    raise_for_keys,
+    read_json,
+    read_weights,
+    strip_prefixes,
+    weights_mark,
+)
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -35,6 +43,7 @@ LLAVA_1_5 = {
 }
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 LORA_WEIGHTS = "non_lora_trainables.bin"
+MERGED_KEY = "merged_adapters"  # of config.json: marks of the adapters that were added to the weights
 PROJECTOR_WEIGHTS = "mm_projector.bin"
 # Patterns that bitsandbytes' modules are matched with, from the start of the name.
 NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.vision_tower", "lm_head"]
@@ -178,19 +187,25 @@ def _open_lora(
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     adapters = read_weights(next((file for file in files if file.is_file()), files[0]))
     model = _open_on_base(folder / LORA_WEIGHTS, base, tower, kwargs)
-    return _Checkpoint(_add_adapter(model, folder, adapters, merge), _tokenizer(folder, base))
+    return _Checkpoint(_add_adapter(model, folder, adapters, local_folder(base), merge), _tokenizer(folder, base))
 
 
-def _add_adapter(model: Any, folder: Path, weights: dict[str, Tensor], merge: bool) -> Any:
+def _add_adapter(model: Any, folder: Path, weights: dict[str, Tensor], base: Path, merge: bool) -> Any:
     """Put a PEFT adapter into the modules that its weights name.
 
     Those names say more than `target_modules`, whose short names match modules of the vision tower too.
 
     Raises:
-        ValueError: settings that PEFT can't take, or weights for modules that the model does not have.
+        ValueError: settings that PEFT can't take, weights for modules that the model does not have, or weights that
+            `base` has taken up already.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
+    base_config = read_json(base / "config.json")
+    raise_if_merged(folder, weights, base_config, base)
+    if merge:
+        merged = [*(base_config.get(MERGED_KEY) or []), weights_mark(weights)]
+        setattr(model.config, MERGED_KEY, merged)
     # Releases before transformers 5 had one module more between the tower and its encoder.
     weights = {k.replace("vision_tower.vision_model.", "vision_tower."): v for k, v in weights.items()}
     targets = {k.removeprefix("base_model.model.").split(".lora_")[0] for k in weights if ".lora_" in k}
@@ -212,6 +227,24 @@ def _add_adapter(model: Any, folder: Path, weights: dict[str, Tensor], merge: bo
         unexpected=list(result.unexpected_keys),
     )
     return adapted.merge_and_unload() if merge else adapted.base_model.model
+
+
+def raise_if_merged(
+    folder: str | os.PathLike, adapter: Mapping[str, Tensor], base_config: Mapping[str, Any], base: str | os.PathLike
+) -> None:
+    """Raise a ValueError where a base has taken up an adapter already: it would count twice.
+
+    Args:
+        folder: of the adapter.
+        adapter: its weights.
+        base_config: config.json of the base.
+        base: what the base is called.
+    """
+    if weights_mark(adapter) in (base_config.get(MERGED_KEY) or []):
+        raise ValueError(
+            f"{os.fspath(folder)} has been merged into {os.fspath(base)} already and would count twice: use that "
+            "checkpoint alone, or the adapter with the base that it was trained on"
+        )
 
 
 def _open_projector(

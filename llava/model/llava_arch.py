@@ -484,7 +484,16 @@ class LlavaMetaForCausalLM:
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model as transformers does, under LLaVA's names, whatever names it was read under."""
+        """Write the model as transformers does, under LLaVA's names, whatever names it was read under.
+
+        Raises:
+            ValueError: a LoRA adapter lies in the model, whose weights would be written under names that nothing reads.
+        """
+        if any(".base_layer." in name for name, _ in self.named_parameters()):  # type: ignore[attr-defined]
+            raise ValueError(
+                "the model holds a LoRA adapter that is not merged: open it with merge_lora=True and write that, or "
+                "run llava merge; the LoRA folder itself can be copied"
+            )
         # What transformers undoes in writing: left alone, the renamings that this model's reading needed.
         self._weight_conversions = get_model_conversion_mapping(
             self, hf_quantizer=getattr(self, "hf_quantizer", None), add_legacy=False

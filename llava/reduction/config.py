@@ -11,6 +11,7 @@ import yaml
 
 from llava.reduction.base import Reducer, Reducers
 from llava.reduction.registry import SITES, build, method_class, site_of
+from llava.yaml_text import read_yaml
 
 # Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio). Its scripts say TextSim+.
 LEGACY_TRIM_KEY = "mm_vision_token_reduce_func"
@@ -141,7 +142,7 @@ def _parse_text(text: str) -> Any:
 
 def _load_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)  # JSON is YAML
+        return read_yaml(text)  # JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"reduction={text!r} is neither a method's name nor valid JSON or YAML: {error}") from error
     except RecursionError as error:

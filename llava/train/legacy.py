@@ -93,8 +93,8 @@ def translate_legacy(argv: list[str], known: Collection[str]) -> list[str]:
         The command line; what is not legacy is untouched and in its place.
     """
     result: list[str] = []
-    for words in _split_flags(argv):
-        name, value = _name_and_value(words)
+    for words in split_flags(argv):
+        name, value = name_and_value(words)
         legacy = LEGACY_FLAGS.get(name) if name not in known else None
         new_value = LEGACY_VALUES.get(name, {}).get(value)
         if legacy is not None:
@@ -118,7 +118,7 @@ def _translated(name: str, value: str, legacy: Legacy) -> list[str]:
     return [f"--{legacy.flag}={new_value}" if new_value else f"--{legacy.flag}"]
 
 
-def _split_flags(argv: list[str]) -> list[list[str]]:
+def split_flags(argv: list[str]) -> list[list[str]]:
     """The words of a command line, each flag with the values behind it."""
     groups: list[list[str]] = []
     for word in argv:
@@ -129,6 +129,7 @@ def _split_flags(argv: list[str]) -> list[list[str]]:
     return groups
 
 
-def _name_and_value(words: list[str]) -> tuple[str, str]:
+def name_and_value(words: list[str]) -> tuple[str, str]:
+    """Name and value of a flag: those of `--name=value`, or of `--name value`."""
     flag, equals, value = words[0].partition("=")
     return flag.removeprefix("--").replace("-", "_"), value if equals else " ".join(words[1:])

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from llava.model.builder import NOT_QUANTIZED, read_llava_config
+from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, raise_if_merged, read_llava_config
 from llava.model.language_model import llava_class_for
-from llava.model.weights import check_json
+from llava.model.weights import check_json, read_json, read_weights
+from llava.reduction import ReductionConfig
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
     parse_pinpoints,
 )
-from llava.train.checkpoint import RunKind, load_adapter, part_of
+from llava.train.checkpoint import ADAPTER_FILE, RunKind, load_adapter, part_of
 from llava.train.parsing import Arguments
 
 logger = logging.getLogger(__name__)
@@ -50,7 +54,9 @@ def read_config(arguments: Arguments) -> Any:
         ValueError: no such model, no LLaVA on this kind of model, or no vision tower named anywhere.
     """
     model, data = arguments.model, arguments.data
+    adopt_adapter_settings(arguments)
     raw = _config_dict(arguments)
+    check_not_merged(arguments, raw)
     if "text_config" in raw and "vision_config" in raw:
         raise ValueError(f"{model.model_name_or_path} has the llava-hf layout: convert it first, with llava convert")
     _, config = read_llava_config(raw, f"--model_name_or_path {model.model_name_or_path}: config.json")
@@ -68,6 +74,49 @@ def read_config(arguments: Arguments) -> Any:
     if data.image_aspect_ratio == "anyres" and not data.image_grid_pinpoints:
         raise ValueError("--image_aspect_ratio anyres needs --image_grid_pinpoints: the resolutions to choose from")
     return config
+
+
+def adopt_adapter_settings(arguments: Arguments) -> None:
+    """Give the run the method and the vision settings that the adapter of `lora_weight_path` was trained with.
+
+    Raises:
+        ValueError: the flags ask for others.
+    """
+    model, folder = arguments.model, arguments.training.lora_weight_path
+    file = Path(folder or "", "config.json")
+    if not folder or not file.is_file():
+        return
+    kept = read_json(file)
+    theirs, own = ReductionConfig.of_model(SimpleNamespace(**kept)), ReductionConfig.parse(model.reduction)
+    if model.reduction is None and theirs:
+        model.reduction = json.dumps(theirs.to_dict())
+        logger.info("%s was trained with reduction=%s, which this run takes over", folder, model.reduction)
+    elif any(getattr(own, site) != method for site, method in theirs.to_dict().items()):
+        raise ValueError(
+            f"--lora_weight_path {folder} was trained with reduction={theirs.to_dict()}, and --reduction asks for "
+            f"{own.to_dict() or 'none'}: leave --reduction out"
+        )
+    for name in VISION_DEFAULTS.keys() & kept.keys():
+        if getattr(model, name) is None:
+            setattr(model, name, kept[name])
+        elif getattr(model, name) != kept[name]:
+            raise ValueError(
+                f"--lora_weight_path {folder} was trained with {name}={kept[name]}, and --{name} asks for "
+                f"{getattr(model, name)}: leave --{name} out"
+            )
+
+
+def check_not_merged(arguments: Arguments, raw: dict[str, Any]) -> None:
+    """Refuse an adapter to go on from whose weights the base has taken up already.
+
+    Args:
+        arguments: of the run.
+        raw: config.json of the base.
+    """
+    folder = arguments.training.lora_weight_path
+    file = Path(folder or "", ADAPTER_FILE)
+    if folder and raw.get(MERGED_KEY) and file.is_file():
+        raise_if_merged(folder, read_weights(file), raw, arguments.model.model_name_or_path or "")
 
 
 def _config_dict(arguments: Arguments) -> dict[str, Any]:

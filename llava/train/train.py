@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,13 +19,14 @@ from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
-from llava.train.checkpoint_folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
+from llava.train.checkpoint_folders import STATE_FILE, read_state
 from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
+from llava.train.resume import check_checkpoint, check_result, checkpoint_to_resume, run_settings
 from llava.train.run_info import write_run_info
 from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
@@ -46,6 +45,7 @@ NOT_SHAPING = (
     "num_train_epochs",
     "preflight_seconds",
     "report_to",
+    "resume_changed",
     "resume_from_checkpoint",
     "save_steps",
     "save_strategy",
@@ -95,6 +95,7 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     report_idle_gpus(training)
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
+    check_result(training.output_dir, run_kind(arguments))
     checkpoint = checkpoint_to_resume(training)
     if training.packing and training.attn_implementation == "sdpa":
         training.attn_implementation = PACKED_SDPA
@@ -104,9 +105,12 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     preflight(arguments, config, dataset)
     model = load_model(arguments, config, tokenizer)
     log_trainable(model)
-    check_method_of(checkpoint, model.config)
+    reduction = ReductionConfig.of_model(model.config)
+    settings = run_settings(arguments, reduction, dataset, training.world_size)
+    check_checkpoint(checkpoint, settings, training.resume_changed)
     trainer = LLaVATrainer(
         kind=run_kind(arguments),
+        settings=settings,
         model=model,
         args=training,
         train_dataset=dataset,
@@ -194,49 +198,6 @@ def is_finished(arguments: Arguments) -> bool:
 def _same_run(file: Path, given: dict[str, Any]) -> bool:
     kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
     return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))
-
-
-def checkpoint_to_resume(training: Any) -> str | None:
-    """The checkpoint that is asked for, else the last whole one in `output_dir`, else None.
-
-    Raises:
-        ValueError: the one that is asked for is not there or not whole.
-    """
-    asked = training.resume_from_checkpoint
-    if asked and asked.lower() != "true":
-        flaw = flaw_of(Path(asked)) if Path(asked).is_dir() else "no such folder"
-        if flaw:
-            raise ValueError(
-                f"--resume_from_checkpoint {asked}: {flaw}; leave the flag out to go on from the last whole one"
-            )
-        checkpoint: str | None = asked
-    else:
-        checkpoint = last_complete_checkpoint(training.output_dir)
-    if checkpoint:
-        logger.info("resuming from %s", checkpoint)
-    return checkpoint
-
-
-def check_method_of(checkpoint: str | None, config: Any) -> None:
-    """Refuse to go on from another method's checkpoint, which lies in the same output_dir by mistake.
-
-    Args:
-        checkpoint: folder, or None.
-        config: of the model of this run.
-
-    Raises:
-        ValueError: the checkpoint's config.json names another reduction.
-    """
-    file = None if checkpoint is None else Path(checkpoint, "config.json")
-    if file is None or not file.is_file():
-        return
-    kept = SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))
-    theirs, ours = (ReductionConfig.of_model(c).to_dict() for c in (kept, config))
-    if theirs != ours:
-        raise ValueError(
-            f"{checkpoint} was trained with reduction={theirs or 'none'}, and this run has reduction={ours or 'none'}: "
-            "give it an --output_dir of its own, or the checkpoint's method"
-        )
 
 
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
