@@ -15,7 +15,7 @@ from llava.reduction import ReductionConfig
 from llava.train.arguments import accumulation_steps, runs_on_cpu
 from llava.train.config import LaunchOptions, load_config
 from llava.train.data import load_dataset
-from llava.train.modeling import load_tokenizer, read_config, run_kind
+from llava.train.modeling import load_tokenizer, read_config
 from llava.train.output_dir import check_free, check_output_dir
 from llava.train.parsing import Arguments, check_args
 from llava.train.preflight.findings import WARNING, Report
@@ -23,7 +23,7 @@ from llava.train.preflight.memory import GIB, check_disk, check_memory, device_m
 from llava.train.preflight.models import check_model
 from llava.train.preflight.samples import check_images_exist, check_learnable, check_samples
 from llava.train.problems import Problems
-from llava.train.resume import check_checkpoint, check_result, checkpoint_to_resume, run_settings
+from llava.train.resume import check_checkpoint, checkpoint_to_resume, run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,6 @@ def check_batches(arguments: Arguments, samples: int, processes: int, report: Re
 def _check_left_there(arguments: Arguments, model: Any, data: Any, processes: int, report: Report) -> None:
     """Whether what lies in `output_dir` belongs to this run."""
     training = arguments.training
-    with report.catch("output"):
-        check_result(training.output_dir, run_kind(arguments))
     with report.catch("checkpoint"):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         settings = run_settings(arguments, ReductionConfig.of_model(base.config), data, processes)

@@ -24,16 +24,15 @@ from llava.files import (
     remove_leftovers,
 )
 from llava.lock import holder, lock
-from llava.train.checkpoint import RunKind
 from llava.train.checkpoint_folders import STATE_FILE
 from llava.train.divergence import SAMPLES_FILE
 from llava.train.metrics_file import METRICS_FILE
 from llava.train.modeling import run_kind
 from llava.train.parsing import Arguments
+from llava.train.resume import RUN_CONFIG_FILE, check_result
 from llava.train.run_info import RUN_INFO_FILE
 from llava.train.trackers import WANDB_FILE
 
-RUN_CONFIG_FILE = "train_config.yaml"
 LOCK_FILE = ".lock"
 RUN_FILES = (
     RUN_CONFIG_FILE,
@@ -71,7 +70,7 @@ def check_output_dir(arguments: Arguments) -> None:
     }
     check_apart(folder, "output_dir", inputs)
     check_writable(folder, "output_dir")
-    _check_kind(folder, run_kind(arguments))
+    check_result(folder, run_kind(arguments))
     if _is_of_an_older_run(folder):
         return
     foreign = foreign_files(folder, (*CHECKPOINT_FILES, *RUN_FILES))
@@ -80,16 +79,6 @@ def check_output_dir(arguments: Arguments) -> None:
             f"output_dir {folder} holds {foreign[0].name}, which no run of this program wrote there, or which was "
             "changed since, and which would be replaced; move it away, or choose another folder"
         )
-
-
-def _check_kind(folder: Path, kind: RunKind) -> None:
-    """Refuse to let the result of another kind of run be replaced."""
-    for other in RunKind:
-        if other is not kind and other.is_in(folder):
-            raise ValueError(
-                f"output_dir {folder} holds the result of a {other.value} run, and this {kind.value} run would "
-                "replace it; choose another folder"
-            )
 
 
 def check_free(arguments: Arguments) -> None:

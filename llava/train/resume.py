@@ -15,13 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import yaml
 
 from llava.data.dataset import LazySupervisedDataset
 from llava.model.weights import WEIGHT_FILES
 from llava.reduction import ReductionConfig
 from llava.train.arguments import parse_pinpoints, split_names, zero_stage
 from llava.train.checkpoint import ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE, RunKind
-from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint
+from llava.train.checkpoint_folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
 from llava.train.modeling import run_kind
 from llava.train.parsing import Arguments
 from llava.train.problems import SettingsError
@@ -29,6 +30,7 @@ from llava.train.values import NO_WORDS
 
 logger = logging.getLogger(__name__)
 
+RUN_CONFIG_FILE = "train_config.yaml"
 SETTINGS_FILE = "run_settings.json"
 
 # With another one of these the checkpoint's weights or its optimizer's state do not fit.
@@ -92,6 +94,23 @@ NOTED = (
     "on_bad_sample",
     "packing",
     "save_steps",
+)
+
+
+# How far a run goes, and what it says and keeps on the way; with other values of these it is the same run.
+NOT_SHAPING = (
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "logging_steps",
+    "max_steps",
+    "num_train_epochs",
+    "preflight_seconds",
+    "report_to",
+    "resume_changed",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
 )
 
 
@@ -276,7 +295,7 @@ def kinds_in(folder: Path) -> dict[RunKind, str]:
     return {kind: name for kind, name in found.items() if name}
 
 
-def check_result(output_dir: str, kind: RunKind) -> None:
+def check_result(output_dir: str | Path, kind: RunKind) -> None:
     """Refuse a folder with the result of another kind of run, which would be opened in place of this run's.
 
     Raises:
@@ -289,3 +308,36 @@ def check_result(output_dir: str, kind: RunKind) -> None:
             f"--output_dir {output_dir} holds {name} of another kind of run ({other.value}), which would be opened in "
             f"place of this run's result ({kind.value}): name another folder, or remove that result"
         )
+
+
+def is_finished(arguments: Arguments) -> bool:
+    """True where `output_dir` holds the result of this run after as many steps or epochs as are asked for.
+
+    With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
+    """
+    training, kind = arguments.training, run_kind(arguments)
+    folder, asked = Path(training.output_dir), training.resume_from_checkpoint
+    names_checkpoint = bool(asked) and asked.lower() != "true"
+    is_whole = all((folder / name).is_file() for name in (STATE_FILE, RUN_CONFIG_FILE)) and kind.is_in(folder)
+    if names_checkpoint or not is_whole or not _same_run(folder / RUN_CONFIG_FILE, arguments.given):
+        return False
+    state = read_state(folder)
+    step, epoch = state["global_step"], state["epoch"] or 0.0
+    by_steps = training.max_steps > 0
+    wanted, reached = (training.max_steps, step) if by_steps else (training.num_train_epochs, epoch + 1e-6)
+    if step < state["max_steps"] or reached < wanted:
+        return False
+    logger.info(
+        "%s holds the result of this run, after step %d (epoch %.4g), its last: nothing is left to do. A larger %s "
+        "goes on from its last checkpoint; another run needs an --output_dir of its own",
+        folder,
+        step,
+        epoch,
+        "--max_steps" if by_steps else "--num_train_epochs",
+    )
+    return True
+
+
+def _same_run(file: Path, given: dict[str, Any]) -> bool:
+    kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
+    return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))

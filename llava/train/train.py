@@ -19,14 +19,14 @@ from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
-from llava.train.checkpoint_folders import STATE_FILE, read_state
+from llava.train.checkpoint_folders import STATE_FILE
 from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
-from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
+from llava.train.output_dir import RUN_FILES, holding_output_dir
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import set_up_logging
-from llava.train.resume import check_checkpoint, check_result, checkpoint_to_resume, run_settings
+from llava.train.resume import RUN_CONFIG_FILE, check_checkpoint, checkpoint_to_resume, is_finished, run_settings
 from llava.train.run_info import write_run_info
 from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
@@ -35,22 +35,6 @@ logger = logging.getLogger(__name__)
 
 # What LLaVA's programs import from its module of this name.
 __all__ = ["DataArguments", "ModelArguments", "TrainingArguments", "main", "make_supervised_data_module", "train"]
-
-# How far a run goes, and what it says and keeps on the way; with other values of these it is the same run.
-NOT_SHAPING = (
-    "dataloader_num_workers",
-    "disable_tqdm",
-    "logging_steps",
-    "max_steps",
-    "num_train_epochs",
-    "preflight_seconds",
-    "report_to",
-    "resume_changed",
-    "resume_from_checkpoint",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-)
 
 
 def main(argv: list[str]) -> None:
@@ -95,7 +79,6 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     report_idle_gpus(training)
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
-    check_result(training.output_dir, run_kind(arguments))
     checkpoint = checkpoint_to_resume(training)
     if training.packing and training.attn_implementation == "sdpa":
         training.attn_implementation = PACKED_SDPA
@@ -165,39 +148,6 @@ def log_trainable(model: Any) -> None:
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     trained = sum(counts.values())
     logger.info("training %s of %s weights (%.2f %%): %s", f"{trained:,}", f"{total:,}", 100 * trained / total, parts)
-
-
-def is_finished(arguments: Arguments) -> bool:
-    """True where `output_dir` holds the result of this run after as many steps or epochs as are asked for.
-
-    With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
-    """
-    training, kind = arguments.training, run_kind(arguments)
-    folder, asked = Path(training.output_dir), training.resume_from_checkpoint
-    names_checkpoint = bool(asked) and asked.lower() != "true"
-    is_whole = all((folder / name).is_file() for name in (STATE_FILE, RUN_CONFIG_FILE)) and kind.is_in(folder)
-    if names_checkpoint or not is_whole or not _same_run(folder / RUN_CONFIG_FILE, arguments.given):
-        return False
-    state = read_state(folder)
-    step, epoch = state["global_step"], state["epoch"] or 0.0
-    by_steps = training.max_steps > 0
-    wanted, reached = (training.max_steps, step) if by_steps else (training.num_train_epochs, epoch + 1e-6)
-    if step < state["max_steps"] or reached < wanted:
-        return False
-    logger.info(
-        "%s holds the result of this run, after step %d (epoch %.4g), its last: nothing is left to do. A larger %s "
-        "goes on from its last checkpoint; another run needs an --output_dir of its own",
-        folder,
-        step,
-        epoch,
-        "--max_steps" if by_steps else "--num_train_epochs",
-    )
-    return True
-
-
-def _same_run(file: Path, given: dict[str, Any]) -> bool:
-    kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
-    return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))
 
 
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
