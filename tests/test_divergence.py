@@ -196,7 +196,7 @@ def test_a_checkpoint_with_nan_is_not_gone_on_from(kind: str, world: TinyWorld, 
     checkpoint = tmp_path / "checkpoint-1"
     names = {"projector": "mm_projector.bin", "lora": "adapter_model.safetensors", "full": "model.safetensors"}
     spoil_file(checkpoint / names[kind])
-    with pytest.raises(NonFiniteWeightsError, match=r"checkpoint-1 holds NaN or infinity in 1 weights: "):
+    with pytest.raises(NonFiniteWeightsError, match=r"checkpoint-1(/\S+)? holds NaN or infinity in 1 weights: "):
         train(parse_args(world.flags(tmp_path, **{**settings, "max_steps": 2})))
 
 
@@ -205,7 +205,7 @@ def test_a_base_with_nan_is_not_trained(part: str, world: TinyWorld, tmp_path: P
     copied = shutil.copytree(getattr(world, part), tmp_path / part)
     spoil_file(copied / "model.safetensors")
     flag = {"llm": "model_name_or_path", "clip": "vision_tower"}[part]
-    with pytest.raises(NonFiniteWeightsError, match=f"--{flag} {copied}.* holds NaN or infinity in 1 weights"):
+    with pytest.raises(NonFiniteWeightsError, match=f"{copied} holds NaN or infinity in 1 weights"):
         train(parse_args(flags(world, tmp_path / "run", **{flag: copied})))
 
 
