@@ -81,7 +81,7 @@ def _interrupt(case: Case, arguments: list[str], trap: Trap, output: str) -> Non
     printed = command.printed()
     if code is None:
         case.blame(f"{name}: hangs")
-    elif code not in (0, STOPPED, -trap.number, 128 + trap.number):
+    elif code not in (0, STOPPED, -trap.number, 128 + trap.number) and 0 not in case.outcomes:
         case.blame(f"{name}: ends with {code}")
     if trap.number != signal.SIGKILL and judge.UGLY[0] in printed:
         case.blame(f"{name}: traceback")
