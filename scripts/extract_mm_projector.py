@@ -10,4 +10,7 @@ if __name__ == "__main__":
     parser.add_argument("--model-path", "--model_name_or_path", required=True, help="the checkpoint's folder")
     parser.add_argument("--output", required=True, help="the file, such as mm_projector.bin")
     args = parser.parse_args()
-    extract_projector(Path(args.model_path), Path(args.output))
+    try:
+        extract_projector(Path(args.model_path), Path(args.output))
+    except ValueError as error:
+        parser.error(str(error))

@@ -26,6 +26,7 @@ from llava.files import (
 )
 from llava.lock import lock
 from llava.train import output_dir
+from llava.train.checkpoint import extract_projector
 from llava.train.checkpoint_folders import make_room, remove_old_checkpoints
 from llava.train.doctor import examine
 from llava.train.output_dir import LOCK_FILE
@@ -383,6 +384,13 @@ def test_a_place_is_tried_without_a_trace(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("llava.files.tempfile.TemporaryFile", denied)
     with pytest.raises(ValueError, match=rf"output {tmp_path}/a: nothing .* \(Permission denied in {tmp_path}\)"):
         check_writable(tmp_path / "a", "output")
+
+
+def test_a_projector_is_taken_out_into_a_new_file(tmp_path: Path) -> None:
+    (tmp_path / "mm_projector.bin").write_text("mine")
+    with pytest.raises(ValueError, match=r"mm_projector\.bin exists"):
+        extract_projector(tmp_path / "no checkpoint", tmp_path / "mm_projector.bin")
+    assert contents(tmp_path) == {"mm_projector.bin": b"mine"}
 
 
 def test_sibling_folders_are_apart(tmp_path: Path) -> None:

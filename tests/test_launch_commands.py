@@ -13,7 +13,7 @@ from tests.results import check_losses, make_projector
 from tests.tiny_world import make_readable, make_tiny_world, run_command
 
 DROPPING_LAYERS = 25  # of a language model in which PyramidDrop drops after 8, 16 and 24
-BLOCKS = 24  # of a vision tower of which STF fuses 8
+BLOCKS = 16  # of a vision tower of which STF fuses 8
 
 
 def check_result(command: LaunchCommand, output: Path) -> None:

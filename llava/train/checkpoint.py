@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.files import checkpoint_folder
+from llava.files import check_writable, checkpoint_folder
 from llava.model.weights import (
     NonFiniteWeightsError,
     is_finite,
@@ -246,8 +246,11 @@ def extract_projector(folder: Path, output: Path) -> None:
         output: the file.
 
     Raises:
-        ValueError: no weights there, or none of a projector.
+        ValueError: no weights there, or none of a projector; or the output exists or can't be written.
     """
+    check_writable(output.parent, f"the folder of output {output}:")
+    if output.exists():
+        raise ValueError(f"output {output} exists; choose another name, or remove it first")
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
         weights |= {name: weight for name, weight in read_weights(file).items() if part_of(name) == "projector"}

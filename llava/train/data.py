@@ -14,6 +14,7 @@ from llava.data.items import ItemMaker
 from llava.data.rejects import REJECTS_FILE, Rejects, forget_rejects, join_rejects
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.model.multimodal_encoder.processor import load_image_processor
+from llava.model.multimodal_encoder.vision_tower import resolve_vision_config
 from llava.reduction.config import ReductionConfig
 from llava.train.checkpoint_folders import read_state
 from llava.train.parsing import Arguments
@@ -67,7 +68,8 @@ def load_dataset(
     model_args, data_args, training = arguments.model, arguments.data, arguments.training
     asked = model_args.reduction
     reduction = ReductionConfig.of_model(config) if asked is None else ReductionConfig.parse(asked)
-    processor = load_image_processor(model_args.vision_tower or config.mm_vision_tower, training.cache_dir)
+    tower = model_args.vision_tower or config.mm_vision_tower
+    processor = load_image_processor(tower, training.cache_dir, side=resolve_vision_config(tower).image_size)
     seed = training.seed if training.data_seed is None else training.data_seed
     options: dict[str, Any] = {
         "version": model_args.version,

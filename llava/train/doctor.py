@@ -119,14 +119,15 @@ def _device_memory(arguments: Arguments, processes: int) -> int | None:
 
 
 def _load_data(arguments: Arguments, config: Any, tokenizer: Any, report: Report) -> LazySupervisedDataset | None:
-    """The data with its bad samples in it, which are counted later; None where it cannot be read, or is streamed."""
+    """The data with its bad samples in it, which are counted later; None where it cannot be read, or is streamed.
+
+    Of a stream the beginning of each file is read.
+    """
     if arguments.data.streaming:
         report.add("data", "it is streamed: samples are checked when their turn comes", WARNING)
-        return None
     with report.catch("data"):
         dataset = load_dataset(arguments, config, tokenizer, judge=False)
-        assert isinstance(dataset, LazySupervisedDataset)
-        return dataset
+        return dataset if isinstance(dataset, LazySupervisedDataset) else None
     return None
 
 

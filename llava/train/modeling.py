@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, raise_if_merged
+from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, raise_if_merged, read_llava_config
 from llava.model.language_model import llava_class_for
-from llava.model.weights import raise_for_nonfinite, read_json, read_weights
+from llava.model.weights import check_json, read_json, read_weights
 from llava.reduction import ReductionConfig
 from llava.train.arguments import (
     DataArguments,
@@ -59,7 +59,7 @@ def read_config(arguments: Arguments) -> Any:
     check_not_merged(arguments, raw)
     if "text_config" in raw and "vision_config" in raw:
         raise ValueError(f"{model.model_name_or_path} has the llava-hf layout: convert it first, with llava convert")
-    config = llava_class_for(raw["model_type"]).config_class.from_dict(raw)
+    _, config = read_llava_config(raw, f"--model_name_or_path {model.model_name_or_path}: config.json")
     is_llava = getattr(config, "mm_vision_tower", None) is not None
     if not is_llava and not model.vision_tower:
         raise ValueError(
@@ -121,6 +121,7 @@ def check_not_merged(arguments: Arguments, raw: dict[str, Any]) -> None:
 
 def _config_dict(arguments: Arguments) -> dict[str, Any]:
     path = arguments.model.model_name_or_path
+    check_json(path or "", "config.json", arguments.training.cache_dir)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, cache_dir=arguments.training.cache_dir)
     except (OSError, ValueError) as error:
@@ -168,8 +169,6 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
         **quantization(training),
     )
     model.get_model().initialize_vision_modules(model_args)
-    origin = f"--model_name_or_path {model_args.model_name_or_path} with --vision_tower {model_args.vision_tower}"
-    raise_for_nonfinite(origin, model.named_parameters())
     model.initialize_vision_tokenizer(model_args, tokenizer)
     write_llava_config(model.config, model_args, data_args, training, tokenizer)
     select_trainable(model, arguments)
