@@ -186,26 +186,24 @@ def _open_lora(
         raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     adapters = read_weights(next((file for file in files if file.is_file()), files[0]))
+    base_config = read_json(local_folder(base) / "config.json")
+    raise_if_merged(folder, adapters, base_config, base)
     model = _open_on_base(folder / LORA_WEIGHTS, base, tower, kwargs)
-    return _Checkpoint(_add_adapter(model, folder, adapters, local_folder(base), merge), _tokenizer(folder, base))
+    if merge:
+        setattr(model.config, MERGED_KEY, [*(base_config.get(MERGED_KEY) or []), weights_mark(adapters)])
+    return _Checkpoint(_add_adapter(model, folder, adapters, merge), _tokenizer(folder, base))
 
 
-def _add_adapter(model: Any, folder: Path, weights: dict[str, Tensor], base: Path, merge: bool) -> Any:
+def _add_adapter(model: Any, folder: Path, weights: dict[str, Tensor], merge: bool) -> Any:
     """Put a PEFT adapter into the modules that its weights name.
 
     Those names say more than `target_modules`, whose short names match modules of the vision tower too.
 
     Raises:
-        ValueError: settings that PEFT can't take, weights for modules that the model does not have, or weights that
-            `base` has taken up already.
+        ValueError: settings that PEFT can't take, or weights for modules that the model does not have.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
-    base_config = read_json(base / "config.json")
-    raise_if_merged(folder, weights, base_config, base)
-    if merge:
-        merged = [*(base_config.get(MERGED_KEY) or []), weights_mark(weights)]
-        setattr(model.config, MERGED_KEY, merged)
     # Releases before transformers 5 had one module more between the tower and its encoder.
     weights = {k.replace("vision_tower.vision_model.", "vision_tower."): v for k, v in weights.items()}
     targets = {k.removeprefix("base_model.model.").split(".lora_")[0] for k in weights if ".lora_" in k}
