@@ -163,6 +163,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in llava-hf's layout, or a llava-hf one in LLaVA's."""
     from llava.model import convert as conversion
+    from llava.model.weights import parse_dtype
 
     conversion.convert(
         source,
@@ -171,19 +172,19 @@ def convert(
         model_base=model_base,
         vision_tower=vision_tower,
         template=template,
-        dtype=conversion.parse_dtype(dtype),
+        dtype=parse_dtype(dtype),
         drop_reduction=drop_reduction,
         overwrite=overwrite,
     )
 
 
 def main() -> None:
-    """Entry point: what a user can mend is shown as one line, and the exit code is 2."""
+    """Entry point: what a user can mend is shown as one line, and the exit code is 2; 74 where the system refused."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("LLAVA_DEBUG"):
             raise
         Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else os.EX_IOERR)

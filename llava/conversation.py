@@ -12,13 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
 Round = tuple[str, str | None]
 """A question and its answer; None where the answer is still to come."""
+
+
+class SeparatorStyle(Enum):
+    """LLaVA's names for how turns are separated: programs read off it which of `sep` and `sep2` ends an answer."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+    CHATML = auto()
+    LLAMA_3 = auto()
 
 
 class Segment(NamedTuple):
@@ -47,7 +60,7 @@ class Template:
         answer_close: end of an answer, learned with it; its stripped form is the stop string.
         after_answer: text behind a finished answer, not learned.
         keeps_question: False for captions (plain): of the question, only its images are kept.
-        sep, sep2: LLaVA's names for separators, for code that reads them off a conversation.
+        sep, sep2, sep_style: LLaVA's names for separators, for code that reads them off a conversation.
     """
 
     name: str
@@ -65,6 +78,7 @@ class Template:
     keeps_question: bool = True
     sep: str = ""
     sep2: str | None = None
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
 
     def __post_init__(self) -> None:
         if not self.answer_close:
@@ -84,6 +98,15 @@ class Template:
     def copy(self) -> Conversation:
         """A fresh, empty conversation, so that LLaVA's ``conv_templates[name].copy()`` works."""
         return Conversation(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversation:
+        """The same as `copy`, for programs that write ``copy.deepcopy(conv_templates[name])``."""
+        return self.copy()
+
+    @property
+    def version(self) -> str:
+        """Name of the template, as of a conversation."""
+        return self.name
 
     def render(self, rounds: Sequence[Round], system: str | None = None) -> list[Segment]:
         """Pieces of the prompt of `rounds`, in order.
@@ -132,7 +155,7 @@ class Conversation:
 
     template: Template
     system: str | None = None
-    messages: list[tuple[str, str | None]] = field(default_factory=list)
+    messages: list[list[Any]] = field(default_factory=list)  # [role, text]; programs put an answer in later
 
     def __post_init__(self) -> None:
         if self.system is None:
@@ -159,13 +182,21 @@ class Conversation:
         return self.template.sep2
 
     @property
+    def sep_style(self) -> SeparatorStyle:
+        """How the turns are separated, in LLaVA's words."""
+        return self.template.sep_style
+
+    @property
     def stop_strings(self) -> list[str]:
         """Strings that end an answer, for `generate(stop_strings=...)`."""
         return [self.template.stop]
 
     def copy(self) -> Conversation:
         """An independent conversation with the same messages."""
-        return Conversation(self.template, self.system, list(self.messages))
+        return Conversation(self.template, self.system, [list(message) for message in self.messages])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversation:
+        return self.copy()
 
     def append_message(self, role: str, text: str | None) -> None:
         """Add a turn. The turns alternate, human first; a text of None is the answer to be generated.
@@ -180,7 +211,7 @@ class Conversation:
             )
         if text is None and len(self.messages) % 2 == 0:
             raise ValueError("a question cannot be None; only the model's turn may be left open")
-        self.messages.append((role, text))
+        self.messages.append([role, text])
 
     def get_prompt(self) -> str:
         """The text so far; after a question, or an answer of None, it ends where the model begins."""
@@ -202,6 +233,7 @@ _VICUNA = Template(
     answer_close="</s>",
     sep=" ",
     sep2="</s>",
+    sep_style=SeparatorStyle.TWO,
 )
 
 _LLAVA_V1 = replace(
@@ -209,6 +241,18 @@ _LLAVA_V1 = replace(
     name="llava_v1",
     system="A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.",
+)
+
+_LLAVA_V0 = Template(
+    name="llava_v0",
+    system=_LLAVA_V1.system,
+    roles=("Human", "Assistant"),
+    system_close="###",
+    question_open="Human: ",
+    question_close="###Assistant:",
+    answer_lead=" ",
+    answer_close="###",
+    sep="###",
 )
 
 _LLAVA_SYSTEM = (
@@ -230,6 +274,7 @@ _LLAVA_LLAMA_2 = Template(
     answer_close=" </s>",
     sep="<s>",
     sep2="</s>",
+    sep_style=SeparatorStyle.LLAMA_2,
 )
 
 _LLAMA_2 = replace(
@@ -256,6 +301,14 @@ _CHATML_DIRECT = Template(
     question_close="<|im_end|><|im_start|>assistant\n",
     answer_close="<|im_end|>",
     sep="<|im_end|>",
+    sep_style=SeparatorStyle.MPT,
+)
+
+_MPT = replace(
+    _CHATML_DIRECT,
+    name="mpt",
+    system="A conversation between a user and an LLM-based AI assistant. "
+    "The assistant gives helpful and honest answers.",
 )
 
 # Qwen's own ChatML puts a line break behind every <|im_end|>; LLaVA-NeXT's chatml_direct does not.
@@ -267,6 +320,7 @@ _QWEN = replace(
     system_close="<|im_end|>\n",
     question_close="<|im_end|>\n<|im_start|>assistant\n",
     after_answer="\n",
+    sep_style=SeparatorStyle.CHATML,
 )
 
 # <|begin_of_text|> is not written here: the tokenizer puts it in front, as it does <s> for the others.
@@ -280,9 +334,17 @@ _LLAMA_3 = Template(
     question_close="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     answer_close="<|eot_id|>",
     sep="<|eot_id|>",
+    sep_style=SeparatorStyle.LLAMA_3,
 )
 
-_PLAIN = Template(name="plain", roles=("", ""), answer_close="\n", keeps_question=False, sep="\n")
+_PLAIN = Template(
+    name="plain",
+    roles=("", ""),
+    answer_close="\n",
+    keeps_question=False,
+    sep="\n",
+    sep_style=SeparatorStyle.PLAIN,
+)
 
 conv_templates: Mapping[str, Template] = MappingProxyType(
     {
@@ -291,12 +353,14 @@ conv_templates: Mapping[str, Template] = MappingProxyType(
         "v1": _VICUNA,
         "vicuna_v1": _VICUNA,
         "llava_v1": _LLAVA_V1,
+        "llava_v0": _LLAVA_V0,
         "llama_2": _LLAMA_2,
         "llava_llama_2": _LLAVA_LLAMA_2,
         "mistral_instruct": _MISTRAL,
         "mistral_direct": _CHATML_DIRECT,
         "chatml": _CHATML_DIRECT,
         "chatml_direct": _CHATML_DIRECT,
+        "mpt": _MPT,
         "qwen": _QWEN,
         "qwen_1_5": _QWEN,
         "qwen_2": _QWEN,
@@ -305,6 +369,9 @@ conv_templates: Mapping[str, Template] = MappingProxyType(
     }
 )
 """Every template by each of its names; read-only."""
+
+default_conversation = _VICUNA
+"""LLaVA's template where a program names none; `default_conversation.copy()` is a fresh conversation."""
 
 
 def get_template(name: str) -> Template:

@@ -124,8 +124,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
     finally:
         done.set()
         beat.join()
-        if _read(path) == text:
-            path.unlink()
+        _give_back(path, text)
         with contextlib.suppress(OSError):  # not empty
             for folder in made:
                 folder.rmdir()
@@ -210,6 +209,15 @@ def _remove(path: Path, text: str) -> None:
         aside.unlink()
     else:
         aside.rename(path)
+
+
+def _give_back(path: Path, text: str) -> None:
+    """Remove the file of this process; a start that looks for a dead owner's may have moved it for a moment."""
+    for _ in range(10):
+        if _read(path) == text:
+            path.unlink(missing_ok=True)
+            return
+        time.sleep(0.02)
 
 
 def _renew(path: Path, text: str, done: threading.Event) -> None:

@@ -8,13 +8,18 @@ Shape letters: N images, T tiles of one image (the whole image first), H and W t
 from __future__ import annotations
 
 import ast
+import base64
+import binascii
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -22,6 +27,68 @@ Size = tuple[int, int]
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 """Allowed values of `image_aspect_ratio`; None means square."""
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+
+
+class UnfitImageError(ValueError):
+    """A picture that Pillow reads and a model cannot use; the message goes on after the picture's name."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any of Pillow's modes as RGB, 8 bits a colour.
+
+    As `convert("RGB")`, which LLaVA calls, wherever that is right: transparency is dropped, palettes are looked up. But
+    it cuts off all values above 255, so that 16 bits become white, and floats black. So greys of 16 bits keep their
+    upper 8, as Pillow does with colours of 16 bits; integers of 32 bits are taken for the 8 or 16 bits that hold them;
+    and floats go from 0 (black) to 1 (white).
+
+    Raises:
+        UnfitImageError: integers or floats beyond those limits.
+    """
+    if image.mode == "F":
+        image = _float_grey(np.asarray(image))
+    elif image.mode.startswith("I"):
+        image = _integer_grey(image)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    return image.convert("RGB")
+
+
+def _float_grey(values: np.ndarray) -> Image.Image:
+    if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
+        raise UnfitImageError(
+            f"holds floats from {values.min():g} to {values.max():g}, expected 0 (black) to 1 (white); scale them, "
+            "or save it with 8 or 16 bits"
+        )
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+def _integer_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    if bits > 16:  # they say nothing about what is white
+        bits = 8 if values.max() < 256 else 16
+    if values.min() < 0 or values.max() >= 1 << bits:
+        raise UnfitImageError(
+            f"holds integers from {values.min()} to {values.max()}, expected those of 16 bits, 0 to 65535; "
+            "scale them, or save it with 8 bits"
+        )
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """The image that a table holds as base64 text, as MMBench's do.
+
+    Raises:
+        ValueError: the text is no base64, or no image.
+    """
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(image)))
+    except (binascii.Error, UnidentifiedImageError) as error:
+        raise ValueError(f"{image[:40]!r}... is no image in base64 ({error}); write the table again") from error
 
 
 def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...]) -> Image.Image:
@@ -193,18 +260,21 @@ def _rgb_pictures(images: Any) -> list[Image.Image]:
     """Pictures as RGB.
 
     Raises:
-        ValueError: no list of pictures, or one that Pillow can't convert without loss.
+        ValueError: no list of pictures, or one that `to_rgb` refuses.
     """
     if not isinstance(images, list | tuple):
         raise ValueError(f"images are {type(images).__name__}: expected a list of PIL pictures, [picture] for one")
+    pictures = []
     for i, image in enumerate(images):
         if not isinstance(image, Image.Image):
             raise ValueError(f"image {i} is {type(image).__name__}: expected a PIL picture, Image.open(path)")
         if min(image.size) < 1:
             raise ValueError(f"image {i} has {image.size[0]} x {image.size[1]} pixels: there is nothing to see")
-        if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip every value to 255
-            raise ValueError(f"image {i} has mode {image.mode!r}: scale it to 8 bits and convert it to RGB first")
-    return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        try:
+            pictures.append(image if image.mode == "RGB" else to_rgb(image))
+        except UnfitImageError as error:
+            raise ValueError(f"image {i} {error}") from error
+    return pictures
 
 
 def process_images(
@@ -213,7 +283,7 @@ def process_images(
     """Pixel values of images, prepared as `model_cfg.image_aspect_ratio` says.
 
     Args:
-        images: PIL pictures; those that are not RGB are converted.
+        images: PIL pictures; those that are not RGB are converted, see `to_rgb`.
         image_processor: image processor of the vision tower (CLIP, SigLIP).
         model_cfg: has `image_aspect_ratio` (None and "square": the processor alone, "pad": on a square of the
             mean colour, "anyres": tiles) and, for anyres, `image_grid_pinpoints`.
@@ -291,3 +361,27 @@ def get_model_name_from_path(model_path: str) -> str:
     """A display name for a checkpoint: its folder, with the run's name in front for `checkpoint-N`."""
     parts = model_path.strip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Ends a row where its answer has come to one of several texts: `generate(stopping_criteria=[this])`.
+
+    Args:
+        keywords: texts such as "</s>" or "###", special tokens included.
+        tokenizer: of the language model.
+        input_ids: [B, S], the prompt; not looked at, whether or not `generate` hands it on.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor) -> None:
+        self.keywords, self.tokenizer = list(keywords), tokenizer
+        self._prompt = input_ids[0]
+        self._longest = max((len(keyword.encode()) for keyword in keywords), default=0)  # a token is a byte or more
+
+    def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Which rows are done, bool [B]; `output_ids` [B, new] or [B, S + new]."""
+        start = len(self._prompt)
+        begins = output_ids.shape[1] >= start and torch.equal(output_ids[0, :start].cpu(), self._prompt.cpu())
+        new = output_ids[:, start:] if begins else output_ids
+        tails = self.tokenizer.batch_decode(new[:, max(0, new.shape[1] - self._longest) :])
+        done = [any(keyword in tail for keyword in self.keywords) for tail in tails]
+        return torch.tensor(done, device=output_ids.device)

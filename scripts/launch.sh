@@ -70,6 +70,16 @@ for pair in MODEL:model_name_or_path VISION_TOWER:vision_tower DATA_PATH:data_pa
     fi
 done
 
+if [[ -n "${HOSTFILE:-}" && ! -f "$HOSTFILE" ]]; then
+    echo "HOSTFILE=$HOSTFILE: no such file; DeepSpeed would train on this machine alone" >&2
+    exit 2
+fi
+# REDUCTION may give options of METHOD, or add methods to it, but not ask for another one.
+if [[ -n "${METHOD:-}" && -n "${REDUCTION:-}" && ! "$REDUCTION" =~ (^|[^a-z_])"$METHOD"([^a-z_]|$) ]]; then
+    echo "METHOD=$METHOD and REDUCTION=$REDUCTION ask for different methods: leave one out" >&2
+    exit 2
+fi
+
 # METHOD names a folder of configs/ with a file for this stage, whose own settings replace the script's; a method
 # without such a recipe is taken as it is, on the script's settings. RECIPES is the ending of such folders for scripts
 # of another model than LLaVA-1.5.

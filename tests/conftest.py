@@ -13,6 +13,9 @@ from tests.golden.pack import unpack
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden"
 
+# What DeepSpeed compiles depends on the environment's path, so checkouts that share it would compile by turns.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".pytest_cache" / "torch_extensions"))
+
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -55,7 +55,7 @@ class Ranks:
     ) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by the server when it imports deepspeed
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])
+        context.set_forkserver_preload(["tests.extension", "tests.preload"])
         self.log = log
         place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         self.address, self.port = "127.0.0.1", str(free_port())
@@ -72,7 +72,7 @@ class Ranks:
         for rank in ranks:
             os.kill(self.processes[rank].pid, number)
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 120) -> None:
         """Wait until a line of the log has `text`."""
         end = time.monotonic() + timeout
         while text not in self.printed():
@@ -91,7 +91,7 @@ class Ranks:
             process.kill()
             remove_shared_buffer(rank, self.address, self.port)
 
-    def join(self, timeout: float = 120) -> list[int]:
+    def join(self, timeout: float = 300) -> list[int]:
         """Exit codes by rank; of one that a signal ended, minus the signal. One that fails ends the others."""
         end = time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNext
 from typer.testing import CliRunner
 
 from llava.cli import app
+from llava.cli import main as cli_main
 from llava.conversation import conv_templates, get_template
 from llava.data.preprocessing import build_prompt, build_prompt_ids
 from llava.mm_utils import process_images
@@ -252,7 +253,9 @@ def test_targets_are_not_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
 
 
-def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, target = save_ours(tmp_path / "ours"), tmp_path / "hf"
     convert(source, target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
@@ -265,6 +268,10 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
         convert(source, target, overwrite=True)
     with pytest.raises(OSError, match="no space left"):
         convert(source, tmp_path / "new")
+    monkeypatch.setattr("sys.argv", ["llava", "convert", str(source), str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as end:
+        cli_main()
+    assert end.value.code == 74 and capsys.readouterr().err.endswith("error: no space left on device\n")
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
 

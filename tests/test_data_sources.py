@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
+import io
 import json
+import lzma
 import multiprocessing
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +26,10 @@ from PIL import Image
 
 from llava.data import LazySupervisedDataset, records
 from llava.data.dataset import weighted_choice
-from llava.data.records import read_records
+from llava.data.records import DataError, read_records
+from llava.data.rejects import Rejects, join_rejects
 from llava.data.sources import parse_data_path
+from llava.data.streaming import estimate_samples
 from llava.data.table import load_table
 from llava.train.config import load_config
 from llava.train.parsing import parse_args
@@ -148,6 +156,121 @@ def test_a_compressed_file(folder: Path) -> None:
     path = folder / "data.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(text_sample("zipped")).encode()))
     assert ids(dataset(str(path), folder)) == ["zipped"]
+
+
+LIST = json.dumps([text_sample(i) for i in range(20)]).encode()
+LINES = b"\n".join(json.dumps(text_sample(i)).encode() for i in range(3)) + b"\n"
+
+
+def parquet_of(samples: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(samples), buffer)
+    return buffer.getvalue()
+
+
+PARQUET = parquet_of([text_sample(i) for i in range(300)])
+UNREADABLE = {
+    "torn.json": (LIST[:-30], "malformed JSON at line 1"),
+    "nested.json": (b"[" * 100_000, "nested too deeply"),
+    "objects.json": (b'[{"a":' * 50_000, "nested too deeply"),
+    "digits.json": (b"[1" + b"0" * 5000 + b"]", "cannot be read"),
+    "latin.json": (LIST[:100] + b"\xff" + LIST[100:], "not UTF-8"),
+    "wide.json": (LIST.decode().encode("utf-16"), "not UTF-8"),
+    "torn.json.gz": (gzip.compress(LIST)[:-20], "cannot be read"),
+    "no.json.gz": (LIST, "cannot be read"),
+    "flipped.json.gz": (gzip.compress(LIST)[:30] + bytes(9) + gzip.compress(LIST)[39:], "cannot be read"),
+    "tail.jsonl.gz": (gzip.compress(LINES) + b"junk", "cannot be read"),
+    "no.json.zip": (b"PK\3\4junk", "cannot be read"),
+    "torn.json.bz2": (bz2.compress(LIST)[:-10], "cannot be read"),
+    "torn.json.xz": (lzma.compress(LIST)[:-10], "cannot be read"),
+    "torn.parquet": (PARQUET[:-30], "no whole Parquet file"),
+    "head.parquet": (PARQUET[:20] + bytes(60) + PARQUET[80:], "no whole Parquet file"),
+    "foot.parquet": (PARQUET[:-60] + bytes(20) + PARQUET[-40:], "no whole Parquet file"),
+    "empty.parquet": (parquet_of([]), "no samples in data file"),
+    "blank.jsonl": (b"\n\n", "no samples in data file"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("on_bad_sample", ["stop", "skip"])
+def test_a_file_that_cannot_be_read_to_its_end_is_named(on_bad_sample: str, name: str, tmp_path: Path) -> None:
+    """Also where bad samples are skipped: nobody knows how many are missing."""
+    content, reason = UNREADABLE[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        dataset(path, tmp_path, on_bad_sample=on_bad_sample, cache_dir=str(tmp_path))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=re.escape(name)):
+        estimate_samples(str(path))
+        list(read_records(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"id": 1', "malformed JSON at line 2, column 9"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"1" * 5000, "4300 digits"),
+        (b'{"id": "\xff"}', "not UTF-8 at line 2"),
+        (b"\0\0", "malformed JSON at line 2, column 1"),
+    ],
+)
+def test_a_line_that_cannot_be_decoded_is_a_bad_sample(line: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + LINES[: LINES.index(b"\n") + 1] + line + b"\n" + LINES)
+    with pytest.raises(ValueError, match=rf"lines\.jsonl' .*{reason}"):
+        dataset(path, tmp_path)
+    data = dataset(path, tmp_path, on_bad_sample="skip", rejects=Rejects(tmp_path))
+    assert ids(data) == [0, 1, 0, 1, 2]
+    (entry,) = join_rejects(tmp_path)
+    assert (entry["index"], entry["kind"]) == (1, "format")
+    assert re.search(reason, entry["reason"])
+
+
+def test_no_sample_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a line without end nor a list whose sample never ends, as a compressed file of zeros has."""
+    monkeypatch.setattr(records, "MAX_SAMPLE", 1000)
+    monkeypatch.setattr(records, "CHUNK", 100)
+    endless = {"a.jsonl.gz": bytes(10**6), "b.json.gz": b"[" + bytes(10**6), "c.json.gz": b'["' + b"a" * 10**6}
+    for name, content in endless.items():
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        with pytest.raises(DataError, match=rf"{name}.* more than 1000"):
+            list(read_records(str(tmp_path / name)))
+
+
+def test_spaces_before_a_sample_cost_little(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" + " " * 30_000_000 + "1]")
+    began = time.process_time()
+    assert list(read_records(str(tmp_path / "a.json"))) == [1]
+    assert time.process_time() - began < 1.5
+
+
+def test_a_store_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, memory: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no credentials")
+
+    for name in ("isdir", "open", "ukey"):
+        monkeypatch.setattr(type(memory), name, fail)
+    with pytest.raises(ValueError, match=r"memory://bucket' cannot be looked up: no credentials"):
+        parse_data_path("memory://bucket")[0].files()
+    for read in (lambda: list(read_records("memory://a.json")), lambda: load_table("memory://a.json", "v1")):
+        with pytest.raises(DataError, match=r"memory://a\.json' cannot be read \(no credentials\)"):
+            read()
+    with pytest.raises(ValueError, match=r"weird://a' cannot be looked up: .*weird"):
+        parse_data_path("weird://a")[0].files()
+
+
+@pytest.mark.parametrize("path", ["n" * 300, "a/" * 3000, "owner/" + "n" * 300, '[{"path": ' + "[" * 500])
+def test_odd_paths_of_data(path: str) -> None:
+    with pytest.raises(ValueError, match=r"data_path|data file"):
+        parse_data_path(path)[0].files()
+
+
+def test_a_mixture_whose_text_is_longer_than_a_path(folder: Path) -> None:
+    path = write(folder, "data.json", MIXED[:1])
+    assert len(parse_data_path(json.dumps([{"path": path}] * 200))) == 200
 
 
 # Places ----------------------------------------------------------------------------------------------------------

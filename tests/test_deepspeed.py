@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from torch import Tensor
 from llava.model.builder import load_pretrained_model
 from llava.train.parsing import parse_args
 from llava.train.train import train
+from tests.ranks import free_port, train_in_ranks
+from tests.test_arguments import script_flags
 from tests.tiny_world import ROOT, SIDE, TinyWorld, make_tiny_world, run_command
 
 pytest.importorskip("deepspeed")
@@ -43,12 +44,6 @@ def pretrained(world: TinyWorld) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 DROPS = {"pyramiddrop": "layers: [1], ratios: [0.25]", "fastv": "layer: 1, ratio: 0.75"}
 
 
@@ -69,6 +64,15 @@ def launch_script(kind: str, folder: Path, stage: int, world: TinyWorld, **setti
     settings.setdefault("global_batch_size", 0)
     command = ["bash", f"scripts/v1_5/{SCRIPTS[kind]}", *world.flags(folder, **settings)]
     check(command, DEEPSPEED_CONFIG=config, NUM_GPUS="2", MASTER_PORT=str(free_port()))
+
+
+def train_as_script(kind: str, folder: Path, stage: int, world: TinyWorld, **settings: Any) -> None:
+    """With all flags of the shell script, but in forks, which start at once."""
+    settings.setdefault("global_batch_size", 0)
+    config, script = str(ROOT / f"scripts/zero{stage}.json"), f"scripts/v1_5/{SCRIPTS[kind]}"
+    argv = script_flags(script, folder.parent, world.flags(folder, **settings), DEEPSPEED_CONFIG=config, NUM_GPUS="2")
+    flags = argv[argv.index(str(ROOT / "llava/train/train_mem.py")) + 1 :]
+    train_in_ranks(flags, 2, folder.parent / f"{folder.name}.log")
 
 
 def launch_yaml(folder: Path, stage: int, world: TinyWorld, **settings: Any) -> None:
@@ -151,7 +155,7 @@ def test_dropping_inside_the_language_model(
         "packing": method == "fastv",
     }
     folder, alone = tmp_path / "run", tmp_path / "alone"
-    launch_script("lora", folder, stage, world, **settings)
+    train_as_script("lora", folder, stage, world, **settings)
     train(parse_args(world.flags(alone, **{**settings, "per_device_train_batch_size": 2, "max_steps": 1})))
     assert losses(folder)[0] == pytest.approx(losses(alone)[0], rel=0.02)
     assert {n: w.shape for n, w in weight_files(folder, "lora").items()} == {
@@ -179,7 +183,7 @@ def test_skipped_samples_of_a_stream_stop_no_rank(world: TinyWorld, pretrained: 
     settings = settings_of("lora", world, pretrained, data_path=data, on_bad_sample="skip", max_steps=3)
     settings |= {"per_device_train_batch_size": 1, "streaming": True, "shuffle_buffer_size": 1}
     folder, alone = tmp_path / "run", tmp_path / "alone"
-    launch_script("lora", folder, 3, world, **settings)
+    train_as_script("lora", folder, 3, world, **settings)
     train(parse_args(world.flags(alone, **{**settings, "per_device_train_batch_size": 2, "max_steps": 2})))
     assert losses(folder)[0] == pytest.approx(losses(alone)[0], rel=0.02)
     assert losses(folder)[1] == losses(alone)[1] == 0.0
@@ -218,12 +222,12 @@ def test_both_stages_of_a_fused_projector(world: TinyWorld, pretrained: Path, tm
     """The projector learns, then it and the language model; a result whose config names no method is gone on from."""
     first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
     new = {"pretrain_mm_mlp_adapter": None, "reduction": "{name: stf, mbtf: 1}"}
-    launch_script("projector", first, 3, world, **settings_of("projector", world, pretrained, **new))
+    train_as_script("projector", first, 3, world, **settings_of("projector", world, pretrained, **new))
     projector = weight_files(first, "projector")
     assert {name.split(".")[1] for name in projector} == {"mm_projector", "mm_projector_crosslayer"}
 
     settings = settings_of("full", world, pretrained, pretrain_mm_mlp_adapter=first / "mm_projector.bin")
-    launch_script("full", second, 2, world, **settings)
+    train_as_script("full", second, 2, world, **settings)
     learned, start = weight_files(second, "full"), load_file(world.llm / "model.safetensors")
     assert not any(torch.equal(learned[name], weight) for name, weight in projector.items())
     assert not torch.equal(learned["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])

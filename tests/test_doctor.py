@@ -196,6 +196,14 @@ def test_a_data_file_that_cannot_be_read(world: TinyWorld, tmp_path: Path) -> No
     assert re.match(found, lines[0])
 
 
+def test_a_stream_of_which_not_even_the_beginning_can_be_read(world: TinyWorld, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_bytes(b"\xff" * 9)
+    file = recipe(world, tmp_path, data_path=tmp_path / "bad.json", streaming=True, max_steps=2)
+    code, lines = doctor(file)
+    assert code == 1
+    assert re.match(r"error: data: data file .*bad\.json' is not UTF-8", lines[0])
+
+
 def test_a_global_batch_that_cannot_be(world: TinyWorld, tmp_path: Path) -> None:
     code, lines = doctor(recipe(world, tmp_path), "global_batch_size=7", "num_gpus=2")
     assert code == 1

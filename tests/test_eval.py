@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import types
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
@@ -142,6 +144,40 @@ def test_a_missing_image_is_named(checkpoint: Path, questions: Path) -> None:
         ask(checkpoint, questions, "answers")
 
 
+@pytest.mark.parametrize("kind", ["torn", "pipe", "URL", "outside"])
+def test_an_image_that_cannot_be_asked_about_is_named_with_its_question(
+    kind: str, checkpoint: Path, questions: Path
+) -> None:
+    image = questions.parent / "1.png"
+    if kind == "torn":
+        image.write_bytes(image.read_bytes()[:60])
+    elif kind == "pipe":
+        image.unlink()
+        os.mkfifo(image)
+    else:
+        place = {"URL": "memory://1.png", "outside": "/dev/null"}[kind]
+        questions.write_text(questions.read_text().replace("1.png", place))
+    reason = {"torn": "truncated", "pipe": "a pipe", "URL": "--image_access remote", "outside": "--image_access disk"}
+    with pytest.raises(ValueError, match=rf"^question 1: image .*{reason[kind]}"):
+        ask(checkpoint, questions, "answers")
+    if kind != "torn":  # found before a model is opened
+        with pytest.raises(ValueError, match=r"^question 1: image"):
+            ask(Path("no checkpoint"), questions, "answers")
+
+
+def test_remote_images_are_asked_about(checkpoint: Path, questions: Path) -> None:
+    local = ask(checkpoint, questions, "local")
+    store = fsspec.filesystem("memory")
+    for index in range(3):
+        store.pipe(f"/vqa/{index}.png", (questions.parent / f"{index}.png").read_bytes())
+    answers = ask(checkpoint, questions, "folder", "--image-folder", "memory://vqa")
+    assert [row["text"] for row in answers] == [row["text"] for row in local]
+    questions.write_text(questions.read_text().replace('"0.png"', '"memory://vqa/0.png"'))
+    answers = ask(checkpoint, questions, "named", "--image-access", "remote")
+    assert [row["text"] for row in answers] == [row["text"] for row in local]
+    store.store.clear()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -151,11 +187,19 @@ def test_a_missing_image_is_named(checkpoint: Path, questions: Path) -> None:
         ('{"question_id": 1}', "line 2: 'text' is missing"),
         ('{"question_id": 0, "text": "a"}', "line 2: question_id 0 occurs a second time"),
         ('{"question_id": 1, "text": "a", "image": [3]}', "line 2: 'image' must be a file name"),
+        ('{"question_id": 1, "text": "a", "image": 3}', "line 2: 'image' must be a file name"),
+        ('{"question_id": 1, "text": "a", "image": {"a": 1}}', "line 2: 'image' must be a file name"),
+        ('{"question_id": 1, "text": "a", "image": [""]}', "line 2: 'image' must be a file name"),
+        ('{"question_id": true, "text": "a"}', "line 2: 'question_id' is missing or of the wrong type"),
+        ('{"question_id": 1, "text": "\\ud800"}', "line 2: 'text' holds half a character"),
+        ("[" * 100_000, "line 2: it is nested too deeply"),
+        ("1" * 5000, "line 2: .*4300 digits"),
+        ("\udcff", "line 2: .*can't decode byte 0xff"),
     ],
 )
 def test_bad_questions_are_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "questions.jsonl"
-    file.write_text('{"question_id": 0, "text": "a"}\n' + line + "\n")
+    file.write_text('{"question_id": 0, "text": "a"}\n' + line + "\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=r"questions\.jsonl, " + message):
         read_questions(file)
 
@@ -174,7 +218,9 @@ def test_an_impossible_chunk_is_an_error(chunks: int, index: int) -> None:
         get_chunk([1, 2, 3], chunks, index)
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"temperature": -1}, {"conv_mode": "nobody"}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"temperature": -1}, {"conv_mode": "nobody"}, {"image_access": "all"}]
+)
 def test_impossible_options_are_errors(wrong: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         model_vqa.VqaOptions(**wrong)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ from llava.files import (
     read_file_list,
 )
 from llava.lock import lock
+from llava.train import output_dir
+from llava.train.checkpoint import extract_projector
 from llava.train.checkpoint_folders import make_room, remove_old_checkpoints
 from llava.train.doctor import examine
 from llava.train.output_dir import LOCK_FILE
@@ -195,6 +199,25 @@ def test_a_run_does_not_replace_the_files_of_others(name: str, world: TinyWorld,
     assert contents(tmp_path) == {name: b'{"mine": 1}'}
 
 
+@pytest.mark.parametrize(
+    ("result", "settings"),
+    [
+        ("adapter_model.safetensors", {}),
+        ("model-00001-of-00002.safetensors", {"tune_mm_mlp_adapter": True}),
+        ("mm_projector.bin", LORA),
+    ],
+)
+def test_a_run_does_not_replace_the_result_of_another_kind(
+    result: str, settings: dict[str, Any], world: TinyWorld, tmp_path: Path
+) -> None:
+    with checkpoint_folder(tmp_path) as folder:
+        (folder / result).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds .* of another kind of run \((lora|full|projector)\)"):
+        run(world, tmp_path, **settings)
+    assert contents(tmp_path) == before
+
+
 def test_a_run_goes_on_in_its_own_folder(world: TinyWorld, tmp_path: Path) -> None:
     """With what the user keeps there; also where a version of this program wrote it that made no list of its files."""
     notes = {"README.md": b"my project", "notes.txt": b"mine", "checkpoint-of-mine/weights": b"1"}
@@ -252,6 +275,21 @@ def test_staging_of_a_process_with_the_same_number_is_not_in_the_way(tmp_path: P
     with atomic_folder(tmp_path) as folder:
         (folder / "a").touch()
     assert (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("should_save", [True, False])
+def test_all_ranks_hear_what_the_first_one_refuses(
+    should_save: bool, world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the others would wait for it in the next collective."""
+    monkeypatch.setattr(output_dir, "gather_object", lambda problems: problems or ["what the first one says"])
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    arguments = parse_args(world.flags(tmp_path))
+    training: Any = SimpleNamespace(**vars(arguments.training), should_save=should_save, world_size=2)
+    words = r"holds config\.json" if should_save else "what the first one says"
+    with pytest.raises(ValueError, match=words), output_dir.holding_output_dir(replace(arguments, training=training)):
+        pass
+    assert contents(tmp_path) == {"config.json": b'{"mine": 1}'}
 
 
 def test_one_run_at_a_time(world: TinyWorld, tmp_path: Path) -> None:
@@ -346,6 +384,13 @@ def test_a_place_is_tried_without_a_trace(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("llava.files.tempfile.TemporaryFile", denied)
     with pytest.raises(ValueError, match=rf"output {tmp_path}/a: nothing .* \(Permission denied in {tmp_path}\)"):
         check_writable(tmp_path / "a", "output")
+
+
+def test_a_projector_is_taken_out_into_a_new_file(tmp_path: Path) -> None:
+    (tmp_path / "mm_projector.bin").write_text("mine")
+    with pytest.raises(ValueError, match=r"mm_projector\.bin exists"):
+        extract_projector(tmp_path / "no checkpoint", tmp_path / "mm_projector.bin")
+    assert contents(tmp_path) == {"mm_projector.bin": b"mine"}
 
 
 def test_sibling_folders_are_apart(tmp_path: Path) -> None:

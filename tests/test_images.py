@@ -23,8 +23,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset, images
-from llava.data.images import check_image_exists, load_image, locate_image, open_image, to_rgb
+from llava.data.images import check_image_exists, load_image, locate_image, open_image
 from llava.data.samples import MAX_IMAGES, BadSampleError
+from llava.mm_utils import to_rgb
 from llava.train.preflight.findings import Report
 from llava.train.preflight.samples import check_images_exist, check_samples
 from tests.test_dataset import Letters, processor, turns
@@ -307,6 +308,22 @@ def test_remote_images(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_BYTES", 20)
     with pytest.raises(ValueError, match=r"red\.png' has more than"):
         open_image(place)
+
+
+class Slowly(io.BytesIO):
+    """A file that comes in parts, as from a web server that does not say how long it is."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(size or 0, 10))
+
+
+def test_a_remote_image_that_comes_in_parts(store: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (folder / "red.png").read_bytes()
+    monkeypatch.setattr(type(store), "open", lambda self, path, mode: Slowly(content))
+    assert open_image("memory://images/red.png").size == (20, 10)
+    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    with pytest.raises(ValueError, match="has more than"):
+        open_image("memory://images/red.png")
 
 
 @pytest.mark.parametrize("name", ["simplecache::memory://x", "zip://a.png::/dev/zero", "weird://x", "file:///dev/zero"])

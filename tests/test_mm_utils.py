@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -151,8 +152,8 @@ def test_squares_tiles_and_padding() -> None:
         (Image.new("RGB", (4, 4)), r"images are Image: expected a list of PIL pictures, \[picture\] for one"),
         (["a.png"], r"image 0 is str: expected a PIL picture, Image.open\(path\)"),
         ([Image.new("RGB", (4, 4)), torch.zeros(3, 4, 4)], "image 1 is Tensor: expected a PIL picture"),
-        ([Image.new("I;16", (4, 4))], "image 0 has mode 'I;16': scale it to 8 bits"),
-        ([Image.new("F", (4, 4))], "image 0 has mode 'F'"),
+        ([Image.new("I", (4, 4), 1 << 16)], "image 0 holds integers from 65536 to 65536, expected those of 16 bits"),
+        ([Image.new("F", (4, 4), 255)], r"image 0 holds floats from 255 to 255, expected 0 \(black\) to 1 \(white\)"),
         ([Image.new("RGB", (0, 4))], "image 0 has 0 x 4 pixels"),
     ],
 )
@@ -167,6 +168,13 @@ def test_pictures_of_other_modes_become_rgb(mode: str) -> None:
     image = Image.new("RGB", (40, 30), "white").convert(mode)
     expected = process_images([image.convert("RGB")], clip(), config("pad"))
     assert torch.equal(process_images([image], clip(), config("pad")), expected)
+
+
+def test_pictures_of_more_than_8_bits_keep_their_shades() -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = process_images([Image.fromarray(grey).convert("RGB")], clip(), config("pad"))
+    for values in (grey.astype(np.uint16) * 257, grey.astype(np.float32) / 255):
+        assert torch.equal(process_images([Image.fromarray(values)], clip(), config("pad")), expected)
 
 
 def test_a_processor_that_makes_no_numbers() -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints
 from llava.train.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
+from llava.train.trainer import LLaVATrainer
 from tests.ranks import Ranks, kill_in_step, kill_while_writing, slow_steps, train_in_ranks, zero_flags
 from tests.results import KINDS, check_folder, check_losses, losses, make_projector
 from tests.tiny_world import TinyWorld, make_tiny_world
@@ -271,6 +273,21 @@ def test_a_finished_run_is_left_as_it_is(
     trainer = start(more)
     assert trainer.state.global_step == trainer.state.max_steps == end + 1
     assert list(losses(tmp_path)) == list(range(1, end + 2))
+
+
+def test_another_run_in_the_folder_of_a_finished_one(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for finished, neither at once nor after it was begun and killed."""
+    settings = {"save_strategy": "no", "max_steps": 1}
+    first = flags_of("projector", 0, world, tmp_path, **settings)
+    other = flags_of("projector", 0, world, tmp_path, **settings, seed=1)
+    assert train(parse_args(first)) is not None
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(LLaVATrainer, "train", Mock(side_effect=KeyboardInterrupt))
+        train(parse_args(other))
+    assert train(parse_args(other)) is not None
+    assert train(parse_args(other)) is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])

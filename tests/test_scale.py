@@ -165,6 +165,8 @@ def test_the_command_for_a_hostfile() -> None:
 
 def test_the_script_leaves_the_count_of_gpus_to_the_hostfile(tmp_path: Path) -> None:
     """It may be started from a machine without any."""
-    argv = script_flags("scripts/v1_5/finetune.sh", tmp_path, [], HOSTFILE="hosts")
-    assert argv[:2] == ["--hostfile", "hosts"]
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=8\n")
+    argv = script_flags("scripts/v1_5/finetune.sh", tmp_path, [], HOSTFILE=str(hosts))
+    assert argv[:2] == ["--hostfile", str(hosts)]
     assert "--num_gpus" not in argv

@@ -156,7 +156,7 @@ def test_a_streaming_run_skips_bad_samples(world: TinyWorld, tmp_path: Path) -> 
         ({"max_steps": None}, "--streaming has no end: say with --max_steps"),
         ({"group_by_modality_length": True}, "--streaming knows no lengths"),
         ({"train_sampling_strategy": "sequential"}, "--streaming has an order of its own"),
-        ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size 0: expected at least 1"),
+        ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size 0: expected a number 1 or more"),
         ({"on_bad_sample": "ignore"}, "--on_bad_sample ignore: expected one of stop, skip"),
     ],
 )

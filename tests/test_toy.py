@@ -56,6 +56,16 @@ def test_same_seed_same_files(data: Path, tmp_path: Path) -> None:
     assert digests(tmp_path / "other")["heldout.jsonl"] != digests(data)["heldout.jsonl"]
 
 
+def test_data_of_others_is_not_replaced(tmp_path: Path) -> None:
+    few = {"pretrain": 1, "finetune": 1, "heldout": 0}
+    (tmp_path / "finetune.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"finetune\.json was not written by this script"):
+        generate.generate(tmp_path, **few)
+    assert [path.name for path in tmp_path.iterdir()] == ["finetune.json"]
+    for _ in range(2):  # its own may be written again
+        generate.generate(tmp_path / "new", **few)
+
+
 def test_every_image_opens_and_markers_match(data: Path) -> None:
     found = samples(data)
     assert len(found) == SIZES["pretrain"] + SIZES["finetune"]

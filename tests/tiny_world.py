@@ -80,8 +80,8 @@ class TinyWorld:
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
-def make_tiny_world(root: Path) -> TinyWorld:
-    """Write models, tokenizer, images and conversations below `root`."""
+def make_tiny_world(root: Path, llm_layers: int = 2, clip_layers: int = 3) -> TinyWorld:
+    """Write models of so many layers, tokenizer, images and conversations below `root`."""
     world = TinyWorld(root)
     torch.manual_seed(0)
     _make_tokenizer().save_pretrained(world.llm)
@@ -89,7 +89,7 @@ def make_tiny_world(root: Path) -> TinyWorld:
         vocab_size=259,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=llm_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -98,7 +98,7 @@ def make_tiny_world(root: Path) -> TinyWorld:
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(world.llm)
-    width = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    width = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": clip_layers, "num_attention_heads": 2}
     vision = {**width, "image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.2}
     text = {**width, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 16}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(world.clip)

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llava.data.sources import is_url
+from llava.mm_utils import UnfitImageError, to_rgb
 
 IMAGE_ACCESS = ("folder", "disk", "remote")
 """Where the image names of data may lead: below the image folder, to any file of this machine, or to any URL too."""
@@ -29,7 +29,6 @@ of few pixels would become an image of gigabytes.
 """
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 @cache
@@ -112,12 +111,20 @@ def open_image(location: str) -> Image.Image:
         return load_image(path, location)
     try:
         with system.open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = _read(file)
     except FileNotFoundError as error:
         raise _missing(location) from error
     except Exception as error:  # of the kinds that each object store has
         raise _unreadable(location, error) from error
     return load_image(io.BytesIO(content), location)
+
+
+def _read(file: BinaryIO) -> bytes:
+    """A file up to a byte beyond the limit, so that one without end is found out. Web servers may send it in parts."""
+    content = bytearray()
+    while len(content) <= MAX_BYTES and (part := file.read(MAX_BYTES + 1 - len(content))):
+        content += part
+    return bytes(content)
 
 
 def _file_system(location: str) -> tuple[Any, str]:
@@ -135,7 +142,9 @@ def _file_system(location: str) -> tuple[Any, str]:
 
 
 def load_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read an image file completely, as RGB; see `to_rgb`. The EXIF orientation is not applied, as in LLaVA.
+    """Read an image file completely, as RGB; see `llava.mm_utils.to_rgb`.
+
+    The EXIF orientation is not applied, as in LLaVA.
 
     Args:
         path: of the file, or the opened file.
@@ -163,7 +172,7 @@ def load_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Im
         ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {_quoted(name)} has too many pixels ({error}); scale it down") from error
-    except _UnfitError as error:
+    except UnfitImageError as error:
         raise ValueError(f"image {_quoted(name)} {error}") from error
     except Exception as error:  # a bad PNG chunk is a SyntaxError; each format has more of its own
         if isinstance(error, OSError) and error.errno:  # of the file system, not of the decoder
@@ -172,54 +181,6 @@ def load_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Im
             f"image {_quoted(name)} cannot be read ({_reason(error)}); it may be truncated: copy or download it again, "
             "or remove its sample"
         ) from error
-
-
-class _UnfitError(ValueError):
-    """An image that Pillow reads and a model cannot use; the message goes on after its name."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any of Pillow's modes as RGB, 8 bits a colour.
-
-    As `convert("RGB")`, which LLaVA calls, wherever that is right: transparency is dropped, palettes are looked up. But
-    it cuts off all values above 255, so that 16 bits become white, and floats black. So greys of 16 bits keep their
-    upper 8, as Pillow does with colours of 16 bits; integers of 32 bits are taken for the 8 or 16 bits that hold them;
-    and floats go from 0 (black) to 1 (white).
-
-    Raises:
-        ValueError: integers or floats beyond those limits.
-    """
-    if image.mode == "F":
-        image = _float_grey(np.asarray(image))
-    elif image.mode.startswith("I"):
-        image = _integer_grey(image)
-    elif image.mode == "La":
-        image = image.convert("LA")
-    return image.convert("RGB")
-
-
-def _float_grey(values: np.ndarray) -> Image.Image:
-    if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
-        raise _UnfitError(
-            f"holds floats from {values.min():g} to {values.max():g}, expected 0 (black) to 1 (white); scale them, "
-            "or save it with 8 or 16 bits"
-        )
-    return Image.fromarray((values * 255).round().astype(np.uint8))
-
-
-def _integer_grey(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
-    if bits > 16:  # they say nothing about what is white
-        bits = 8 if values.max() < 256 else 16
-    if values.min() < 0 or values.max() >= 1 << bits:
-        raise _UnfitError(
-            f"holds integers from {values.min()} to {values.max()}, expected those of 16 bits, 0 to 65535; "
-            "scale them, or save it with 8 bits"
-        )
-    grey = (values >> (bits - 8)).astype(np.uint8)
-    return Image.fromarray(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)
 
 
 def _check_file(path: str | Path, name: str) -> None:
@@ -245,7 +206,7 @@ def _check_size(size: tuple[int, int]) -> None:
     short, long = sorted(size)
     pixels = Image.MAX_IMAGE_PIXELS or math.inf  # beyond it Pillow itself warns only
     if short * long > pixels or long > min(MAX_SIDE, MAX_RATIO * short):
-        raise _UnfitError(
+        raise UnfitImageError(
             f"is {size[0]} x {size[1]} pixels; what is read has at most {pixels:,} in all, {MAX_SIDE:,} on a side, and "
             f"{MAX_RATIO} times as many on one side as on the other: scale it down or cut it"
         )

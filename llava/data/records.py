@@ -107,8 +107,8 @@ def _json_lines(path: str) -> Iterator[Any]:
 
     with fsspec.open(path, "rb", compression="infer") as file:
         for number, line in enumerate(_lines(file, path), start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
+            text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+            if text:
                 yield _decode_line(text, path, number)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from llava.yaml_text import read_yaml
+
 DataPath = str | Path | Mapping[str, Any] | Sequence[Any]
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -109,7 +111,7 @@ def _parse_text(text: str) -> Any:
     if not text.lstrip().startswith(("[", "{")):
         return [part.strip() for part in text.split(",") if part.strip()]
     try:
-        return yaml.safe_load(text)  # JSON is YAML
+        return read_yaml(text)  # JSON is YAML
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"data_path {text!r} is neither a file nor valid JSON or YAML: {error}") from error
 

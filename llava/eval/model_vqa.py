@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import os
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava.conversation import get_template
-from llava.data.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
+from llava.data.images import IMAGE_ACCESS, check_image_exists, load_image, locate_image, open_image
 from llava.data.preprocessing import build_prompt_ids
 from llava.eval.questions import Question, get_chunk, read_jsonl, read_questions
 from llava.files import check_apart, check_writable
@@ -85,7 +87,7 @@ class VqaOptions:
         return [_of_question(question, locate_image, self.image_folder, name, self.image_access) for name in names]
 
 
-def _of_question(question: Question, function: Callable[..., T], *arguments: str) -> T:
+def _of_question(question: Question, function: Callable[..., T], *arguments: Any) -> T:
     """Call a function for a question, which its ValueErrors then name."""
     try:
         return function(*arguments)
@@ -123,14 +125,10 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question]) -> list[tuple[str, list[tuple[int, int]] | None]]:
         """For each question its answer, and its images' visual tokens (before, after) if they are counted."""
-        places = [self.options.locations(question) for question in questions]
-        counts = [len(group) for group in places]
+        groups = [self._pictures(question) for question in questions]
+        counts = [len(group) for group in groups]
         ids, mask = self._prompts(questions, counts)
-        pictures = [
-            _of_question(question, open_image, place)
-            for question, group in zip(questions, places, strict=True)
-            for place in group
-        ]
+        pictures = [picture for group in groups for picture in group]
         images = list(process_images(pictures, self.image_processor, self.model.config)) if pictures else []
         sizes = [picture.size for picture in pictures]
         new = self.model.generate(
@@ -144,6 +142,12 @@ class Answerer:
         answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
         texts = [question.text for question, count in zip(questions, counts, strict=True) for _ in range(count)]
         return list(zip(answers, self._count(images, sizes, texts, counts), strict=True))
+
+    def _pictures(self, question: Question) -> list[Image.Image]:
+        """A question's images, those of files first; none with `no_images`."""
+        files = [_of_question(question, open_image, place) for place in self.options.locations(question)]
+        own = () if self.options.no_images else question.pictures
+        return files + [_of_question(question, load_image, io.BytesIO(content), "in its row") for content in own]
 
     def _prompts(self, questions: Sequence[Question], image_counts: list[int]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask, [B, S]."""
@@ -252,6 +256,7 @@ def _rows(answerer: Answerer, batch: Sequence[Question], model_id: str) -> Itera
             "answer_id": uuid.uuid4().hex,
             "model_id": model_id,
             "metadata": {} if tokens is None else {"visual_tokens": tokens},
+            **question.row,
         }
 
 
@@ -283,16 +288,18 @@ def evaluate(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    read: Callable[[str | Path], Sequence[Question]] = read_questions,
 ) -> None:
     """Open a checkpoint and answer a file of questions, or one chunk of it.
 
     Args:
         model_path, model_base, vision_tower, reduction, device, dtype: see `load_pretrained_model`.
-        question_file: see `read_questions`.
+        question_file: see `read`.
         answers_file: where the answers go, see `answer_questions`.
         num_chunks, chunk_idx: answer one of so many parts.
         options: see `VqaOptions`.
         overwrite: replace earlier answers.
+        read: reads the questions of a file.
 
     Raises:
         ValueError: the checkpoint, a question or an image cannot be read, or the answers can't be written; it is named.
@@ -301,7 +308,7 @@ def evaluate(
     check_apart(target, "answers file", {"question file": question_file})
     check_answers(target, overwrite)
     options = options or VqaOptions()
-    questions = get_chunk(read_questions(question_file), num_chunks, chunk_idx)
+    questions = get_chunk(read(question_file), num_chunks, chunk_idx)
     check_images(questions, options)
     with lock(target.with_name(f".{target.name}.lock"), f"answers file {target}"):
         tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -320,7 +327,8 @@ def evaluate(
         answer_questions(answerer, questions, target, name, json.dumps(run, sort_keys=True))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser(**defaults: Any) -> argparse.ArgumentParser:
+    """The flags of LLaVA's programs that answer questions; `defaults` are those in which a program differs."""
     parser = argparse.ArgumentParser(description="Answer questions about images with a checkpoint.")
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--model-base", default=None, help="language model under a LoRA or projector-only folder")
@@ -328,31 +336,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reduction", default=None, help="method in place of the checkpoint's; none: all tokens")
     parser.add_argument("--layer_list", default=None, help="as PyramidDrop's release has it, e.g. [8,16,24]")
     parser.add_argument("--image_token_ratio_list", default=None, help="with --layer_list, e.g. [0.5,0.25,0.125]")
+    parser.add_argument("--pdrop_infer", action="store_true", help="for PyramidDrop's scripts; the lists say it")
     parser.add_argument("--image-folder", default="")
     parser.add_argument("--image-access", "--image_access", default=VqaOptions.image_access, choices=IMAGE_ACCESS)
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace an answers file that exists")
-    parser.add_argument("--conv-mode", default=VqaOptions.conv_mode)
+    parser.add_argument("--conv-mode", default="llava_v1")
     parser.add_argument("--num-chunks", type=int, default=1)
     parser.add_argument("--chunk-idx", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=VqaOptions.temperature)
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--num_beams", type=int, default=VqaOptions.num_beams)
-    parser.add_argument("--max_new_tokens", type=int, default=VqaOptions.max_new_tokens)
+    parser.add_argument("--max_new_tokens", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=VqaOptions.batch_size)
     parser.add_argument("--no-images", action="store_true", help="leave the images out")
     parser.add_argument("--count-visual-tokens", action="store_true", help="write token counts into metadata")
+    parser.set_defaults(**defaults)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see `evaluate`."""
-    flags = vars(_parser().parse_args(argv))
+def eval_model(args: argparse.Namespace, read: Callable[[str | Path], Sequence[Question]] = read_questions) -> None:
+    """Do what the flags of `build_parser` say; see `evaluate`."""
+    flags = {name: value for name, value in vars(args).items() if name != "pdrop_infer"}
     options = VqaOptions(**{name: flags.pop(name) for name in VqaOptions.__dataclass_fields__})
     released = (flags.pop(name) for name in ("layer_list", "image_token_ratio_list"))
     flags["reduction"] = join_pyramiddrop_flags(flags["reduction"], *released)
-    evaluate(options=options, **flags)
+    evaluate(options=options, read=read, **flags)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    eval_model(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

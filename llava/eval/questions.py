@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,12 @@ from llava.data.records import decode_json
 from llava.data.samples import MAX_IMAGES
 
 T = TypeVar("T")
+
+# What benchmarks with options add to a question, by language, as models of LLaVA-1.5 were trained to read it.
+LETTER_ONLY = {
+    "en": "Answer with the option's letter from the given choices directly.",
+    "cn": "请直接回答选项字母。",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Question:
         images: files it is about, relative to the image folder.
         answer: the right answer, where the file has it.
         category: the question's type, where the file has it.
+        pictures: images as the contents of their files, where the question's own file holds them; after `images`.
+        row: keys of the answer's row besides the usual ones, or in place of them.
     """
 
     question_id: int | str
@@ -34,6 +42,8 @@ class Question:
     images: tuple[str, ...] = ()
     answer: str | None = None
     category: str | None = None
+    pictures: tuple[bytes, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

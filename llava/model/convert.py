@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<pad>"
 _TEMPLATES = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "qwen", "qwen3": "qwen"}
-_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROW_MULTIPLE = 64  # llava-hf pads the vocabulary to this, for the speed of matrix products
 
 
@@ -99,17 +98,6 @@ def convert(
             _write_llava(staging, model, tokenizer, processor, kept, max_shard_size)
     logger.info("%s: written in the layout %s", folder, to)
     return folder
-
-
-def parse_dtype(name: str) -> torch.dtype | None:
-    """The dtype of this name; None for "auto".
-
-    Raises:
-        ValueError: no such dtype.
-    """
-    if name not in _DTYPES:
-        raise ValueError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
@@ -203,7 +191,7 @@ def _kept_settings(config: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _language_config_class(config: Any) -> Any:
     """The configuration class of the language model alone."""
-    return type(config).__bases__[0]
+    return type(config).__bases__[-1]
 
 
 def _hf_config(model: Any, tokenizer: Any, anyres: bool) -> Any:

@@ -16,7 +16,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from llava.model.language_model import llava_class_for
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.processor import processor_settings
-from llava.model.weights import check_loaded, raise_for_keys, without_load_report
+from llava.model.weights import (
+    check_files,
+    check_loaded,
+    raise_for_keys,
+    raise_for_nonfinite,
+    read_json,
+    without_load_report,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,13 @@ def open_hf_checkpoint(folder: Path, vision_tower: str | None, kwargs: dict[str,
         ValueError: a kind of model that LLaVA does not have; or weights that are missing, unexpected or of another
             shape; the keys are listed.
     """
-    config = from_hf_config(AutoConfig.from_pretrained(folder), folder)
+    _check_types(read_json(folder / "config.json"), folder / "config.json")
+    try:
+        hf = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises its own types for values it can't take
+        raise ValueError(f"{folder / 'config.json'} can't be read as a llava-hf config ({error})") from error
+    config = from_hf_config(hf, folder)
+    check_files(folder, quantized=getattr(hf, "quantization_config", None) is not None)
     if vision_tower is not None:
         config.mm_vision_tower, config.mm_vision_config = vision_tower, None
     cls = llava_class_for(config.model_type)
@@ -94,11 +107,23 @@ def open_hf_checkpoint(folder: Path, vision_tower: str | None, kwargs: dict[str,
             **kwargs,
         )
     tower = check_loaded(info, folder)
+    read = ((name, weight) for name, weight in model.named_parameters() if name not in info["missing_keys"])
+    raise_for_nonfinite(folder, read)
     if tower and vision_tower is None:
         raise_for_keys(folder, missing=sorted(tower))
     if tower:
         model.get_vision_tower().load_weights()
     return model
+
+
+def _check_types(raw: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for parts of a config.json that transformers would take for default models."""
+    for key in ("text_config", "vision_config"):
+        if not isinstance(raw[key], dict) or not isinstance(raw[key].get("model_type"), str):
+            raise ValueError(f"{file}: {key} is {str(raw[key])[:60]}, expected a model's config with its model_type")
+    kept = raw.get(KEPT) or {}
+    if not isinstance(kept, dict) or not isinstance(kept.get("config", {}), dict):
+        raise ValueError(f"{file}: {KEPT} is {str(kept)[:60]}, expected what llava convert writes")
 
 
 def from_hf_config(hf: Any, folder: Path) -> PreTrainedConfig:

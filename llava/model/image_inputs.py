@@ -79,7 +79,7 @@ def check_side(pictures: Sequence[Tensor], side: int) -> None:
         if tuple(picture.shape[-2:]) != (side, side):
             raise ValueError(
                 f"image {i} has shape {tuple(picture.shape)}: the vision tower reads {side} x {side} pixels; prepare "
-                "images with the image processor that load_pretrained_model returns"
+                "images with the checkpoint's image processor, and check crop_size in its preprocessor_config.json"
             )
 
 

@@ -45,9 +45,11 @@ from llava.model.prompt_inputs import check_cache, check_device, check_prompt, c
 from llava.model.splice import Spliced, plan_splice, splice
 from llava.model.weights import (
     VISION_TOWER_PREFIX,
+    check_files,
     check_loaded,
     load_into,
     raise_for_keys,
+    raise_for_nonfinite,
     read_weights,
     strip_prefixes,
     without_load_report,
@@ -264,11 +266,11 @@ class LlavaMetaModel:
         reducers = self._build_reducers(reduction)
         if self.vision_tower is not None:
             self._fit_projector(reducers.projector, reduction, keep_projector)
-        if reducers.read_text and self.vision_tower is not None and self.vision_tower.text_tower is None:
-            add_text_tower(self.vision_tower, self.config)
-            self._to_language_model(self.vision_tower)
-            own = {name for name, _ in self.vision_tower.named_parameters() if name.startswith("text_tower.")}
-            self.vision_tower.load_weights(own)
+        tower = self.vision_tower
+        if reducers.read_text and tower is not None and tower.text_tower is None:
+            add_text_tower(tower, self.config)
+            cast(nn.Module, tower.text_tower).to(device=tower.device, dtype=tower.dtype)
+            tower.load_weights({name for name, _ in tower.named_parameters() if name.startswith("text_tower.")})
         self.config.reduction = reduction.to_dict()
         self._set_reducers(reducers)
 
@@ -439,6 +441,7 @@ class LlavaMetaForCausalLM:
         *args: Any,
         vision_tower: str | None = None,
         projector_weights: Mapping[str, Tensor] | None = None,
+        projector_origin: object = None,
         **kwargs: Any,
     ) -> Any:
         """Open a checkpoint, or a bare language model, as transformers does, but leave no weight at random.
@@ -447,10 +450,11 @@ class LlavaMetaForCausalLM:
             path: folder or hub name.
             vision_tower: folder or hub name of the tower, in place of `mm_vision_tower` of the config.
             projector_weights: projector (and newline, and embeddings) that the checkpoint lacks, by name.
+            projector_origin: the file that those come from, for messages.
             args: see transformers' `PreTrainedModel.from_pretrained`, `kwargs` too.
 
         Raises:
-            ValueError: a weight is missing, unexpected or of another shape; the keys are listed.
+            ValueError: a weight is missing, unexpected, of another shape or type, or not finite; the keys are listed.
         """
         config = kwargs.pop("config", None)
         if config is None:
@@ -458,20 +462,38 @@ class LlavaMetaForCausalLM:
         if vision_tower is not None and getattr(config, "mm_vision_tower", None):
             config.mm_vision_tower, config.mm_vision_config = vision_tower, None
         add_projector_method(config, path, projector_weights, kwargs.get("cache_dir"))
+        quantized = getattr(config, "quantization_config", None) is not None
+        check_files(path, kwargs.get("cache_dir"), quantized=quantized)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", RELEASED_NAMES)
         with without_load_report():
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        filled = load_into(model, projector_weights or {}, path)
+        filled = load_into(model, projector_weights or {}, projector_origin or path)
+        if projector_weights is not None:
+            lacking = {
+                key for key in info["missing_keys"] if "mm_projector" in key or key.endswith("image_newline")
+            } - filled
+            raise_for_keys(projector_origin or path, missing=sorted(lacking))
         missing = check_loaded(info, path, filled)
+        read = ((name, weight) for name, weight in model.named_parameters() if name not in info["missing_keys"])
+        raise_for_nonfinite(path, read)
         if missing:
             model.get_vision_tower().load_weights({key.removeprefix(VISION_TOWER_PREFIX) for key in missing})
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model as transformers does, under LLaVA's names, whatever names it was read under."""
+        """Write the model as transformers does, under LLaVA's names, whatever names it was read under.
+
+        Raises:
+            ValueError: a LoRA adapter lies in the model, whose weights would be written under names that nothing reads.
+        """
+        if any(".base_layer." in name for name, _ in self.named_parameters()):  # type: ignore[attr-defined]
+            raise ValueError(
+                "the model holds a LoRA adapter that is not merged: open it with merge_lora=True and write that, or "
+                "run llava merge; the LoRA folder itself can be copied"
+            )
         # What transformers undoes in writing: left alone, the renamings that this model's reading needed.
         self._weight_conversions = get_model_conversion_mapping(
             self, hf_quantizer=getattr(self, "hf_quantizer", None), add_legacy=False

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import cached_file
 
-from llava.model.weights import WEIGHT_FILES, read_json, read_shapes
+from llava.model.weights import find_file, find_weights, read_heads, read_json
 from llava.reduction.config import ReductionConfig
 from llava.reduction.projector.stf import options_of_weights
 
@@ -62,31 +61,8 @@ def method_of_weights(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
 def _shapes_in_checkpoint(path: str, cache_dir: str | None) -> dict[str, tuple[int, ...]]:
     """Shapes of the projector's weights, from the heads of the files that hold them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in _files_of_projector(path, cache_dir):
-        file = _find(path, name, cache_dir)
-        if file is not None:  # transformers reports shards that are missing
-            shapes |= {k: v for k, v in read_shapes(file).items() if _PART in k}
+    for name, keys in find_weights(path, cache_dir).items():
+        file = find_file(path, name, cache_dir)
+        if file is not None and (keys is None or any(_PART in key for key in keys)):  # check_files reports missing ones
+            shapes |= {key: head.shape for key, head in read_heads(file).items() if _PART in key}
     return shapes
-
-
-def _files_of_projector(path: str, cache_dir: str | None) -> list[str]:
-    """Names of the files that hold the projector, looked for in the order in which transformers reads them."""
-    for name in WEIGHT_FILES:
-        found = _find(path, name, cache_dir)
-        if found is not None and name.endswith(".index.json"):
-            return sorted({file for key, file in read_json(Path(found))["weight_map"].items() if _PART in key})
-        if found is not None:
-            return [name]
-    return []
-
-
-def _find(path: str, name: str, cache_dir: str | None) -> str | None:
-    """The local path of a file of the checkpoint; None where it has no such file."""
-    return cached_file(
-        path,
-        name,
-        cache_dir=cache_dir,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )

@@ -63,8 +63,9 @@ def count_markers(input_ids: Tensor, mask: Tensor, labels: Tensor | None, vocab_
     checked = [("input_ids", input_ids, IMAGE_TOKEN_INDEX, "an image goes")]
     if labels is not None:
         checked.append(("labels", labels, IGNORE_INDEX, "nothing is learnt"))
-    odd = [((ids < 0) & (ids != mark) | (ids >= vocab_size)) & mask for _, ids, mark, _ in checked]
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & mask
+    # A label at a marker goes with it.
+    odd = [((ids < 0) & (ids != mark) | (ids >= vocab_size)) & mask & ~is_image for _, ids, mark, _ in checked]
     markers, *counts = torch.stack([part.sum(dim=1) for part in (is_image, *odd)]).tolist()
     for (name, ids, mark, meaning), where, count in zip(checked, odd, counts, strict=True):
         row = next((i for i, number in enumerate(count) if number), None)

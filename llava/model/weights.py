@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 # Buffers that old releases of transformers saved and present ones compute.
@@ -25,23 +30,48 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 VISION_TOWER_PREFIX = "model.vision_tower."
+_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of this name; None for "auto".
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file, or a .bin file without running any code that it may hold.
 
     Raises:
-        ValueError: no such file, or not a file of tensors.
+        ValueError: no such file, not a file of tensors, or one with NaN, infinity or whole numbers in it.
     """
     path = Path(path)
     with _readable(path):
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path, "cpu")
+    raise_for_keys(path, mistyped=[f"{k} {v.dtype}" for k, v in weights.items() if not v.is_floating_point()])
+    raise_for_nonfinite(path, weights.items())
+    return weights
 
 
-def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a file, as `read_weights` reads it, without reading the weights.
+@dataclass(frozen=True)
+class Head:
+    """What a file says of a weight before it is read: its shape, and the name of its type."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.lower().startswith(("f", "bf"))
+
+
+def read_heads(path: str | Path) -> dict[str, Head]:
+    """Names, shapes and types of the weights in a file, as `read_weights` reads it, without reading the weights.
 
     Raises:
         ValueError: no such file, or not a file of tensors.
@@ -50,23 +80,148 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     with _readable(path):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        weights = torch.load(path, map_location="meta", weights_only=True)
-        return {name: tuple(weight.shape) for name, weight in weights.items()}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                return {name: Head(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        weights = _load_tensors(path, "meta")
+        return {name: Head(tuple(w.shape), str(w.dtype).removeprefix("torch.")) for name, w in weights.items()}
+
+
+def _load_tensors(path: Path, device: str) -> dict[str, Tensor]:
+    weights = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
+    ):
+        raise ValueError(f"it holds a {type(weights).__name__}, and not tensors by their names")
+    return weights
+
+
+def find_file(path: str | Path, name: str, cache_dir: str | None = None) -> Path | None:
+    """Where a file of a checkpoint lies on this machine; None where the checkpoint has no such file.
+
+    Args:
+        path: folder or hub name of the checkpoint.
+        name: of the file.
+        cache_dir: where files from the hub are kept.
+    """
+    try:
+        found = cached_file(
+            str(path),
+            name,
+            cache_dir=cache_dir,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # neither a folder nor the name of a model
+        return None
+    return None if found is None else Path(found)
+
+
+def find_weights(path: str | Path, cache_dir: str | None = None) -> dict[str, list[str] | None]:
+    """The files of a checkpoint's weights, looked for in the order in which transformers reads them.
+
+    Returns:
+        For each file the names of its weights as the index has them; None where there is no index.
+
+    Raises:
+        ValueError: an index that names no files, or files elsewhere.
+    """
+    for name in WEIGHT_FILES:
+        found = find_file(path, name, cache_dir)
+        if found is not None and name.endswith(".index.json"):
+            return _files_of_index(found)
+        if found is not None:
+            return {name: None}
+    return {}
+
+
+def _files_of_index(index: Path) -> dict[str, list[str] | None]:
+    weight_map = read_json(index).get("weight_map")
+    files: dict[str, list[str] | None] = {}
+    for name, file in weight_map.items() if isinstance(weight_map, dict) else ():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: weight_map has {file!r} for {name}, expected the name of a file beside it")
+        cast(list, files.setdefault(file, [])).append(name)
+    if not files:
+        raise ValueError(f"{index} has no weight_map that names the files of the weights; copy or download it again")
+    return files
+
+
+def checkpoint_heads(path: str | Path, cache_dir: str | None = None, *, quantized: bool = False) -> dict[str, Head]:
+    """What the files of a checkpoint say of its weights, by name; nothing, where it has none.
+
+    Args:
+        path: folder or hub name.
+        cache_dir: where files from the hub are kept.
+        quantized: whether weights may be whole numbers.
+
+    Raises:
+        ValueError: a file is missing, torn or none of weights, or has weights of a type that no model is trained in.
+    """
+    heads: dict[str, Head] = {}
+    for name in find_weights(path, cache_dir):
+        file = find_file(path, name, cache_dir) or Path(path) / name
+        found = read_heads(file)
+        odd = [f"{key} {head.dtype}" for key, head in found.items() if not (head.is_float or _OBSOLETE.search(key))]
+        raise_for_keys(file, mistyped=[] if quantized else odd)
+        heads |= found
+    return heads
+
+
+def check_files(path: str | Path, cache_dir: str | None = None, *, quantized: bool = False) -> None:
+    """Look at a checkpoint's files before transformers reads them, whose errors would not name the file.
+
+    Args:
+        path, cache_dir, quantized: as for `checkpoint_heads`.
+
+    Raises:
+        ValueError: see `checkpoint_heads`; there are no weights; or generation_config.json is no JSON object.
+    """
+    if not find_weights(path, cache_dir):
+        raise ValueError(
+            f"{path} holds no weights, or can't be reached: expected a folder, or a model of the hub, with one of "
+            f"{', '.join(WEIGHT_FILES)}"
+        )
+    checkpoint_heads(path, cache_dir, quantized=quantized)
+    check_json(path, "generation_config.json", cache_dir)
+
+
+def check_json(path: str | Path, name: str, cache_dir: str | None = None) -> None:
+    """Raise ValueError where a checkpoint has a file of this name that is no JSON object; see `read_json`."""
+    file = find_file(path, name, cache_dir)
+    if file is not None:
+        read_json(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, one or its shards.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = [folder / name for name in find_weights(folder)]
+    if not files:
+        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    return files
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a checkpoint.
 
     Raises:
-        ValueError: it is missing or no JSON; the place is named.
+        ValueError: it is missing, no JSON or no object; the place is named.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; the checkpoint is incomplete")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read as JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {shorten([json.dumps(content)[:40]])}, expected a JSON object {{...}}")
+    return content
 
 
 @contextmanager
@@ -77,7 +232,20 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each format raises its own types for a torn or foreign file
-        raise ValueError(f"{path} can't be read as a file of weights ({error}); copy or download it again") from error
+        raise ValueError(f"{path} can't be read as a file of weights: {_reason(path, error)}") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file of weights can't be read, and what to do. torch's own advice, to read it unsafely, is left out."""
+    if os.access(path, os.R_OK) and path.open("rb").read(20).startswith(b"version https://git"):
+        return "it is a pointer of Git LFS; fetch the file itself with git lfs pull"
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return (
+            "it is torn, or holds something else than tensors, which is not read because it may run code; copy or "
+            "download it again, or write it with safetensors"
+        )
+    detail = str(error).partition("\n")[0].partition(". ")[0]
+    return f"it is torn, or of another kind ({detail or type(error).__name__}); copy or download it again"
 
 
 @contextmanager
@@ -89,6 +257,15 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+def weights_mark(weights: Mapping[str, Tensor]) -> str:
+    """A short text that tells sets of weights apart, by their names and every bit."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def strip_prefixes(weights: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
@@ -112,7 +289,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         Names of the parameters that were filled.
 
     Raises:
-        ValueError: a name that the module does not have, another shape, NaN or infinity; all such keys are listed.
+        ValueError: a name that the module does not have, or another shape; all such keys are listed.
     """
     named = strip_prefixes(weights, [prefix])
     parameters = dict(module.named_parameters())
@@ -123,7 +300,6 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         if k in parameters and tuple(v.shape) != true_shape(parameters[k])
     ]
     raise_for_keys(origin, unexpected=unknown, misshapen=shapes)
-    raise_for_nonfinite(origin, named.items())
     for key, value in named.items():
         _copy(parameters[key], value)
     return set(named)
@@ -178,9 +354,15 @@ def raise_for_keys(
     missing: list[str] | None = None,
     unexpected: list[str] | None = None,
     misshapen: list[str] | None = None,
+    mistyped: list[str] | None = None,
 ) -> None:
     """Raise a ValueError that lists the keys, if there are any."""
-    found = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    found = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": misshapen,
+        "wrong type, not of floats": mistyped,
+    }
     parts = [f"{kind} ({len(keys)}): {shorten(keys)}" for kind, keys in found.items() if keys]
     if parts:
         raise ValueError(
@@ -207,8 +389,8 @@ def raise_for_nonfinite(origin: object, weights: Iterable[tuple[str, Tensor]]) -
     bad = [name for name, weight in weights if not is_finite(getattr(weight, "ds_tensor", weight))]
     if bad:
         raise NonFiniteWeightsError(
-            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, or "
-            "a file is damaged: take an earlier checkpoint, or copy it again"
+            f"{origin} holds NaN or infinity in {len(bad)} weights: {shorten(bad)}. The run that wrote it diverged, "
+            "or a file is damaged: take an earlier checkpoint, or copy it again"
         )
 
 

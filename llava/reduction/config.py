@@ -11,8 +11,9 @@ import yaml
 
 from llava.reduction.base import Reducer, Reducers
 from llava.reduction.registry import SITES, build, method_class, site_of
+from llava.yaml_text import read_yaml
 
-# Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio).
+# Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio). Its scripts say TextSim+.
 LEGACY_TRIM_KEY = "mm_vision_token_reduce_func"
 
 
@@ -108,7 +109,7 @@ def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_r
     Args:
         reduction: whatever `ReductionConfig.parse` reads.
         layer_list: e.g. "[8,16,24]"; read as data, never evaluated.
-        image_token_ratio_list: e.g. "[0.5,0.25,0.125]".
+        image_token_ratio_list: e.g. "[0.5,0.25,0.125]"; its evaluation scripts have the 1.0 of the first stage too.
 
     Returns:
         `reduction` itself without the flags; with them a ReductionConfig.
@@ -123,7 +124,10 @@ def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_r
     sites = ReductionConfig.parse(reduction).to_dict()
     if "decoder" in sites:
         raise ValueError(f"--layer_list asks for pyramiddrop, and --reduction for {sites['decoder']}; leave one out")
-    lists = {"layers": _load_yaml(layer_list), "ratios": _load_yaml(image_token_ratio_list)}
+    layers, ratios = _load_yaml(layer_list), _load_yaml(image_token_ratio_list)
+    if all(isinstance(values, list) for values in (layers, ratios)) and len(ratios) == len(layers) + 1:
+        ratios = ratios[1:] if ratios[0] == 1 else ratios
+    lists = {"layers": layers, "ratios": ratios}
     return ReductionConfig.parse({**sites, "decoder": {"name": "pyramiddrop", **lists}})
 
 
@@ -138,7 +142,7 @@ def _parse_text(text: str) -> Any:
 
 def _load_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)  # JSON is YAML
+        return read_yaml(text)  # JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"reduction={text!r} is neither a method's name nor valid JSON or YAML: {error}") from error
     except RecursionError as error:
@@ -160,6 +164,19 @@ def _method_mapping(site: str, method: Any) -> dict[str, Any]:
         ) from error
 
 
+def trim_flag(value: str) -> str | None:
+    """What TRIM's flag `--mm_vision_token_reduce_func` asks for, as JSON for `parse`; None for nothing.
+
+    Args:
+        value: as in config.json, see `LEGACY_TRIM_KEY`. The release trains on the text of the whole conversation.
+
+    Raises:
+        ValueError: neither a method nor a ratio.
+    """
+    method = _parse_legacy(value)
+    return json.dumps({**method, "text": "conversation"}) if method else None
+
+
 def _parse_legacy(value: str | None) -> dict[str, Any] | None:
     if not value:
         return None
@@ -167,5 +184,6 @@ def _parse_legacy(value: str | None) -> dict[str, Any] | None:
     try:
         fixed = float(ratio or -1)
     except ValueError as error:
-        raise ValueError(f"config.json: {LEGACY_TRIM_KEY}={value!r}: expected 'TRIM:-1' or 'TRIM:RATIO'") from error
-    return {"name": name.lower(), "ratio": fixed if fixed > 0 else None}
+        raise ValueError(f"{LEGACY_TRIM_KEY}={value!r}: expected 'TRIM:-1' or 'TRIM:RATIO'") from error
+    name = {"textsim+": "trim"}.get(name.lower(), name.lower())
+    return {"name": name, "ratio": fixed if fixed > 0 else None}

@@ -26,18 +26,23 @@ class Within:
         least: the lowest value.
         most: the highest value.
         excludes_least: whether the number must be above `least`.
+        excludes_most: whether the number must be below `most`.
     """
 
     least: float
     most: float = math.inf
     excludes_least: bool = False
+    excludes_most: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return (self.least < value if self.excludes_least else self.least <= value) and value <= self.most
+        fits_least = self.least < value if self.excludes_least else self.least <= value
+        return fits_least and (value < self.most if self.excludes_most else value <= self.most)
 
     def __str__(self) -> str:
         if self.most == math.inf:
             return f"above {self.least}" if self.excludes_least else f"{self.least} or more"
+        if self.excludes_most:
+            return f"from {self.least} to below {self.most}"
         if self.excludes_least:
             return f"above {self.least} and at most {self.most}"
         return f"from {self.least} to {self.most}"

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,12 @@ from llava.data.images import IMAGE_ACCESS
 from llava.data.items import ON_BAD_SAMPLE
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
+from llava.files import check_writable
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
+from llava.train.problems import Problems
+from llava.train.values import check_numbers
+from llava.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ EXTRA_OF = {
 }
 ASPECT_RATIOS = ("square", "pad", "anyres")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+PROJECTOR_TYPE = re.compile(r"linear|identity|mlp[1-9]\d{0,2}x_gelu")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -91,12 +97,15 @@ def parse_pinpoints(value: str | list | None) -> list[list[int]] | None:
         return None
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
-        return [[int(width), int(height)] for width, height in pairs]
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(
-            f"--image_grid_pinpoints {value}: expected pairs (width, height) in pixels, "
-            'such as "[(336, 672), (672, 336), (672, 672)]"'
-        ) from error
+        sizes = [[int(width), int(height)] for width, height in pairs]
+        if sizes and min(map(min, sizes)) > 0:
+            return sizes
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
+        pass
+    raise ValueError(
+        f"--image_grid_pinpoints {str(value)[:200]}: expected pairs (width, height) in pixels, "
+        'such as "[(336, 672), (672, 336), (672, 672)]"'
+    )
 
 
 @dataclass
@@ -106,7 +115,7 @@ class ModelArguments:
     model_name_or_path: str | None = flag(
         None, "A language model, or a LLaVA checkpoint to go on from: folder or hub name."
     )
-    version: str = flag("v0", "Prompt template, e.g. plain, v1, llava_llama_2, qwen.")
+    version: str = flag("v1", "Prompt template, e.g. plain, v1, llava_llama_2, qwen.")
     freeze_backbone: bool = flag(False, "Do not train the language model.")
     tune_mm_mlp_adapter: bool = flag(False, "Train the projector only (pretraining).")
     vision_tower: str | None = flag(None, "CLIP or SigLIP: folder or hub name.")
@@ -133,14 +142,21 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        problems = Problems()
         if not self.model_name_or_path:
-            raise ValueError("--model_name_or_path is missing: name a language model or a LLaVA checkpoint")
-        check_model_path("model_name_or_path", self.model_name_or_path)
-        check_model_path("vision_tower", self.vision_tower)
-        check_exists("pretrain_mm_mlp_adapter", self.pretrain_mm_mlp_adapter)
-        check_choice("mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
-        check_choice("mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
-        get_template(self.version)
+            problems.add("--model_name_or_path is missing: name a language model or a LLaVA checkpoint")
+        problems.check(check_model_path, "model_name_or_path", self.model_name_or_path)
+        problems.check(check_model_path, "vision_tower", self.vision_tower)
+        problems.check(check_exists, "pretrain_mm_mlp_adapter", self.pretrain_mm_mlp_adapter)
+        problems.check(check_choice, "mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
+        problems.check(check_choice, "mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
+        if self.mm_projector_type is not None and not PROJECTOR_TYPE.fullmatch(self.mm_projector_type):
+            problems.add(f"--mm_projector_type {self.mm_projector_type}: expected linear, mlpNx_gelu or identity")
+        problems.check(get_template, self.version)
+        problems.check(self._read_reduction)
+        problems.raise_all()
+
+    def _read_reduction(self) -> None:
         self.reduction = join_pyramiddrop_flags(self.reduction, self.layer_list, self.image_token_ratio_list)
         if isinstance(self.reduction, ReductionConfig):  # as one flag would have said it
             self.reduction = json.dumps(self.reduction.to_dict())
@@ -177,17 +193,19 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        problems = Problems()
         if not self.data_path:
-            raise ValueError("--data_path is missing: name a JSON file of conversations in LLaVA's format")
-        parse_data_path(self.data_path)
+            problems.add("--data_path is missing: name a JSON file of conversations in LLaVA's format")
+        else:
+            problems.check(parse_data_path, self.data_path)
         if not is_url(self.image_folder or ""):
-            check_exists("image_folder", self.image_folder)
-        check_choice("image_access", self.image_access, IMAGE_ACCESS)
-        check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
-        if self.shuffle_buffer_size < 1:
-            raise ValueError(f"--shuffle_buffer_size {self.shuffle_buffer_size}: expected at least 1")
-        check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
-        parse_pinpoints(self.image_grid_pinpoints)
+            problems.check(check_exists, "image_folder", self.image_folder)
+        problems.check(check_choice, "image_access", self.image_access, IMAGE_ACCESS)
+        problems.check(check_choice, "on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        check_numbers(vars(self), problems)
+        problems.check(check_choice, "image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
+        problems.check(parse_pinpoints, self.image_grid_pinpoints)
+        problems.raise_all()
 
 
 @dataclass
@@ -237,6 +255,9 @@ class TrainingArguments(transformers.TrainingArguments):
     global_batch_size: int = flag(
         0, "Samples of one step on all devices: gradient_accumulation_steps is derived from it. 0: it is not fixed."
     )
+    resume_changed: str | None = flag(
+        None, "Settings, a,b, in which the run may differ from that of the checkpoint it goes on from."
+    )
     logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the log.")
     stop_after_nonfinite_steps: int = flag(
         3, "Stop when the loss was NaN or infinite in so many steps in a row, seen when a line is logged; 0: never."
@@ -260,6 +281,8 @@ class TrainingArguments(transformers.TrainingArguments):
             logger.info("--tf32 True is ignored: this machine has no GPU that knows TF32")
             self.tf32 = None
         if runs_on_cpu(self):
+            if self.fp16:
+                raise ValueError("--fp16 True needs a GPU, and this run has none: use --bf16 True, or neither")
             self._prepare_cpu()
         super().__post_init__()
         self._keep_to_one_gpu()
@@ -322,29 +345,47 @@ def check_training(args: Any) -> None:
     Args:
         args: the settings as attributes, as given on the command line.
     """
-    if not args.output_dir:
-        raise ValueError("--output_dir is missing: name a folder for checkpoints and results")
+    problems = Problems()
+    if args.output_dir:
+        problems.check(check_writable, args.output_dir, "--output_dir")
+    else:
+        problems.add("--output_dir is missing: name a folder for checkpoints and results")
     if args.mpt_attn_impl is not None:
-        raise ValueError("--mpt_attn_impl belongs to LLaVA's MPT models, which are not supported; leave it out")
-    check_choice("optim", args.optim, tuple(name.value for name in OptimizerNames))
-    check_choice("bits", args.bits, (4, 8, 16))
-    check_choice("quant_type", args.quant_type, ("nf4", "fp4"))
-    check_choice("lora_bias", args.lora_bias, ("none", "all", "lora_only"))
-    for tracker in split_names(args.report_to or "none"):
-        check_choice("report_to", tracker, ("none", "all", *sorted(INTEGRATION_TO_CALLBACK)))
-    check_choice("attn_implementation", args.attn_implementation, ATTENTION)
-    check_exists("lora_weight_path", args.lora_weight_path)
-    if args.model_max_length < 1 or args.lora_r < 1 or not 0 <= args.lora_dropout < 1:
-        raise ValueError(
-            f"--model_max_length {args.model_max_length} --lora_r {args.lora_r} --lora_dropout "
-            f"{args.lora_dropout}: expected at least 1, at least 1, and a number in [0, 1)"
+        problems.add("--mpt_attn_impl belongs to LLaVA's MPT models, which are not supported; leave it out")
+    problems.check(check_choice, "optim", args.optim, tuple(name.value for name in OptimizerNames))
+    problems.check(check_choice, "bits", args.bits, (4, 8, 16))
+    problems.check(check_choice, "quant_type", args.quant_type, ("nf4", "fp4"))
+    problems.check(check_choice, "lora_bias", args.lora_bias, ("none", "all", "lora_only"))
+    for tracker in problems.check(split_names, args.report_to or "none") or ():
+        problems.check(check_choice, "report_to", tracker, ("none", "all", *sorted(INTEGRATION_TO_CALLBACK)))
+    problems.check(check_choice, "attn_implementation", args.attn_implementation, ATTENTION)
+    problems.check(check_exists, "lora_weight_path", args.lora_weight_path)
+    if isinstance(args.fsdp_config, str) and not args.fsdp_config.lstrip().startswith("{"):
+        problems.check(check_exists, "fsdp_config", args.fsdp_config)
+    check_numbers(vars(args), problems)
+    problems.check(check_scheduler, args)
+    if args.fp16 and args.use_cpu:
+        problems.add("--fp16 True needs a GPU, and --use_cpu True uses none: use --bf16 True, or neither")
+    problems.raise_all()
+
+
+def check_scheduler(args: Any) -> None:
+    """Raise a ValueError where transformers has no learning-rate schedule of this name with these options."""
+    kwargs = args.lr_scheduler_kwargs or {}
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        transformers.get_scheduler(
+            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=kwargs,
         )
-    if args.stop_after_nonfinite_steps < 0:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"--stop_after_nonfinite_steps {args.stop_after_nonfinite_steps}: expected steps, or 0 to never stop"
-        )
-    if not 0 <= args.warmup_ratio < 1:
-        raise ValueError(f"--warmup_ratio {args.warmup_ratio}: expected a number in [0, 1)")
+            f"--lr_scheduler_type {args.lr_scheduler_type} --lr_scheduler_kwargs {args.lr_scheduler_kwargs}: {error}"
+        ) from error
 
 
 def runs_on_cpu(args: transformers.TrainingArguments) -> bool:
@@ -375,7 +416,10 @@ def read_deepspeed_config(deepspeed: str | dict) -> dict[str, Any]:
         text = deepspeed
         if not text.lstrip().startswith("{"):
             check_exists("deepspeed", deepspeed)
-            text = Path(deepspeed).read_text(encoding="utf-8")
+            try:
+                text = Path(deepspeed).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--deepspeed {deepspeed}: no JSON file: {error}") from error
         try:
             config = json.loads(text)
         except json.JSONDecodeError as error:
@@ -387,11 +431,14 @@ def read_deepspeed_config(deepspeed: str | dict) -> dict[str, Any]:
 
 def zero_stage(deepspeed: str | dict | None) -> int:
     """The ZeRO stage that a DeepSpeed configuration asks for; 0 without one."""
-    config = read_deepspeed_config(deepspeed) if deepspeed else {}
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+    zero = read_deepspeed_config(deepspeed).get("zero_optimization", {}) if deepspeed else {}
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f'--deepspeed {deepspeed}: "zero_optimization" needs a "stage" from 0 to 3')
+    return int(stage)
 
 
 def split_names(text: str) -> list[str]:
     """Names separated by commas, or a JSON list of them."""
-    names = json.loads(text) if text.startswith("[") else text.split(",")
-    return [name.strip() for name in names]
+    names = read_yaml(text) if text.startswith("[") else text.split(",")
+    return [str(name).strip() for name in names]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -22,15 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.files import checkpoint_folder
+from llava.files import check_writable, checkpoint_folder
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights import (
     NonFiniteWeightsError,
     is_finite,
     load_into,
     raise_for_keys,
+    read_json,
     read_weights,
     shorten,
+    weight_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,26 @@ logger = logging.getLogger(__name__)
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+# What PEFT 0.4 to 0.10, with which LLaVA's own code opens an adapter, know of adapter_config.json.
+PEFT_0_4_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+}
 
 
 class RunKind(Enum):
@@ -166,11 +189,22 @@ def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     adapters = {name: weight for name, weight in weights.items() if _is_adapter(name)}
     # Left to itself, PEFT looks up the base model on the hub to see whether its vocabulary has changed.
     model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
+    _leave_out_newer_defaults(folder / ADAPTER_CONFIG)
     # PEFT's model card: a form to be filled in, which would replace the README of a repository.
     (folder / "README.md").unlink(missing_ok=True)
     others = {_base_name(name): weight for name, weight in weights.items() if not _is_adapter(name)}
     torch.save(others, folder / NON_LORA_FILE)
     _write_config(model, folder)
+
+
+def _leave_out_newer_defaults(path: Path) -> None:
+    """Drop settings from adapter_config.json that hold a default, and that older releases of PEFT refuse."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    settings = {k: v for k, v in read_json(path).items() if k in PEFT_0_4_KEYS or v != defaults.get(k)}
+    settings.pop("peft_version", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _all_weights(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -203,6 +237,30 @@ def _mend_generation_config(model: Any) -> None:
     except ValueError:
         logger.info("generation_config sets how to sample but not do_sample; it is written with do_sample")
         generation.do_sample = True
+
+
+def extract_projector(folder: Path, output: Path) -> None:
+    """Write the projector of a full checkpoint as a `mm_projector.bin`.
+
+    Args:
+        folder: the checkpoint.
+        output: the file.
+
+    Raises:
+        ValueError: no weights there, or none of a projector; or the output exists or can't be written.
+    """
+    check_writable(output.parent, f"the folder of output {output}:")
+    if output.exists():
+        raise ValueError(f"output {output} exists; choose another name, or remove it first")
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        weights |= {name: weight for name, weight in read_weights(file).items() if part_of(name) == "projector"}
+    if not weights:
+        raise ValueError(f"{folder} has no weights of a projector: name a full LLaVA checkpoint")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.with_name(f".{output.name}")
+    torch.save(weights, staging)
+    staging.replace(output)
 
 
 def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:

@@ -11,8 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llava.reduction import ReductionConfig
+from llava.reduction.options import Within
 from llava.reduction.registry import SITES
 from llava.train.parsing import flag_names, to_flags, unknown_names_message
+from llava.train.problems import Problems
+from llava.train.values import read_path
 
 EXTENDS = "extends"
 LAUNCH_KEYS = ("num_gpus", "hostfile", "master_port")
@@ -33,40 +36,73 @@ class LaunchOptions:
     master_port: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_gpus is not None and self.num_gpus < 1:
-            raise ValueError(f"num_gpus={self.num_gpus}: expected at least 1")
+        problems = Problems()
+        problems.check(_check_whole, "num_gpus", self.num_gpus, Within(1))
+        problems.check(_check_whole, "master_port", self.master_port, Within(1, 65535))
+        problems.raise_all()
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[list[str], LaunchOptions]:
+def _check_whole(key: str, value: Any, allowed: Within) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value not in allowed):
+        raise ValueError(f"{key}={value}: expected a whole number {allowed}")
+
+
+def _read_hostfile(value: Any) -> str | None:
+    """The file's path; DeepSpeed's launcher would take a missing one for a run on this machine alone."""
+    if value is None or value is False:
+        return None
+    path = read_path("hostfile", str(value))
+    if not Path(path).is_file():
+        raise ValueError(f"hostfile={path}: no such file (seen from {Path.cwd()})")
+    return path
+
+
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, problems: Problems | None = None
+) -> tuple[list[str], LaunchOptions]:
     """Read a YAML file, what it extends, and overrides.
 
     Args:
         path: the YAML file. `extends: other.yaml`, or a list of such, is read first, relative to this file.
         overrides: `key=value`, the last word on each key; `reduction.encoder.ratio=0.25` reaches into a
             mapping, and `key=null` gives a flag's default back.
+        problems: gets what is wrong with single keys, which are left out, so that all can be told at once.
 
     Returns:
         The flags of the run, as `llava.train.parsing.parse_args` reads them, and how to launch it.
 
     Raises:
-        ValueError: a missing file, a cycle of `extends`, broken YAML, or an unknown key; the file is named.
+        ValueError: a missing file, a cycle of `extends`, broken YAML; without `problems` also an unknown key or a
+            wrong value. The file is named.
     """
-    values = _read(Path(path), ())
+    found = Problems() if problems is None else problems
+    values = _read(Path(path), (), found)
     for override in overrides or []:
-        values = _merge(values, _override(override), f"{path} {override}")
+        with found.catch():
+            values = _merge(values, _override(override), f"{path} {override}", found)
     launch = {key: values.pop(key, None) for key in LAUNCH_KEYS}
-    return to_flags({key: _flag_value(key, value) for key, value in values.items()}), LaunchOptions(**launch)
+    launch["hostfile"] = found.check(_read_hostfile, launch["hostfile"])
+    flags: dict[str, Any] = {}
+    for key, value in values.items():
+        with found.catch():
+            flags[key] = _flag_value(key, value)
+    options = found.check(LaunchOptions, **launch) or LaunchOptions()
+    if problems is None:
+        found.raise_all()
+    return to_flags(flags), options
 
 
 def own_flags(path: str | Path) -> list[str]:
     """The flags that a YAML file states itself, without what it extends: what a method changes of its base."""
     own = _load_yaml(Path(path).resolve(), ())
     own.pop(EXTENDS, None)
-    values = _merge({}, own, str(path))
+    problems = Problems()
+    values = _merge({}, own, str(path), problems)
+    problems.raise_all()
     return to_flags({key: _flag_value(key, value) for key, value in values.items() if key not in LAUNCH_KEYS})
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, children: tuple[Path, ...], problems: Problems) -> dict[str, Any]:
     path = path.resolve()
     if path in children:
         chain = " -> ".join(str(p) for p in (*children, path))
@@ -75,8 +111,8 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     parents = own.pop(EXTENDS, None) or []
     values: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        values = _merge(values, _read(path.parent / parent, (*children, path)), str(path))
-    return _merge(values, own, str(path))
+        values = _merge(values, _read(path.parent / parent, (*children, path), problems), str(path), problems)
+    return _merge(values, own, str(path), problems)
 
 
 def _load_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
@@ -114,12 +150,13 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _merge(base: dict[str, Any], new: dict[str, Any], source: str) -> dict[str, Any]:
+def _merge(base: dict[str, Any], new: dict[str, Any], source: str, problems: Problems) -> dict[str, Any]:
+    """Settings with newer ones over them; unknown keys are noted and left out."""
     known = [*flag_names(), *LAUNCH_KEYS]
     unknown = [key for key in new if key not in known]
     if unknown:
-        raise ValueError(f"{source}: {unknown_names_message('key', unknown, known)}")
-    merged = {**base, **new}
+        problems.add(f"{source}: {unknown_names_message('key', unknown, known)}")
+    merged = {**base, **{key: value for key, value in new.items() if key not in unknown}}
     if "reduction" in new:
         merged["reduction"] = _merge_reduction(base.get("reduction"), new["reduction"])
     return merged
@@ -138,6 +175,8 @@ def _merge_reduction(base: Any, new: Any) -> Any:
 
 
 def _flag_value(key: str, value: Any) -> Any:
+    if key == "reduction" and value is False:  # YAML's `no`
+        return "none"
     if key == "reduction" and value is not None:
         reduction = ReductionConfig.parse(value)
         if not isinstance(value, str):

@@ -7,11 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llava import conversation
+from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.items import ItemMaker
 from llava.data.rejects import REJECTS_FILE, Rejects, forget_rejects, join_rejects
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.model.multimodal_encoder.processor import load_image_processor
+from llava.model.multimodal_encoder.vision_tower import resolve_vision_config
 from llava.reduction.config import ReductionConfig
 from llava.train.checkpoint_folders import read_state
 from llava.train.parsing import Arguments
@@ -65,7 +68,8 @@ def load_dataset(
     model_args, data_args, training = arguments.model, arguments.data, arguments.training
     asked = model_args.reduction
     reduction = ReductionConfig.of_model(config) if asked is None else ReductionConfig.parse(asked)
-    processor = load_image_processor(model_args.vision_tower or config.mm_vision_tower, training.cache_dir)
+    tower = model_args.vision_tower or config.mm_vision_tower
+    processor = load_image_processor(tower, training.cache_dir, side=resolve_vision_config(tower).image_size)
     seed = training.seed if training.data_seed is None else training.data_seed
     options: dict[str, Any] = {
         "version": model_args.version,
@@ -89,6 +93,34 @@ def load_dataset(
         seed=seed,
         shuffle_buffer=data_args.shuffle_buffer_size,
     )
+
+
+def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
+    """A trainer's data as LLaVA's programs make it, for `LLaVATrainer(model=model, ..., **the result)`.
+
+    Args:
+        tokenizer: of the language model, with a padding token.
+        data_args: a `DataArguments`, to which LLaVA's programs add `image_processor` and `mm_use_im_start_end`. The
+            template is `version` there, otherwise `llava.conversation.default_conversation`, which they set.
+
+    Returns:
+        `train_dataset`, `eval_dataset` (None) and `data_collator`.
+    """
+    dataset = LazySupervisedDataset(
+        data_args.data_path,
+        tokenizer,
+        getattr(data_args, "image_processor", None),
+        version=getattr(data_args, "version", None) or conversation.default_conversation.version,
+        image_folder=data_args.image_folder,
+        image_aspect_ratio=data_args.image_aspect_ratio,
+        image_grid_pinpoints=getattr(data_args, "image_grid_pinpoints", None),
+        mm_use_im_start_end=bool(getattr(data_args, "mm_use_im_start_end", False)),
+    )
+    return {
+        "train_dataset": dataset,
+        "eval_dataset": None,
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
+    }
 
 
 def report_rejects(trainer: Any) -> None:

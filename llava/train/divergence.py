@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import Tensor
 from llava.data.samples import sample_name
 from llava.files import atomic_folder
 from llava.train.checkpoint_folders import last_complete_checkpoint
-
-logger = logging.getLogger(__name__)
 
 SAMPLES_FILE = "diverged.json"
 NAMED_SAMPLES = 4  # in the message; the file has all
@@ -60,7 +57,7 @@ def diverged(first: int, last: int, output_dir: str, samples: dict[int, list[str
         first: step, counted from 1.
         last: step.
         output_dir: of the run, whose last whole checkpoint is named.
-        samples: from `samples_of_steps`, where known.
+        samples: from `samples_of_steps`.
     """
     return DivergedError(
         f"the loss was NaN or infinite in steps {first} to {last}: the run has diverged. "
@@ -79,14 +76,19 @@ def what_is_left(output_dir: str | Path) -> str:
 def _samples_text(first: int, output_dir: str, samples: dict[int, list[str]]) -> str:
     if not samples:
         return "Its samples are not known, since the data is streamed or sorted by transformers. "
-    with atomic_folder(Path(output_dir)) as folder:
-        (folder / SAMPLES_FILE).write_text(json.dumps(samples, indent=1), encoding="utf-8")
     names = samples[first]
     more = f" and {len(names) - NAMED_SAMPLES} more" if len(names) > NAMED_SAMPLES else ""
     return (
         f"Step {first} had {', '.join(names[:NAMED_SAMPLES])}{more}; {Path(output_dir, SAMPLES_FILE)} lists the "
         "samples of this step and the one before. "
     )
+
+
+def write_samples(output_dir: str, samples: dict[int, list[str]]) -> None:
+    """Write what `samples_of_steps` found, if anything, to `diverged.json`."""
+    if samples:
+        with atomic_folder(Path(output_dir)) as folder:
+            (folder / SAMPLES_FILE).write_text(json.dumps(samples, indent=1), encoding="utf-8")
 
 
 def samples_of_steps(trainer: Any, steps: list[int]) -> dict[int, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.reduction import ReductionConfig
 from llava.train.arguments import accumulation_steps, runs_on_cpu
 from llava.train.config import LaunchOptions, load_config
 from llava.train.data import load_dataset
@@ -19,7 +21,9 @@ from llava.train.parsing import Arguments, check_args
 from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
 from llava.train.preflight.models import check_model
-from llava.train.preflight.samples import check_images_exist, check_samples
+from llava.train.preflight.samples import check_images_exist, check_learnable, check_samples
+from llava.train.problems import Problems
+from llava.train.resume import check_checkpoint, checkpoint_to_resume, run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +40,24 @@ def examine(path: str | Path, overrides: list[str], device_gib: float | None = N
         All findings. A check that cannot go on leaves the others running.
     """
     report = Report()
-    with report.catch("settings"):
-        flags, options = load_config(path, overrides)
-        arguments = check_args(flags)
-        training = arguments.training
-        if training.global_batch_size:
-            training.gradient_accumulation_steps = accumulation_steps(
-                training.global_batch_size, training.per_device_train_batch_size, processes_of(options)
-            )
+    problems = Problems()
+    with problems.catch():
+        flags, options = load_config(path, overrides, problems)
+        arguments = problems.check(check_args, flags)
+        if arguments is not None:
+            problems.check(_derive_accumulation, arguments.training, processes_of(options))
+    for problem in problems.found:
+        report.add("settings", problem)
+    if not problems.found:
         _examine_run(arguments, options, device_gib, report)
     return report
+
+
+def _derive_accumulation(training: Any, processes: int) -> None:
+    if training.global_batch_size:
+        training.gradient_accumulation_steps = accumulation_steps(
+            training.global_batch_size, training.per_device_train_batch_size, processes
+        )
 
 
 def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float | None, report: Report) -> None:
@@ -63,12 +75,38 @@ def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float
     length = arguments.training.model_max_length
     if data is not None:
         length = check_samples(data, report, count.count if count else None, length)
+    if arguments.training.fp16 and runs_on_cpu(arguments.training):
+        report.add("fp16", "it needs a GPU, and this machine has none", WARNING)
     if model is not None:
         here = options.num_gpus or max(1, torch.cuda.device_count())
         device = int(device_gib * GIB) if device_gib is not None else _device_memory(arguments, here)
         world_size = processes_of(options)
         check_memory(report, estimate_memory(model, arguments, world_size, length), device)
         check_disk(report, model, arguments, 0 if data is None else len(data), world_size)
+        _check_left_there(arguments, model, data, world_size, report)
+        if data is not None:
+            check_batches(arguments, len(data), world_size, report)
+
+
+def check_batches(arguments: Arguments, samples: int, processes: int, report: Report) -> None:
+    """Note that an epoch has no batch, where incomplete ones are dropped."""
+    training = arguments.training
+    batch = training.per_device_train_batch_size * processes
+    if training.dataloader_drop_last and samples < batch:
+        report.add(
+            "data",
+            f"--dataloader_drop_last True leaves no batch of {samples} samples: {processes} x "
+            f"--per_device_train_batch_size {training.per_device_train_batch_size} are {batch}",
+        )
+
+
+def _check_left_there(arguments: Arguments, model: Any, data: Any, processes: int, report: Report) -> None:
+    """Whether what lies in `output_dir` belongs to this run."""
+    training = arguments.training
+    with report.catch("checkpoint"):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        settings = run_settings(arguments, ReductionConfig.of_model(base.config), data, processes)
+        check_checkpoint(checkpoint_to_resume(training), settings, training.resume_changed)
 
 
 def _device_memory(arguments: Arguments, processes: int) -> int | None:
@@ -79,14 +117,15 @@ def _device_memory(arguments: Arguments, processes: int) -> int | None:
 
 
 def _load_data(arguments: Arguments, config: Any, tokenizer: Any, report: Report) -> LazySupervisedDataset | None:
-    """The data with its bad samples in it, which are counted later; None where it cannot be read, or is streamed."""
+    """The data with its bad samples in it, which are counted later; None where it cannot be read, or is streamed.
+
+    Of a stream the beginning of each file is read.
+    """
     if arguments.data.streaming:
         report.add("data", "it is streamed: samples are checked when their turn comes", WARNING)
-        return None
     with report.catch("data"):
         dataset = load_dataset(arguments, config, tokenizer, judge=False)
-        assert isinstance(dataset, LazySupervisedDataset)
-        return dataset
+        return dataset if isinstance(dataset, LazySupervisedDataset) else None
     return None
 
 
@@ -96,8 +135,10 @@ def processes_of(options: LaunchOptions) -> int:
     if not options.hostfile:
         return here
     lines = Path(options.hostfile).read_text(encoding="utf-8").splitlines()
-    slots = [line.split("slots=")[1].split()[0] for line in lines if "slots=" in line.split("#")[0]]
-    return sum(map(int, slots)) or here
+    slots = re.findall(r"^[^#\n]*\bslots=(\d+)", "\n".join(lines), re.MULTILINE)
+    if not sum(map(int, slots)):
+        raise ValueError(f"hostfile={options.hostfile}: expected a line `HOST slots=GPUS` for each machine")
+    return sum(map(int, slots))
 
 
 def summary(report: Report) -> str:
@@ -125,10 +166,13 @@ def preflight(arguments: Arguments, config: Any, dataset: Any) -> None:
         return
     report = Report()
     if training.process_index == 0:
-        model, _ = check_model(arguments, config, report)
+        model, count = check_model(arguments, config, report)
         is_table = isinstance(dataset, LazySupervisedDataset)
         if is_table:
             check_images_exist(dataset, report, training.preflight_seconds)
+            check_batches(arguments, len(dataset), training.world_size, report)
+            if not report.errors:
+                check_learnable(dataset, report, count.count if count else None, training.model_max_length)
         if model is not None and training.should_save:
             check_disk(report, model, arguments, len(dataset) if is_table else 0, training.world_size)
     problems = [[finding.line() for finding in report.errors]]

@@ -19,6 +19,7 @@ import torch
 
 from llava.train.config import LaunchOptions, load_config
 from llava.train.parsing import check_args
+from llava.train.problems import Problems
 from llava.train.process import choose_accelerator, run_and_report
 from llava.train.supervise import supervise
 
@@ -36,9 +37,11 @@ def train_from_config(path: str, overrides: list[str]) -> int:
     Raises:
         ValueError: settings that do not fit, before any process is started.
     """
-    flags, options = load_config(path, overrides)
+    problems = Problems()
+    flags, options = load_config(path, overrides, problems)
     choose_accelerator()
-    check_args(flags)
+    problems.check(check_args, flags)
+    problems.raise_all()
     command = None if "RANK" in os.environ else launch_command(flags, options)
     if command is None:
         from llava.train.train import main

@@ -1,7 +1,7 @@
-"""Flags of the transformers that LLaVA was written for, in today's words.
+"""Flags of LLaVA's and its forks' launch commands, in today's words.
 
-LLaVA's launch commands carry flags that transformers 5 renamed or dropped. A flag is translated only where
-the installed transformers does not know it.
+Those commands carry flags that transformers 5 renamed or dropped, and TRIM's name their method by one of their own. A
+flag is translated only where it is not known as it stands.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+from llava.reduction.config import LEGACY_TRIM_KEY, trim_flag
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def _if_true(value: str) -> Callable[[str], str | None]:
 
 
 LEGACY_FLAGS: dict[str, Legacy] = {
+    LEGACY_TRIM_KEY: Legacy("reduction", trim_flag),
     "evaluation_strategy": Legacy("eval_strategy"),
     "no_cuda": Legacy("use_cpu"),
     "per_gpu_train_batch_size": Legacy("per_device_train_batch_size"),
@@ -90,8 +93,8 @@ def translate_legacy(argv: list[str], known: Collection[str]) -> list[str]:
         The command line; what is not legacy is untouched and in its place.
     """
     result: list[str] = []
-    for words in _split_flags(argv):
-        name, value = _name_and_value(words)
+    for words in split_flags(argv):
+        name, value = name_and_value(words)
         legacy = LEGACY_FLAGS.get(name) if name not in known else None
         new_value = LEGACY_VALUES.get(name, {}).get(value)
         if legacy is not None:
@@ -115,7 +118,7 @@ def _translated(name: str, value: str, legacy: Legacy) -> list[str]:
     return [f"--{legacy.flag}={new_value}" if new_value else f"--{legacy.flag}"]
 
 
-def _split_flags(argv: list[str]) -> list[list[str]]:
+def split_flags(argv: list[str]) -> list[list[str]]:
     """The words of a command line, each flag with the values behind it."""
     groups: list[list[str]] = []
     for word in argv:
@@ -126,6 +129,7 @@ def _split_flags(argv: list[str]) -> list[list[str]]:
     return groups
 
 
-def _name_and_value(words: list[str]) -> tuple[str, str]:
+def name_and_value(words: list[str]) -> tuple[str, str]:
+    """Name and value of a flag: those of `--name=value`, or of `--name value`."""
     flag, equals, value = words[0].partition("=")
     return flag.removeprefix("--").replace("-", "_"), value if equals else " ".join(words[1:])

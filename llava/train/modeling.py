@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
-from llava.model.builder import NOT_QUANTIZED, lasting_name
+from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, lasting_name, raise_if_merged, read_llava_config
 from llava.model.language_model import llava_class_for
 from llava.model.tokenizer import open_tokenizer
-from llava.model.weights import raise_for_nonfinite
+from llava.model.weights import check_json, read_json, read_weights
+from llava.reduction import ReductionConfig
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
     parse_pinpoints,
 )
-from llava.train.checkpoint import RunKind, load_adapter, part_of
+from llava.train.checkpoint import ADAPTER_FILE, RunKind, load_adapter, part_of
 from llava.train.parsing import Arguments
 
 logger = logging.getLogger(__name__)
@@ -51,10 +55,12 @@ def read_config(arguments: Arguments) -> Any:
         ValueError: no such model, no LLaVA on this kind of model, or no vision tower named anywhere.
     """
     model, data = arguments.model, arguments.data
+    adopt_adapter_settings(arguments)
     raw = _config_dict(arguments)
+    check_not_merged(arguments, raw)
     if "text_config" in raw and "vision_config" in raw:
         raise ValueError(f"{model.model_name_or_path} has the llava-hf layout: convert it first, with llava convert")
-    config = llava_class_for(raw["model_type"]).config_class.from_dict(raw)
+    _, config = read_llava_config(raw, f"--model_name_or_path {model.model_name_or_path}: config.json")
     is_llava = getattr(config, "mm_vision_tower", None) is not None
     if not is_llava and not model.vision_tower:
         raise ValueError(
@@ -72,8 +78,52 @@ def read_config(arguments: Arguments) -> Any:
     return config
 
 
+def adopt_adapter_settings(arguments: Arguments) -> None:
+    """Give the run the method and the vision settings that the adapter of `lora_weight_path` was trained with.
+
+    Raises:
+        ValueError: the flags ask for others.
+    """
+    model, folder = arguments.model, arguments.training.lora_weight_path
+    file = Path(folder or "", "config.json")
+    if not folder or not file.is_file():
+        return
+    kept = read_json(file)
+    theirs, own = ReductionConfig.of_model(SimpleNamespace(**kept)), ReductionConfig.parse(model.reduction)
+    if model.reduction is None and theirs:
+        model.reduction = json.dumps(theirs.to_dict())
+        logger.info("%s was trained with reduction=%s, which this run takes over", folder, model.reduction)
+    elif any(getattr(own, site) != method for site, method in theirs.to_dict().items()):
+        raise ValueError(
+            f"--lora_weight_path {folder} was trained with reduction={theirs.to_dict()}, and --reduction asks for "
+            f"{own.to_dict() or 'none'}: leave --reduction out"
+        )
+    for name in VISION_DEFAULTS.keys() & kept.keys():
+        if getattr(model, name) is None:
+            setattr(model, name, kept[name])
+        elif getattr(model, name) != kept[name]:
+            raise ValueError(
+                f"--lora_weight_path {folder} was trained with {name}={kept[name]}, and --{name} asks for "
+                f"{getattr(model, name)}: leave --{name} out"
+            )
+
+
+def check_not_merged(arguments: Arguments, raw: dict[str, Any]) -> None:
+    """Refuse an adapter to go on from whose weights the base has taken up already.
+
+    Args:
+        arguments: of the run.
+        raw: config.json of the base.
+    """
+    folder = arguments.training.lora_weight_path
+    file = Path(folder or "", ADAPTER_FILE)
+    if folder and raw.get(MERGED_KEY) and file.is_file():
+        raise_if_merged(folder, read_weights(file), raw, arguments.model.model_name_or_path or "")
+
+
 def _config_dict(arguments: Arguments) -> dict[str, Any]:
     path = arguments.model.model_name_or_path
+    check_json(path or "", "config.json", arguments.training.cache_dir)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, cache_dir=arguments.training.cache_dir)
     except (OSError, ValueError) as error:
@@ -127,8 +177,6 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
         **quantization(training),
     )
     model.get_model().initialize_vision_modules(model_args)
-    origin = f"--model_name_or_path {model_args.model_name_or_path} with --vision_tower {model_args.vision_tower}"
-    raise_for_nonfinite(origin, model.named_parameters())
     model.initialize_vision_tokenizer(model_args, tokenizer)
     write_llava_config(model.config, model_args, data_args, training, tokenizer)
     select_trainable(model, arguments)
@@ -258,9 +306,8 @@ def add_lora(model: Any, training: TrainingArguments) -> Any:
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
-        target_modules=linear_layer_names(model),
-        # The vision tower has layers of the same names.
-        exclude_modules=r"(?!model\.layers\.).*",
+        # The vision tower has layers of the same names. (PEFT has exclude_modules too; older releases refuse it.)
+        target_modules=rf"model\.layers\..*\.({'|'.join(linear_layer_names(model))})",
         lora_dropout=training.lora_dropout,
         bias=training.lora_bias,
         task_type="CAUSAL_LM",

@@ -27,11 +27,12 @@ from llava.lock import holder, lock
 from llava.train.checkpoint_folders import STATE_FILE
 from llava.train.divergence import SAMPLES_FILE
 from llava.train.metrics_file import METRICS_FILE
+from llava.train.modeling import run_kind
 from llava.train.parsing import Arguments
+from llava.train.resume import RUN_CONFIG_FILE, check_result
 from llava.train.run_info import RUN_INFO_FILE
 from llava.train.trackers import WANDB_FILE
 
-RUN_CONFIG_FILE = "train_config.yaml"
 LOCK_FILE = ".lock"
 RUN_FILES = (
     RUN_CONFIG_FILE,
@@ -57,8 +58,8 @@ def check_output_dir(arguments: Arguments) -> None:
         arguments: of the run.
 
     Raises:
-        ValueError: it is, lies in or holds a place that the run reads; a stranger's file is in the way; or nothing can
-            be written there.
+        ValueError: it is, lies in or holds a place that the run reads; a stranger's file or the result of another kind
+            of run is in the way; or nothing can be written there.
     """
     model, folder = arguments.model, Path(arguments.training.output_dir)
     read = places_read(model.model_name_or_path or "", None, model.vision_tower)
@@ -69,6 +70,7 @@ def check_output_dir(arguments: Arguments) -> None:
     }
     check_apart(folder, "output_dir", inputs)
     check_writable(folder, "output_dir")
+    check_result(folder, run_kind(arguments))
     if _is_of_an_older_run(folder):
         return
     foreign = foreign_files(folder, (*CHECKPOINT_FILES, *RUN_FILES))

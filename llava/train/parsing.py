@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -22,7 +22,9 @@ from llava.train.arguments import (
     split_names,
     zero_stage,
 )
-from llava.train.legacy import translate_legacy
+from llava.train.legacy import name_and_value, split_flags, translate_legacy
+from llava.train.problems import Problems
+from llava.train.values import plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +65,12 @@ def parse_args(argv: list[str]) -> Arguments:
         argv: `--name value` or `--name=value`; of a flag given twice the last counts.
 
     Raises:
-        ValueError: an unknown flag, a value that does not fit, settings that contradict each other, a missing
-            file or package.
+        SettingsError: unknown flags, values that do not fit, settings that contradict each other, missing files
+            and packages: all of them.
     """
-    values, given = _parse(argv)
-    return Arguments(
-        ModelArguments(**_values_of(ModelArguments, values)),
-        DataArguments(**_values_of(DataArguments, values)),
-        TrainingArguments(**_values_of(TrainingArguments, values)),
-        given,
-    )
+    checked = check_args(argv)
+    values: dict[str, Any] = {**vars(checked.training)}
+    return replace(checked, training=TrainingArguments(**_values_of(TrainingArguments, values)))
 
 
 def check_args(argv: list[str]) -> Arguments:
@@ -80,29 +78,54 @@ def check_args(argv: list[str]) -> Arguments:
 
     Returns:
         The settings, those of `TrainingArguments` as they were given, in an object without its methods.
+
+    Raises:
+        SettingsError: with all problems of the settings.
     """
-    values, given = _parse(argv)
-    model = ModelArguments(**_values_of(ModelArguments, values))
-    data = DataArguments(**_values_of(DataArguments, values))
+    problems = Problems()
+    parser = _Parser(GROUPS, allow_abbrev=False, description="Train LLaVA.")
+    values, unread = _read_values(parser, argv, problems)
+    model = problems.check(ModelArguments, **_values_of(ModelArguments, values))
+    data = problems.check(DataArguments, **_values_of(DataArguments, values))
     training: Any = SimpleNamespace(**values)
-    check_training(training)
+    problems.check(check_training, training)
+    check_contradictions(values, problems)
+    check_packages(values, problems)
+    problems.drop(f"--{name} is missing" for name in unread)
+    problems.raise_all()
+    warn_of_unused(values)
+    given = {k: v for k, v in values.items() if v != parser.get_default(k) and k != "local_rank"}
     return Arguments(model, data, training, given)
 
 
-def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All settings by flag name, and those that differ from their defaults; checked against each other."""
-    parser = _Parser(GROUPS, allow_abbrev=False, description="Train LLaVA.")
+def _read_values(parser: HfArgumentParser, argv: list[str], problems: Problems) -> tuple[dict[str, Any], list[str]]:
+    """All settings by flag name, each read for itself; and the names of those that cannot be, which are noted."""
     names = flag_names()
-    namespace, unknown = parser.parse_known_args(translate_legacy(argv, names))
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    readable: list[str] = []
+    unread: list[str] = []
+    unknown: list[str] = []
+    for words in split_flags(translate_legacy(argv, names)):
+        unread.append(name_and_value(words)[0])
+        with problems.catch():
+            plain = _plain_words(actions, words)
+            left = parser.parse_known_args(plain)[1]
+            readable += plain if not left else []
+            unknown += [word for word in left if word.startswith("--")] or left
+            unread.pop()
     if unknown:
-        flags = [word for word in unknown if word.startswith("--")]
-        raise ValueError(unknown_names_message("flag", flags or unknown, names))
-    values = vars(namespace)
-    check_contradictions(values)
-    check_packages(values)
-    warn_of_unused(values)
-    given = {k: v for k, v in values.items() if v != parser.get_default(k) and k != "local_rank"}
-    return values, given
+        problems.add(unknown_names_message("flag", unknown, names))
+    return vars(parser.parse_args(readable)), unread
+
+
+def _plain_words(actions: Mapping[str, Any], words: list[str]) -> list[str]:
+    """A flag with its value as its type reads it; nothing where the value says "not given"."""
+    name, value = name_and_value(words)
+    action = actions.get(f"--{name}")
+    if action is None or action.nargs in (0, "+") or (len(words) == 1 and "=" not in words[0]):
+        return words
+    text = plain_text(action, value)
+    return [] if text is None else [f"--{name}={text}"]
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:
@@ -126,15 +149,16 @@ def unknown_names_message(kind: str, unknown: Iterable[str], known: Collection[s
     return f"unknown {kind}: {'; '.join(parts)}"
 
 
-def check_contradictions(values: dict[str, Any]) -> None:
-    """Raise a ValueError that names two settings which cannot both be meant.
+def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
+    """Note every two settings which cannot both be meant.
 
     Args:
         values: all settings by flag name, of the types that the parser gives.
+        problems: gets a sentence for each.
     """
     lora, projector_only = values["lora_enable"], values["tune_mm_mlp_adapter"]
     quantized = values["bits"] in (4, 8)
-    zero3 = zero_stage(values["deepspeed"]) == 3
+    zero3 = problems.check(zero_stage, values["deepspeed"]) == 3
     frozen_projector = values["freeze_mm_mlp_adapter"]
     tower = values["unfreeze_mm_vision_tower"]
     grouped = values["group_by_modality_length"]
@@ -158,6 +182,18 @@ def check_contradictions(values: dict[str, Any]) -> None:
         ),
         "--mm_vision_tower_lr has no effect without --unfreeze_mm_vision_tower True": (
             values["mm_vision_tower_lr"] is not None and not tower
+        ),
+        "--learning_rate 0 trains nothing: give a rate, or one for the projector with --mm_projector_lr": (
+            not values["learning_rate"] and not values["mm_projector_lr"] and not values["mm_vision_tower_lr"]
+        ),
+        "--load_best_model_at_end and --save_strategy best need evaluations, which a training run does not make: "
+        "leave them out, and use llava eval on its checkpoints": (
+            values["load_best_model_at_end"] or str(values["save_strategy"]) == "best"
+        ),
+        f"--eval_strategy {values['eval_strategy']}: a training run has no data to evaluate on: leave it out, and use "
+        "llava eval on its checkpoints": str(values["eval_strategy"]) != "no",
+        "--dataloader_prefetch_factor has no effect without --dataloader_num_workers: leave it out": (
+            values["dataloader_prefetch_factor"] is not None and not values["dataloader_num_workers"]
         ),
         "--fp16 and --bf16 exclude each other": values["fp16"] and values["bf16"],
         "--group_by_modality_length and --train_sampling_strategy both choose the order: leave one out": (
@@ -184,7 +220,7 @@ def check_contradictions(values: dict[str, Any]) -> None:
     }
     for message, broken in rules.items():
         if broken:
-            raise ValueError(message)
+            problems.add(message)
 
 
 def warn_of_unused(values: dict[str, Any]) -> None:
@@ -199,17 +235,19 @@ def warn_of_unused(values: dict[str, Any]) -> None:
         )
 
 
-def check_packages(values: dict[str, Any]) -> None:
-    """Raise a ValueError that names the extra to install where a setting needs a package that is missing."""
-    if values["bits"] in (4, 8):
-        require_package("bitsandbytes", f"--bits {values['bits']}")
-    if values["deepspeed"]:
-        require_package("deepspeed", "--deepspeed")
-    if values["attn_implementation"] == "flash_attention_2":
-        require_package("flash_attn", "--attn_implementation flash_attention_2")
-    for tracker in ("wandb", "tensorboard"):
-        if tracker in split_names(values["report_to"] or ""):
-            require_package(tracker, f"--report_to {tracker}")
+def check_packages(values: dict[str, Any], problems: Problems) -> None:
+    """Note the extra to install where a setting needs a package that is missing."""
+    needs = {
+        "bitsandbytes": values["bits"] in (4, 8) and f"--bits {values['bits']}",
+        "deepspeed": values["deepspeed"] and "--deepspeed",
+        "flash_attn": values["attn_implementation"] == "flash_attention_2"
+        and "--attn_implementation flash_attention_2",
+    }
+    trackers = problems.check(split_names, values["report_to"] or "") or ()
+    needs |= {name: f"--report_to {name}" for name in ("wandb", "tensorboard") if name in trackers}
+    for package, wanted_by in needs.items():
+        if wanted_by:
+            problems.check(require_package, package, wanted_by)
 
 
 def _values_of(group: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.reduction.base import VisualTokens
 
 
@@ -123,6 +123,31 @@ class BatchMeter:
         sums = torch.stack(self._counts).sum(dim=0).to(device=device, dtype=torch.float64)
         self._counts.clear()
         return sums
+
+
+class AnswerMeter:
+    """Counts the tokens that a LLaVA model has learned to give: labels that the limit on the length left.
+
+    Args:
+        model: LLaVA's model with its head, or PEFT's wrapper of it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._splice = self._model.splice_images
+        self._model.splice_images = self._splice_and_count
+        self._count: Tensor | None = None
+
+    def _splice_and_count(self, *args: Any, **kwargs: Any) -> Any:
+        spliced = self._splice(*args, **kwargs)
+        if spliced.labels is not None and self._model.training and torch.is_grad_enabled():
+            count = (spliced.labels[:, 1:] != IGNORE_INDEX).sum(dtype=torch.int64).view(1)
+            self._count = count if self._count is None else self._count + count
+        return spliced
+
+    def read(self, device: torch.device) -> Tensor:
+        """How many on this process since the beginning, [1] int64."""
+        return torch.zeros(1, dtype=torch.int64, device=device) if self._count is None else self._count.to(device)
 
 
 class Stopwatch:

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,19 +18,23 @@ from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
-from llava.train.arguments import require_package
-from llava.train.checkpoint_folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
-from llava.train.data import prepare_data, report_rejects
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
+from llava.train.checkpoint_folders import STATE_FILE
+from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.doctor import preflight
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
-from llava.train.output_dir import RUN_CONFIG_FILE, RUN_FILES, holding_output_dir
+from llava.train.output_dir import RUN_FILES, holding_output_dir
 from llava.train.parsing import Arguments, parse_args
 from llava.train.process import open_run_log, set_up_logging
+from llava.train.resume import RUN_CONFIG_FILE, check_checkpoint, checkpoint_to_resume, is_finished, run_settings
 from llava.train.run_info import write_run_info
 from llava.train.trackers import wandb_run
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
+
+# What LLaVA's programs import from its module of this name.
+__all__ = ["DataArguments", "ModelArguments", "TrainingArguments", "main", "make_supervised_data_module", "train"]
 
 
 def main(argv: list[str]) -> None:
@@ -47,8 +50,13 @@ def main(argv: list[str]) -> None:
     train(parse_args(argv))
 
 
-def train(arguments: Arguments) -> LLaVATrainer | None:
+def train(arguments: Arguments | None = None, attn_implementation: str | None = None) -> LLaVATrainer | None:
     """Train and write the result to `output_dir`. A run that was interrupted goes on from its last checkpoint.
+
+    Args:
+        arguments: of the run; None: those of the command line, as LLaVA's `train_mem.py` wants it.
+        attn_implementation: not read. That program passes flash_attention_2, which is taken wherever it can run; the
+            flag of this name chooses another.
 
     Returns:
         The trainer, or None where `output_dir` has the result of these steps already.
@@ -56,6 +64,10 @@ def train(arguments: Arguments) -> LLaVATrainer | None:
     Raises:
         RunStoppedError: a signal ended it before its last step.
     """
+    del attn_implementation
+    if arguments is None:
+        set_up_logging()
+        arguments = parse_args(sys.argv[1:])
     with holding_output_dir(arguments):
         return _train(arguments)
 
@@ -77,9 +89,12 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     preflight(arguments, config, dataset)
     model = load_model(arguments, config, tokenizer)
     log_trainable(model)
-    check_method_of(checkpoint, model.config)
+    reduction = ReductionConfig.of_model(model.config)
+    settings = run_settings(arguments, reduction, dataset, training.world_size)
+    check_checkpoint(checkpoint, settings, training.resume_changed)
     trainer = LLaVATrainer(
         kind=run_kind(arguments),
+        settings=settings,
         model=model,
         args=training,
         train_dataset=dataset,
@@ -136,79 +151,13 @@ def log_trainable(model: Any) -> None:
     logger.info("training %s of %s weights (%.2f %%): %s", f"{trained:,}", f"{total:,}", 100 * trained / total, parts)
 
 
-def is_finished(arguments: Arguments) -> bool:
-    """True where `output_dir` holds the result of such a run after as many steps or epochs as are asked for.
-
-    Whoever names a checkpoint wants to train from there again.
-    """
-    training, kind = arguments.training, run_kind(arguments)
-    folder, asked = Path(training.output_dir), training.resume_from_checkpoint
-    names_checkpoint = bool(asked) and asked.lower() != "true"
-    if names_checkpoint or not ((folder / STATE_FILE).is_file() and kind.is_in(folder)):
-        return False
-    state = read_state(folder)
-    step, epoch = state["global_step"], state["epoch"] or 0.0
-    by_steps = training.max_steps > 0
-    wanted, reached = (training.max_steps, step) if by_steps else (training.num_train_epochs, epoch + 1e-6)
-    if step < state["max_steps"] or reached < wanted:
-        return False
-    logger.info(
-        "%s holds the result of this run, after step %d (epoch %.4g), its last: nothing is left to do. A larger %s "
-        "goes on from its last checkpoint; another run needs an --output_dir of its own",
-        folder,
-        step,
-        epoch,
-        "--max_steps" if by_steps else "--num_train_epochs",
-    )
-    return True
-
-
-def checkpoint_to_resume(training: Any) -> str | None:
-    """The checkpoint that is asked for, else the last whole one in `output_dir`, else None.
-
-    Raises:
-        ValueError: the one that is asked for is not there or not whole.
-    """
-    asked = training.resume_from_checkpoint
-    if asked and asked.lower() != "true":
-        flaw = flaw_of(Path(asked)) if Path(asked).is_dir() else "no such folder"
-        if flaw:
-            raise ValueError(
-                f"--resume_from_checkpoint {asked}: {flaw}; leave the flag out to go on from the last whole one"
-            )
-        checkpoint: str | None = asked
-    else:
-        checkpoint = last_complete_checkpoint(training.output_dir)
-    if checkpoint:
-        logger.info("resuming from %s", checkpoint)
-    return checkpoint
-
-
-def check_method_of(checkpoint: str | None, config: Any) -> None:
-    """Refuse to go on from another method's checkpoint, which lies in the same output_dir by mistake.
-
-    Args:
-        checkpoint: folder, or None.
-        config: of the model of this run.
-
-    Raises:
-        ValueError: the checkpoint's config.json names another reduction.
-    """
-    file = None if checkpoint is None else Path(checkpoint, "config.json")
-    if file is None or not file.is_file():
-        return
-    kept = SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))
-    theirs, ours = (ReductionConfig.of_model(c).to_dict() for c in (kept, config))
-    if theirs != ours:
-        raise ValueError(
-            f"{checkpoint} was trained with reduction={theirs or 'none'}, and this run has reduction={ours or 'none'}: "
-            "give it an --output_dir of its own, or the checkpoint's method"
-        )
-
-
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
-    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`."""
+    """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`.
+
+    What says that a result there is whole goes: it was another's, or of fewer steps.
+    """
     if arguments.training.should_save:
+        Path(arguments.training.output_dir, STATE_FILE).unlink(missing_ok=True)
         text = yaml.safe_dump(arguments.given, sort_keys=False)
         output_dir = Path(arguments.training.output_dir)
         with atomic_folder(output_dir) as folder:

@@ -24,7 +24,7 @@ from llava.data.streaming import StreamingSupervisedDataset
 from llava.files import adopt_checkpoint, atomic_folder, write_file_list
 from llava.model.weights import NonFiniteWeightsError, raise_for_nonfinite
 from llava.reduction.base import EncoderReducer, ProjectorReducer
-from llava.train.arguments import TrainingArguments
+from llava.train.arguments import TrainingArguments, split_names
 from llava.train.checkpoint import RunKind, load_run, part_of, save_run
 from llava.train.checkpoint_folders import (
     STATE_FILE,
@@ -33,17 +33,20 @@ from llava.train.checkpoint_folders import (
     remove_old_checkpoints,
     write_errors_named,
 )
-from llava.train.divergence import DivergedError, diverged, samples_of_steps, what_is_left
+from llava.train.divergence import DivergedError, diverged, samples_of_steps, what_is_left, write_samples
 from llava.train.metrics_file import MetricsFile, strict_json
 from llava.train.progress import TrainingBar
+from llava.train.resume import RATES, SETTINGS_FILE
 from llava.train.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
-from llava.train.statistics import VisualTokenMeter
+from llava.train.statistics import AnswerMeter, VisualTokenMeter
 from llava.train.stop import RunStoppedError, StopOnSignal, ignore_signals
 
 logger = logging.getLogger(__name__)
 
 STAGING = ".incomplete"
+STEPS_TO_LEARN = 10  # a run goes on so long without an answer to learn
+GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps")  # of an optimizer's group of weights
 PENDING_LOSS_FILE = "pending_loss.json"
 
 
@@ -119,6 +122,7 @@ class LLaVATrainer(Trainer):
 
     Args:
         kind: what is trained, and so what a checkpoint holds.
+        settings: of the run, as a checkpoint keeps them; see `llava.train.resume`.
         kwargs: those of transformers' Trainer.
     """
 
@@ -126,8 +130,10 @@ class LLaVATrainer(Trainer):
         args: TrainingArguments
         model: Any
 
-    def __init__(self, *, kind: RunKind, **kwargs: Any) -> None:
+    def __init__(self, *, kind: RunKind, settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._settings = settings
+        self._asked_groups: list[dict[str, Any]] = []
         self.add_callback(_OnScheduleCallback)
         self.add_callback(_FirstLineCallback(self))
         self.stop = StopOnSignal()
@@ -141,6 +147,7 @@ class LLaVATrainer(Trainer):
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(TrainingBar(False if self.args.disable_tqdm else None))
+        self._answers: AnswerMeter | None = AnswerMeter(self.model)
         self.sampler: EpochSampler | None = None
         self.add_callback(MetricsFile)
         self.add_callback(_LossCallback(self._meter))
@@ -148,7 +155,24 @@ class LLaVATrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As transformers'; inside `stop.listening()` signals end it with a checkpoint, see `raise_if_stopped`."""
         self._resumed_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint, **kwargs)
+        steps = self.state.global_step - self._initial_global_step
+        if self.stop.stopped_by is None and (steps or not self.state.global_step):
+            self._stop_if_nothing_is_learned(steps)
+        return output
+
+    def _stop_if_nothing_is_learned(self, steps: int) -> None:
+        """Raise a ValueError where no step so far had an answer to learn; every rank must call it."""
+        if self._answers is None:
+            return
+        own = self._answers.read(self.args.device)
+        if int(nested_gather(own, self.args.parallel_mode).sum()):
+            self._answers = None  # from now on nothing is waited for
+            return
+        raise ValueError(
+            f"nothing was learned in {steps} steps, and no model is written: no answer begins within "
+            f"--model_max_length {self.args.model_max_length}, all samples were skipped, or an epoch has no batch"
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
@@ -193,6 +217,9 @@ class LLaVATrainer(Trainer):
         self.state.log_history[-1] = strict_json(self.state.log_history[-1])
         if "loss" in logs:
             self._stop_if_diverged()
+            steps = self.state.global_step - self._initial_global_step
+            if steps >= STEPS_TO_LEARN:
+                self._stop_if_nothing_is_learned(steps)
 
     def _stop_if_diverged(self) -> None:
         count, limit = self._meter.nonfinite_steps, self.args.stop_after_nonfinite_steps
@@ -200,7 +227,9 @@ class LLaVATrainer(Trainer):
             first = self.state.global_step - count + 1
             # The update of the step before may have spoilt the weights.
             steps = [step for step in (first - 1, first) if step]
-            samples = samples_of_steps(self, steps) if self.args.should_save else {}
+            samples = samples_of_steps(self, steps)
+            if self.args.should_save:
+                write_samples(self.args.output_dir, samples)
             raise diverged(first, self.state.global_step, self.args.output_dir, samples)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -219,7 +248,10 @@ class LLaVATrainer(Trainer):
             if kwargs.keys() & {"params", "model", "optimizer_dict"}:
                 raise ValueError(f"--optim {self.args.optim} groups weights itself: leave out --mm_projector_lr")
             self.optimizer_cls_and_kwargs = (cls, {**kwargs, "params": self._parameter_groups(model, rates)})
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        groups = getattr(optimizer, "param_groups", [])
+        self._asked_groups = [{k: v for k, v in group.items() if k in GROUP_SETTINGS} for group in groups]
+        return optimizer
 
     def _parameter_groups(self, model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
         names = parameter_group_names(model, set(self.get_decay_parameter_names(model)), set(rates))
@@ -319,6 +351,8 @@ class LLaVATrainer(Trainer):
                 self._save_pending_loss(staging / name)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    if self._settings is not None:
+                        (staging / name / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=1))
                     self._publish_checkpoint(staging / name, run_dir / name)
         except (CannotWriteError, DivergedError):
             shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint would take the space of a whole one
@@ -368,6 +402,19 @@ class LLaVATrainer(Trainer):
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers', except that rates that `--resume_changed` names are this run's, not the checkpoint's."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not set(split_names(self.args.resume_changed or "")) & set(RATES):
+            return
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule.base_lrs = [group["lr"] for group in self._asked_groups]
+        for group, asked, part in zip(
+            self.optimizer.param_groups, self._asked_groups, schedule.lr_lambdas, strict=True
+        ):
+            group.update(asked, initial_lr=asked["lr"], lr=asked["lr"] * part(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:

@@ -20,6 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 from world import CATEGORIES, MAX_OBJECTS, Question, Scene, ask, caption, describe, draw_scene, sample_scene
 
+from llava.files import note_files, read_file_list
+
 OUTPUT = Path(__file__).resolve().parent.parent / "data" / "toy"
 REQUESTS = (
     "Provide a brief description of the given image.",
@@ -27,6 +29,7 @@ REQUESTS = (
     "Write a terse but informative summary of the picture.",
     "What is in the photo?",
 )
+WRITTEN = ("images", "pretrain.json", "finetune.json", "heldout.jsonl")
 TEXT_ONLY_EVERY, PAIR_EVERY = 12, 15  # one conversation in so many is without an image, or about two
 ORDINALS = ("the first", "the second")
 
@@ -154,9 +157,21 @@ def generate(
         finetune: conversations.
         heldout: held-out images, two questions each.
         objects: most objects in a scene, 2 or more.
+
+    Raises:
+        ValueError: an impossible `objects`, or `output` holds data that this script did not write.
     """
     if not 2 <= objects <= MAX_OBJECTS:
         raise ValueError(f"objects={objects}: scenes have at most 2 to {MAX_OBJECTS} objects")
+    own = read_file_list(output) or {}
+    for name in WRITTEN:
+        if (output / name).exists() and name not in own:
+            raise ValueError(
+                f"{output / name} was not written by this script, and would be replaced; move it away, or choose "
+                "another --output"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    note_files(output, dict.fromkeys(WRITTEN))
     folders = {name: output / "images" / name for name in ("pretrain", "finetune", "heldout")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +194,10 @@ def main() -> None:
     parser.add_argument("--finetune", type=int, default=3000, help="conversations")
     parser.add_argument("--heldout", type=int, default=200, help="held-out images, two questions each")
     parser.add_argument("--objects", type=int, default=MAX_OBJECTS, help="most objects in a scene")
-    generate(**vars(parser.parse_args()))
+    try:
+        generate(**vars(parser.parse_args()))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -146,11 +146,15 @@ def _eval(case: Case, folder: str, names: set[str], expect: str) -> None:
 
 def _convert(case: Case, folder: str, names: set[str], expect: str) -> None:
     source, base = _source(case, folder)
-    arguments = ["convert", source, "new", "--to", "llava" if source == "hf" else "hf"]
+    arguments = ["convert", source, "converted", "--to", "llava" if source == "hf" else "hf"]
     arguments += ["--model-base", base] if base else []
     arguments += ["--vision-tower", "clip"] if folder == "clip" else []
     case.run(
-        arguments, outputs=["new"], names=names, expect=_unless_unread(expect, folder), check=case.check_model("new")
+        arguments,
+        outputs=["converted"],
+        names=names,
+        expect=_unless_unread(expect, folder),
+        check=case.check_model("converted"),
     )
 
 
@@ -158,10 +162,14 @@ def _merge(case: Case, folder: str, names: set[str], expect: str) -> None:
     source, base = _source(case, folder)
     if base is None:
         return
-    arguments = ["merge", source, "new", "--model-base", base]
+    arguments = ["merge", source, "merged", "--model-base", base]
     arguments += ["--vision-tower", "clip"] if folder == "clip" else []
     case.run(
-        arguments, outputs=["new"], names=names, expect=_unless_unread(expect, folder), check=case.check_model("new")
+        arguments,
+        outputs=["merged"],
+        names=names,
+        expect=_unless_unread(expect, folder),
+        check=case.check_model("merged"),
     )
 
 

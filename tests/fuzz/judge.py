@@ -24,7 +24,7 @@ MISLEADING = ("will likely succeed", "install tiktoken", "_internal assert")
 LONGEST_ERROR = 900
 NOTES = "my_notes.txt"  # the user's, in every folder
 ANSWERS = "answers.jsonl"  # beside it, answers wait for the others in a file with more to its name
-STAGING = re.compile(r"(^|/)\.(incomplete|writing|replaced)")
+STAGING = re.compile(r"(^|/)\.(incomplete|lock$|[^/]*\.lock$|[^/]*writing-)")
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -54,12 +54,16 @@ def changes(before: dict[str, str], after: dict[str, str], outputs: Collection[s
     said = [
         f"{'deleted' if path not in after else 'changed'} {path}"
         for path, content in before.items()
-        if after.get(path) != content and (path.endswith(NOTES) or not _within(path, own)) and ANSWERS + "." not in path
+        if after.get(path) != content and (path.endswith(NOTES) or not _within(path, own)) and not _unfinished(path)
     ]
     new = [path for path in after if path not in before and "*" not in outputs]
     left = [path for path in new if not _within(path, [*outputs, *own]) and not _above(path, outputs)]
     left = [path for path in left if not any(path.startswith(f"{folder}.") for folder in outputs if ANSWERS in folder)]
     return said + [f"left {path}" for path in left if str(Path(path).parent) not in left]
+
+
+def _unfinished(path: str) -> bool:
+    return f"{ANSWERS}." in path or STAGING.search(path) is not None
 
 
 def _within(path: str, folders: Collection[str]) -> bool:

@@ -48,7 +48,7 @@ def pack(source: Path, target: Path = HERE) -> None:
         else:
             index["tensors"][name] = same
     save_file(dict(sorted(pool.items())), target / POOL)
-    (target / INDEX).write_text(json.dumps(index, indent=0) + "\n", encoding="utf-8")
+    (target / INDEX).write_text(json.dumps(index, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def unpack(target: Path, source: Path = HERE) -> Path:

@@ -6,13 +6,15 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llava.model.language_model.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen import (
     LlavaQwen2Config,
     LlavaQwen2ForCausalLM,
     LlavaQwen3Config,
     LlavaQwen3ForCausalLM,
+    LlavaQwenConfig,
+    LlavaQwenForCausalLM,
 )
 
 # Language model's own model_type -> LLaVA on it.
@@ -47,6 +49,7 @@ def llava_class_for(model_type: str) -> Any:
 
 
 __all__ = [
+    "LlavaConfig",
     "LlavaLlamaConfig",
     "LlavaLlamaForCausalLM",
     "LlavaMistralConfig",
@@ -55,5 +58,7 @@ __all__ = [
     "LlavaQwen2ForCausalLM",
     "LlavaQwen3Config",
     "LlavaQwen3ForCausalLM",
+    "LlavaQwenConfig",
+    "LlavaQwenForCausalLM",
     "llava_class_for",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from llava.model.language_model.config import LlavaConfigMixin
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaLlamaConfig(LlamaConfig):
+class LlavaLlamaConfig(LlavaConfigMixin, LlamaConfig):
     """LlamaConfig with LLaVA's mm_* keys and `reduction`."""
 
     model_type = "llava_llama"
@@ -32,3 +33,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+LlavaConfig = LlavaLlamaConfig
+"""LLaVA's name of it."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
+from llava.model.language_model.config import LlavaConfigMixin
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaMistralConfig(MistralConfig):
+class LlavaMistralConfig(LlavaConfigMixin, MistralConfig):
     """MistralConfig with LLaVA's mm_* keys and `reduction`."""
 
     model_type = "llava_mistral"

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from llava.model.weights import raise_for_keys, without_load_report
+from llava.model.weights import check_files, check_json, raise_for_keys, raise_for_nonfinite, without_load_report
 
 # A fast tokenizer sets padding and truncation on itself, which two threads must not do at once.
 _TOKENIZING = threading.Lock()
@@ -25,9 +25,10 @@ def resolve_text_config(name_or_path: str) -> CLIPTextConfig:
     Raises:
         ValueError: nothing there, or a model without CLIP's text tower.
     """
+    check_json(name_or_path, "config.json")
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises its own types for values it can't take
         raise ValueError(f"no model at {name_or_path!r} whose text tower could be read: {error}") from error
     if config.model_type != "clip":
         raise ValueError(
@@ -36,6 +37,14 @@ def resolve_text_config(name_or_path: str) -> CLIPTextConfig:
         )
     config.text_config.projection_dim = config.projection_dim  # the whole model's counts; the other may be a default
     return config.text_config
+
+
+class _Clip(CLIPModel):
+    """CLIP without the scale of its scores: a single number, which ZeRO-3 has no way to hand out."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        del self.logit_scale
 
 
 class ClipText(nn.Module):
@@ -61,11 +70,13 @@ class ClipText(nn.Module):
             ValueError: they do not fit; the keys are listed.
         """
         like = self.text_projection.weight
+        check_files(name_or_path)
         with without_load_report():
-            clip, info = CLIPModel.from_pretrained(name_or_path, dtype=like.dtype, output_loading_info=True)
+            clip, info = _Clip.from_pretrained(name_or_path, dtype=like.dtype, output_loading_info=True)
         raise_for_keys(name_or_path, missing=sorted(info["missing_keys"]))
         for name in ("text_model", "text_projection", "visual_projection"):
             module = getattr(clip, name).requires_grad_(False)
+            raise_for_nonfinite(name_or_path, module.named_parameters())
             setattr(self, name, module if like.device.type == "meta" else module.to(like.device))
 
     def embed_texts(self, texts: Sequence[str], name_or_path: str) -> Tensor:

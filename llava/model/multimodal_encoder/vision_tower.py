@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, CLIPTextConfig, PreTrainedConfig
 
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
 from llava.model.multimodal_encoder.processor import load_image_processor
-from llava.model.weights import raise_for_keys, without_load_report
+from llava.model.weights import check_files, check_json, raise_for_keys, raise_for_nonfinite, without_load_report
 from llava.reduction.base import VisionFeatures
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,10 @@ def resolve_vision_config(name_or_path: str) -> PreTrainedConfig:
     Raises:
         ValueError: nothing there, or no image encoder that this tower can run.
     """
+    check_json(name_or_path, "config.json")
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises its own types for values it can't take
         raise ValueError(
             f"the vision tower {name_or_path!r} is neither a folder with a config.json nor a model of the hub that can "
             "be reached from here. Pass the folder of a CLIP or SigLIP model as vision_tower= (--vision_tower)"
@@ -52,6 +53,9 @@ class VisionTower(nn.Module):
         select_layer: index into the hidden states, embeddings first; -2 is the output of the last block but one.
         select_feature: "patch" drops CLS, "cls_patch" keeps it (unknown to towers without CLS).
     """
+
+    # transformers' post_init gathers these from children; a tower in two places would add up tensors of two devices.
+    _no_split_modules = ("VisionTower",)
 
     def __init__(
         self, config: PreTrainedConfig, name: str, select_layer: int = -2, select_feature: str = "patch"
@@ -140,7 +144,11 @@ class VisionTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.vision_tower.device
+        """Where pixels go: to the weights, or where accelerate brings offloaded weights for a moment."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        place = next((place for place in places if place is not None), None)
+        return self.vision_tower.device if place is None else torch.device(place)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,16 +159,10 @@ class VisionTower(nn.Module):
         """transformers' image processor of this tower, loaded at first use.
 
         Raises:
-            ValueError: no preprocessor_config.json at `processor_path`.
+            ValueError: no preprocessor_config.json at `processor_path`, or one whose settings don't work.
         """
         if self._image_processor is None:
-            try:
-                self._image_processor = load_image_processor(self.processor_path)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"no image processor (preprocessor_config.json) at {self.processor_path!r}; pass the folder "
-                    "of the CLIP or SigLIP model as vision_tower= (--vision_tower)"
-                ) from error
+            self._image_processor = load_image_processor(self.processor_path)
         return self._image_processor
 
     def load_weights(self, missing: Collection[str] | None = None) -> None:
@@ -184,6 +186,7 @@ class VisionTower(nn.Module):
 
     def _load_encoder(self) -> None:
         name, old = self.name, self.vision_tower
+        check_files(name)
         with without_load_report():
             encoder, info = type(old).from_pretrained(
                 name,
@@ -198,6 +201,7 @@ class VisionTower(nn.Module):
                 f"the vision tower {name!r} does not fit the configuration of this model; missing or wrongly shaped: "
                 f"{', '.join(wrong[:8])}{', ...' if len(wrong) > 8 else ''}"
             )
+        raise_for_nonfinite(name, encoder.named_parameters())
         encoder.requires_grad_(False)
         self.vision_tower = encoder if old.device.type == "meta" else encoder.to(old.device)
         logger.info("vision tower: weights from %s", name)
@@ -216,7 +220,7 @@ class VisionTower(nn.Module):
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(learns):
-            pixels = pixels.to(device=self.vision_tower.device, dtype=self.dtype)
+            pixels = pixels.to(device=self.device, dtype=self.dtype)
             return self._encode(pixels, frozenset(needs), blocks)
 
     def _encode(self, pixels: Tensor, needs: frozenset[str], read: Sequence[int]) -> VisionFeatures:

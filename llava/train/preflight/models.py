@@ -20,7 +20,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model import llava_class_for
 from llava.model.projector_method import add_projector_method
-from llava.model.weights import WEIGHT_FILES, raise_for_keys, read_json, read_shapes
+from llava.model.weights import WEIGHT_FILES, checkpoint_heads, raise_for_keys
 from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 from llava.reduction.selection import BudgetedReducer
@@ -149,15 +149,10 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: there is none, a file is missing, or one is torn.
     """
-    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if found is None:
+    heads = checkpoint_heads(folder)
+    if not heads:
         raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
-    if found.suffix != ".json":
-        return read_shapes(found)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(set(read_json(found)["weight_map"].values())):
-        shapes |= read_shapes(folder / name)
-    return shapes
+    return {name: head.shape for name, head in heads.items()}
 
 
 # Visual tokens ---------------------------------------------------------------------------------------------------

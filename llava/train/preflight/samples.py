@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from llava.train.preflight.findings import ERROR, NAMED, NOTE, WARNING, Report, 
 
 CHUNK = 512
 """Rows that are read from the table at a time."""
+LOOKED_AT = 64
+"""Samples that are read before a run in search of one that teaches something; mostly the first does."""
 LENGTH, CUT = "length", "answers cut off"
 
 VisualCounter = Callable[[tuple[int, int]], int]
@@ -132,6 +135,30 @@ def check_samples(
         _report_lengths(report, np.array(lengths), cut, unlearned, max_length)
         return min(max(lengths), max_length)
     return max_length
+
+
+def check_learnable(
+    dataset: LazySupervisedDataset, report: Report, count_visual: VisualCounter | None, max_length: int
+) -> None:
+    """Look for one sample that teaches something, among some that are drawn at random.
+
+    Args:
+        dataset: its rows need not be good.
+        report: gets an error where there is none.
+        count_visual: of an image.
+        max_length: `model_max_length`.
+    """
+    seen = 0
+    for row, folder in islice(chain.from_iterable(_chunks(dataset, shuffled=True)), LOOKED_AT):
+        result = _examine(dataset, row, folder, count_visual, max_length)
+        if isinstance(result, Lengths) and result.learned:
+            return
+        seen += 1
+    report.add(
+        CUT,
+        f"none of {seen} samples that were drawn at random can be read and has a token to learn among the first "
+        f"{max_length}: raise --model_max_length or mend the data",
+    )
 
 
 def _report_lengths(report: Report, lengths: np.ndarray, cut: Tally, unlearned: Tally, max_length: int) -> None:
