@@ -16,7 +16,7 @@ import argparse
 from dataclasses import dataclass
 
 from llava.reduction import build
-from llava.train.arguments import accumulation_steps
+from llava.train.settings.arguments import accumulation_steps
 
 SAMPLES = 665_298  # LLaVA-1.5's finetuning mix
 TEXT = 300  # tokens of text a sample, roughly; depends on the mix

@@ -56,8 +56,8 @@ def train(
     DeepSpeed's launcher starts one process for each GPU, as the shell scripts do; else torchrun does where
     num_gpus is above 1. In a process that a launcher has started (RANK is set), the training runs right there.
     """
-    from llava.train.launch import train_from_config
-    from llava.train.process import leave
+    from llava.train.launching.launch import train_from_config
+    from llava.train.launching.process import leave
 
     leave(train_from_config(str(config), overrides or []))
 
@@ -74,7 +74,7 @@ def doctor(
 
     Prints a line for each finding, and ends with exit code 1 where something must be mended.
     """
-    from llava.train.doctor import examine, summary
+    from llava.train.preflight.doctor import examine, summary
 
     report = examine(config, overrides or [], device_memory)
     for finding in report.ordered():

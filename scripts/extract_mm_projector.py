@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llava.train.checkpoint import extract_projector
+from llava.train.checkpoints.saving import extract_projector
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the projector of a full checkpoint to a file.")

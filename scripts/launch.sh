@@ -28,7 +28,7 @@ fi
 
 # supervise.py lets the run write a checkpoint on SIGTERM, SIGUSR1 and Ctrl-C; its exit code is then 75.
 # DeepSpeed's launcher would repeat the whole command three times, and once more after an error.
-LAUNCHER=(python "$LLAVA_ROOT/llava/train/supervise.py" deepspeed --log_level critical)
+LAUNCHER=(python "$LLAVA_ROOT/llava/train/launching/supervise.py" deepspeed --log_level critical)
 if [[ -n "${NUM_GPUS:-}" ]]; then LAUNCHER+=(--num_gpus "$NUM_GPUS"); fi
 if [[ -n "${HOSTFILE:-}" ]]; then LAUNCHER+=(--hostfile "$HOSTFILE"); fi
 if [[ -n "${MASTER_PORT:-}" ]]; then LAUNCHER+=(--master_port "$MASTER_PORT"); fi
@@ -92,7 +92,7 @@ fi
 if [[ -n "${METHOD:-}" ]]; then
     recipe="$LLAVA_ROOT/configs/$METHOD${RECIPES:-}/$(basename "$0" .sh).yaml"
     if [[ -f "$recipe" ]]; then
-        flags="$(python -m llava.train.config "$recipe")"
+        flags="$(python -m llava.train.settings.config "$recipe")"
         while IFS= read -r flag; do METHOD_FLAGS+=("$flag"); done <<<"$flags"
     else
         echo "no $recipe: --reduction $METHOD on this script's own settings" >&2

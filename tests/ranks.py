@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava.train.process import remove_shared_buffer
+from llava.train.launching.process import remove_shared_buffer
 from tests.tiny_world import ROOT
 
 ZERO = {"bf16": True, "dataloader_num_workers": 0}
@@ -184,7 +184,7 @@ def _rank(
     redirect_output(log)
     multiprocessing.set_start_method("fork", force=True)  # for data loading, as where a launcher starts the ranks
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
-    from llava.train.process import leave, run_and_report
+    from llava.train.launching.process import leave, run_and_report
     from llava.train.train import main
 
     if before is not None:

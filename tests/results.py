@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.model.builder import load_pretrained_model
-from llava.train.checkpoint import part_of
-from llava.train.parsing import parse_args
+from llava.train.checkpoints.saving import part_of
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.tiny_world import SIDE, TinyWorld
 

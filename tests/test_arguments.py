@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
-from llava.train import arguments as arguments_module
-from llava.train.arguments import accumulation_steps
-from llava.train.config import load_config
-from llava.train.legacy import LEGACY_FLAGS, translate_legacy
-from llava.train.parsing import check_args, flag_names, parse_args, resolved, to_flags
+from llava.train.settings import arguments as arguments_module
+from llava.train.settings.arguments import accumulation_steps
+from llava.train.settings.config import load_config
+from llava.train.settings.legacy import LEGACY_FLAGS, translate_legacy
+from llava.train.settings.parsing import check_args, flag_names, parse_args, resolved, to_flags
 from llava.train.train import write_run_config
 from tests.tiny_world import ROOT, TinyWorld, make_tiny_world, run_command
 

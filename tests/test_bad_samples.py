@@ -13,7 +13,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data import LazySupervisedDataset
 from llava.data.rejects import Rejects, join_rejects
 from llava.data.samples import BadSampleError
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from llava.train.trainer import LLaVATrainer
 from tests.test_dataset import Letters, processor, turns

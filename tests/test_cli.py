@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from llava import cli
 from llava.model.builder import load_pretrained_model
-from llava.train import launch
-from llava.train.config import LaunchOptions
-from llava.train.launch import ENTRY, launch_command
-from llava.train.parsing import parse_args
+from llava.train.launching import launch
+from llava.train.launching.launch import ENTRY, launch_command
+from llava.train.settings.config import LaunchOptions
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.tiny_world import SIDE, TinyWorld, make_tiny_world, run_command, run_python
 
@@ -97,7 +97,7 @@ def test_how_a_run_is_launched() -> None:
     python = sys.executable
     assert launch_command(["--bf16=True"], LaunchOptions(num_gpus=1)) is None
     with_torchrun = launch_command(["--bf16=True"], LaunchOptions(num_gpus=2, master_port=1234))
-    torchrun = [python, "-m", "llava.train.torchrun", "--nproc_per_node", "2", "--master_port", "1234"]
+    torchrun = [python, "-m", "llava.train.launching.torchrun", "--nproc_per_node", "2", "--master_port", "1234"]
     assert with_torchrun == [*torchrun, str(ENTRY), "--bf16=True"]
     flags, quiet = ["--deepspeed=scripts/zero2.json"], ["--log_level", "critical"]
     one = launch_command(flags, LaunchOptions(num_gpus=1))
@@ -142,7 +142,7 @@ def test_a_process_with_gloo_leaves_in_order(tmp_path: Path) -> None:
     """It has run its exit handlers, has written its output, and ends with the code it was given."""
     program = """
 import atexit, os, sys, torch
-from llava.train.process import leave
+from llava.train.launching.process import leave
 atexit.register(lambda: open(sys.argv[1], "w").write("handled"))
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1] + ".store", rank=0, world_size=1)
 torch.distributed.all_gather_into_tensor(torch.zeros(4), torch.ones(4), async_op=True)

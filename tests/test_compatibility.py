@@ -11,13 +11,19 @@ import pytest
 
 from llava.model.builder import load_pretrained_model
 from llava.reduction import ReductionConfig
-from llava.train.checkpoint import RunKind
-from llava.train.doctor import examine
+from llava.train.checkpoints.resume import (
+    SETTINGS_FILE,
+    check_checkpoint,
+    check_result,
+    checkpoint_to_resume,
+    run_settings,
+)
+from llava.train.checkpoints.saving import RunKind
 from llava.train.merge import merge_checkpoint
 from llava.train.modeling import read_config
-from llava.train.parsing import check_args, parse_args
-from llava.train.problems import SettingsError
-from llava.train.resume import SETTINGS_FILE, check_checkpoint, check_result, checkpoint_to_resume, run_settings
+from llava.train.preflight.doctor import examine
+from llava.train.settings.parsing import check_args, parse_args
+from llava.train.settings.problems import SettingsError
 from llava.train.train import train
 from tests.tiny_world import ROOT, TinyWorld, make_tiny_world
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.model.builder import load_pretrained_model
 from llava.train.modeling import read_config
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from tests.test_builder import edit_config, llava_on, projector_folder, save
 from tests.tiny_world import TinyWorld, make_tiny_world
 

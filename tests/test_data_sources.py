@@ -31,8 +31,8 @@ from llava.data.rejects import Rejects, join_rejects
 from llava.data.sources import parse_data_path
 from llava.data.streaming import estimate_samples
 from llava.data.table import load_table
-from llava.train.config import load_config
-from llava.train.parsing import parse_args
+from llava.train.settings.config import load_config
+from llava.train.settings.parsing import parse_args
 from tests.test_dataset import Letters, processor, turns
 from tests.tiny_world import make_tiny_world
 

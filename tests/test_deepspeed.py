@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava.model.builder import load_pretrained_model
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.ranks import free_port, train_in_ranks
 from tests.test_arguments import script_flags

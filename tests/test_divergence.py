@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.model.weights import NonFiniteWeightsError, is_finite, raise_for_nonfinite
-from llava.train.divergence import DivergedError, LossWatch
-from llava.train.parsing import parse_args
+from llava.train.logs.divergence import DivergedError, LossWatch
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from llava.train.trainer import LLaVATrainer
 from tests.results import KINDS

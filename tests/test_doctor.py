@@ -32,14 +32,14 @@ from llava import cli
 from llava.mm_utils import process_images
 from llava.reduction.base import VisualTokens
 from llava.train import train as train_module
-from llava.train.config import LaunchOptions
-from llava.train.doctor import examine, preflight, processes_of
 from llava.train.modeling import load_model, load_tokenizer, read_config
-from llava.train.parsing import Arguments, check_args, parse_args
 from llava.train.preflight import memory
+from llava.train.preflight.doctor import examine, preflight, processes_of
 from llava.train.preflight.findings import Report
 from llava.train.preflight.models import VisualCount, build_without_weights, without_meta
 from llava.train.preflight.samples import check_images_exist, measure
+from llava.train.settings.config import LaunchOptions
+from llava.train.settings.parsing import Arguments, check_args, parse_args
 from llava.train.train import train
 from tests.test_dataset import turns
 from tests.tiny_world import ROOT, SIDE, TinyWorld, make_tiny_world

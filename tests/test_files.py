@@ -25,12 +25,12 @@ from llava.files import (
     read_file_list,
 )
 from llava.lock import lock
-from llava.train import output_dir
-from llava.train.checkpoint import extract_projector
-from llava.train.checkpoint_folders import make_room, remove_old_checkpoints
-from llava.train.doctor import examine
-from llava.train.output_dir import LOCK_FILE
-from llava.train.parsing import parse_args
+from llava.train.checkpoints import output_dir
+from llava.train.checkpoints.folders import make_room, remove_old_checkpoints
+from llava.train.checkpoints.output_dir import LOCK_FILE
+from llava.train.checkpoints.saving import extract_projector
+from llava.train.preflight.doctor import examine
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.tiny_world import TinyWorld, make_tiny_world
 

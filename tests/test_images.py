@@ -389,7 +389,7 @@ def test_an_error_of_a_worker_is_that_of_the_sample(folder: Path) -> None:
 
 ENDS_WITH_WORKERS = """
 from torch.utils.data import DataLoader
-from llava.train.stop import ignore_signals
+from llava.train.launching.stop import ignore_signals
 
 batches = iter(DataLoader(range(8), num_workers=2, worker_init_fn=ignore_signals))
 next(batches)

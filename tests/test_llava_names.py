@@ -32,7 +32,7 @@ from llava.mm_utils import (
 from llava.model.builder import load_pretrained_model
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.modeling import load_model, read_config
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from llava.train.train import make_supervised_data_module, train
 from llava.utils import disable_torch_init
 from tests.tiny_world import ROOT, TinyWorld, make_tiny_world

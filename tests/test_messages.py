@@ -9,7 +9,7 @@ from tests.tiny_world import run_python
 # A process of a run, in which libraries speak in every way that they have.
 PROGRAM = """
 import logging, os, sys, warnings
-from llava.train.process import open_run_log, set_up_logging
+from llava.train.launching.process import open_run_log, set_up_logging
 
 set_up_logging()
 from transformers.utils import logging as of_transformers

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llava.train.modeling import NOT_QUANTIZED, load_model, load_tokenizer, quantization, read_config, run_kind
-from llava.train.parsing import check_args, parse_args
+from llava.train.settings.parsing import check_args, parse_args
 from llava.train.trainer import LLaVATrainer
 from tests.tiny_world import TinyWorld, make_tiny_world
 

@@ -10,7 +10,7 @@ import torch
 
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.model.language_model.staged import StagedPass
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.test_model import FIRST, ROWS, pictures
 from tests.test_staged import BACKBONES, METHODS, gradients, padded, staged_model, training_batch

@@ -17,7 +17,7 @@ from llava.reduction import ReductionConfig, VisionFeatures, available, build
 from llava.reduction.base import ProjectorReducer
 from llava.reduction.projector.grouping import concatenate_neighbours
 from llava.reduction.projector.stf import evenly_spaced, options_of_weights
-from llava.train.checkpoint import part_of
+from llava.train.checkpoints.saving import part_of
 from tests.test_builder import answer, assert_same_model, edit_config, llava_on, open_model, projector_folder, save
 from tests.test_convert import save_ours
 from tests.tiny_models import PINPOINTS, SIDE, prompt, tiny_model

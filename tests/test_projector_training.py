@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava.model.builder import load_pretrained_model
-from llava.train.checkpoint import part_of
+from llava.train.checkpoints.saving import part_of
 from llava.train.merge import merge_checkpoint
 from llava.train.trainer import parameter_group_names
 from tests.test_training import LORA, PROJECTOR, build, logits, run, trained_names

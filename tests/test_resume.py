@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from llava.files import write_file_list
-from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint_folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints
-from llava.train.parsing import parse_args
+from llava.train.checkpoints.folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints
+from llava.train.settings.arguments import TrainingArguments
+from llava.train.settings.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
 from llava.train.trainer import LLaVATrainer
 from tests.ranks import Ranks, kill_in_step, kill_while_writing, slow_steps, train_in_ranks, zero_flags

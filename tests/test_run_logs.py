@@ -19,13 +19,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.train import parsing, statistics
-from llava.train.flops import FlopsModel, peak_flops, utilization
-from llava.train.metrics_file import drop_later_lines
-from llava.train.parsing import parse_args
-from llava.train.progress import TrainingBar
-from llava.train.run_info import git_state
-from llava.train.statistics import BatchMeter, Stopwatch, Totals, describe
+from llava.train.logs import batch_meter
+from llava.train.logs.batch_meter import BatchMeter, Stopwatch, Totals, describe
+from llava.train.logs.flops import FlopsModel, peak_flops, utilization
+from llava.train.logs.metrics_file import drop_later_lines
+from llava.train.logs.progress import TrainingBar
+from llava.train.logs.run_info import git_state
+from llava.train.settings import parsing
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from llava.train.trainer import LLaVATrainer
 from tests.tiny_models import prompt, tiny_model
@@ -133,7 +134,7 @@ def test_throughput_of_totals() -> None:
 
 def test_the_watch_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(statistics.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(batch_meter.time, "perf_counter", lambda: now)
     watch = Stopwatch()
     now = 3.0
     watch.pause()

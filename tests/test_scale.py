@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from llava.train.config import LaunchOptions
-from llava.train.launch import launch_command
-from llava.train.parsing import parse_args
+from llava.train.launching.launch import launch_command
+from llava.train.settings.config import LaunchOptions
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.test_arguments import script_flags
 from tests.test_deepspeed import free_port, losses

@@ -11,11 +11,11 @@ import torch
 
 from llava.data.sources import parse_data_path
 from llava.reduction import ReductionConfig
-from llava.train.arguments import TrainingArguments
-from llava.train.config import load_config
-from llava.train.doctor import examine
-from llava.train.parsing import check_args, parse_args
-from llava.train.problems import SettingsError
+from llava.train.preflight.doctor import examine
+from llava.train.settings.arguments import TrainingArguments
+from llava.train.settings.config import load_config
+from llava.train.settings.parsing import check_args, parse_args
+from llava.train.settings.problems import SettingsError
 from llava.train.train import train
 from tests.tiny_world import ROOT, TinyWorld, make_tiny_world, run_command
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from llava.data.items import ItemMaker
 from llava.data.streaming import StreamingSupervisedDataset, estimate_samples
-from llava.train.parsing import check_args, parse_args
+from llava.train.settings.parsing import check_args, parse_args
 from llava.train.train import train
 from llava.train.trainer import LLaVATrainer
 from tests.test_dataset import Letters, turns

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llava.train import torchrun
+from llava.train.launching import torchrun
 from tests.ranks import Ranks, free_port
 from tests.tiny_world import ROOT, TinyWorld, make_tiny_world
 
@@ -61,7 +61,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
 
 @pytest.fixture
 def supervised() -> Any:
-    process = start([sys.executable, "llava/train/supervise.py", sys.executable, "-c", LAUNCHER, RANK])
+    process = start([sys.executable, "llava/train/launching/supervise.py", sys.executable, "-c", LAUNCHER, RANK])
     wait_for(process, "ready")
     yield process
     process.kill()

@@ -19,7 +19,7 @@ from llava.model.convert import convert
 from llava.model.tokenizer import open_tokenizer, save_tokenizer
 from llava.train.merge import merge_checkpoint
 from llava.train.modeling import load_tokenizer
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.tiny_world import ROOT, make_tiny_world
 

@@ -19,14 +19,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from llava.files import atomic_folder
 from llava.model.builder import load_pretrained_model
 from llava.train import modeling
-from llava.train.checkpoint import (
+from llava.train.checkpoints.folders import last_complete_checkpoint
+from llava.train.checkpoints.saving import (
     RunKind,
     gather,
     load_run,
     part_of,
     save_run,
 )
-from llava.train.checkpoint_folders import last_complete_checkpoint
 from llava.train.modeling import (
     linear_layer_names,
     load_model,
@@ -34,8 +34,8 @@ from llava.train.modeling import (
     read_config,
     run_kind,
 )
-from llava.train.parsing import Arguments, parse_args
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
+from llava.train.settings.parsing import Arguments, parse_args
 from llava.train.train import checkpoint_to_resume, train
 from llava.train.trainer import LLaVATrainer, parameter_group_names
 from tests.tiny_world import SIDE, TinyWorld, make_tiny_world

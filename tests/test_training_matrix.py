@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llava.reduction import available
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.ranks import train_in_ranks, zero_flags
 from tests.results import KINDS, check_folder, check_losses, make_projector

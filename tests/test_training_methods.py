@@ -10,7 +10,7 @@ import torch
 
 from llava.model.builder import load_pretrained_model
 from llava.reduction import available
-from llava.train.parsing import parse_args
+from llava.train.settings.parsing import parse_args
 from llava.train.train import train
 from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 

@@ -16,8 +16,8 @@ from llava.data.streaming import StreamingSupervisedDataset
 from llava.model.multimodal_encoder.processor import load_image_processor
 from llava.model.multimodal_encoder.vision_tower import resolve_vision_config
 from llava.reduction.config import ReductionConfig
-from llava.train.checkpoint_folders import read_state
-from llava.train.parsing import Arguments
+from llava.train.checkpoints.folders import read_state
+from llava.train.settings.parsing import Arguments
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llava.train import trainer
-from llava.train.checkpoint import RunKind
+from llava.train.checkpoints.saving import RunKind
 
 
 class LLaVATrainer(trainer.LLaVATrainer):
@@ -13,7 +13,7 @@ class LLaVATrainer(trainer.LLaVATrainer):
 
     Args:
         model: a LLaVA model, or PEFT's wrapper of one.
-        args: of `llava.train.arguments.TrainingArguments`.
+        args: of `llava.train.settings.arguments.TrainingArguments`.
         tokenizer: of the language model; today's word is `processing_class`.
         kind: default: LoRA where the model is PEFT's, the projector where its config says `tune_mm_mlp_adapter`.
         kwargs: those of transformers' Trainer.

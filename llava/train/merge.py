@@ -7,7 +7,7 @@ from pathlib import Path
 from llava.files import check_apart, new_folder, places_read
 from llava.model.builder import load_pretrained_model
 from llava.model.weights import parse_dtype
-from llava.train.checkpoint import RunKind, save_run
+from llava.train.checkpoints.saving import RunKind, save_run
 
 
 def merge_checkpoint(

@@ -17,14 +17,14 @@ from llava.model.language_model import llava_class_for
 from llava.model.tokenizer import open_tokenizer
 from llava.model.weights import check_json, read_json, read_weights
 from llava.reduction import ReductionConfig
-from llava.train.arguments import (
+from llava.train.checkpoints.saving import ADAPTER_FILE, RunKind, load_adapter, part_of
+from llava.train.settings.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
     parse_pinpoints,
 )
-from llava.train.checkpoint import ADAPTER_FILE, RunKind, load_adapter, part_of
-from llava.train.parsing import Arguments
+from llava.train.settings.parsing import Arguments
 
 logger = logging.getLogger(__name__)
 

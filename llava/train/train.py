@@ -18,17 +18,23 @@ from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.reduction import ReductionConfig
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
-from llava.train.checkpoint_folders import STATE_FILE
+from llava.train.checkpoints.folders import STATE_FILE
+from llava.train.checkpoints.output_dir import RUN_FILES, holding_output_dir
+from llava.train.checkpoints.resume import (
+    RUN_CONFIG_FILE,
+    check_checkpoint,
+    checkpoint_to_resume,
+    is_finished,
+    run_settings,
+)
 from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
-from llava.train.doctor import preflight
+from llava.train.launching.process import open_run_log, set_up_logging
+from llava.train.logs.run_info import write_run_info
+from llava.train.logs.trackers import wandb_run
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
-from llava.train.output_dir import RUN_FILES, holding_output_dir
-from llava.train.parsing import Arguments, parse_args
-from llava.train.process import open_run_log, set_up_logging
-from llava.train.resume import RUN_CONFIG_FILE, check_checkpoint, checkpoint_to_resume, is_finished, run_settings
-from llava.train.run_info import write_run_info
-from llava.train.trackers import wandb_run
+from llava.train.preflight.doctor import preflight
+from llava.train.settings.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
+from llava.train.settings.parsing import Arguments, parse_args
 from llava.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)

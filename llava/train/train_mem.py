@@ -12,7 +12,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it 
 # In place of this folder, whose modules are not meant to be imported by their bare names.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from llava.train.process import choose_accelerator, leave, run_and_report  # noqa: E402
+from llava.train.launching.process import choose_accelerator, leave, run_and_report  # noqa: E402
 
 if __name__ == "__main__":
     choose_accelerator()

@@ -24,23 +24,23 @@ from llava.data.streaming import StreamingSupervisedDataset
 from llava.files import adopt_checkpoint, atomic_folder, write_file_list
 from llava.model.weights import NonFiniteWeightsError, raise_for_nonfinite
 from llava.reduction.base import EncoderReducer, ProjectorReducer
-from llava.train.arguments import TrainingArguments, split_names
-from llava.train.checkpoint import RunKind, load_run, part_of, save_run
-from llava.train.checkpoint_folders import (
+from llava.train.checkpoints.folders import (
     STATE_FILE,
     CannotWriteError,
     make_room,
     remove_old_checkpoints,
     write_errors_named,
 )
-from llava.train.divergence import DivergedError, diverged, samples_of_steps, what_is_left, write_samples
-from llava.train.metrics_file import MetricsFile, strict_json
-from llava.train.progress import TrainingBar
-from llava.train.resume import RATES, SETTINGS_FILE
-from llava.train.run_meter import RunMeter
+from llava.train.checkpoints.resume import RATES, SETTINGS_FILE
+from llava.train.checkpoints.saving import RunKind, load_run, part_of, save_run
+from llava.train.launching.stop import RunStoppedError, StopOnSignal, ignore_signals
+from llava.train.logs.batch_meter import AnswerMeter, VisualTokenMeter
+from llava.train.logs.divergence import DivergedError, diverged, samples_of_steps, what_is_left, write_samples
+from llava.train.logs.metrics_file import MetricsFile, strict_json
+from llava.train.logs.progress import TrainingBar
+from llava.train.logs.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
-from llava.train.statistics import AnswerMeter, VisualTokenMeter
-from llava.train.stop import RunStoppedError, StopOnSignal, ignore_signals
+from llava.train.settings.arguments import TrainingArguments, split_names
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class LLaVATrainer(Trainer):
 
     Args:
         kind: what is trained, and so what a checkpoint holds.
-        settings: of the run, as a checkpoint keeps them; see `llava.train.resume`.
+        settings: of the run, as a checkpoint keeps them; see `llava.train.checkpoints.resume`.
         kwargs: those of transformers' Trainer.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava.train.parsing import flag_names
+from llava.train.settings.parsing import flag_names
 from tests.fuzz.case import KINDS_OF_RUN, Case, settings_of
 
 # What no run can have.

@@ -28,12 +28,12 @@ import psutil
 import torch
 from transformers.trainer_utils import SaveStrategy
 
-from llava.train.arguments import read_deepspeed_config, zero_stage
-from llava.train.checkpoint import RunKind, part_of
-from llava.train.flops import head_dim
+from llava.train.checkpoints.saving import RunKind, part_of
+from llava.train.logs.flops import head_dim
 from llava.train.modeling import compute_dtype, loading_dtype, run_kind
-from llava.train.parsing import Arguments
 from llava.train.preflight.findings import ERROR, NOTE, WARNING, Report
+from llava.train.settings.arguments import read_deepspeed_config, zero_stage
+from llava.train.settings.parsing import Arguments
 
 GIB = 2**30
 SLACK = 0.9

@@ -24,10 +24,10 @@ from llava.model.weights import WEIGHT_FILES, checkpoint_heads, raise_for_keys
 from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 from llava.reduction.selection import BudgetedReducer
-from llava.train.checkpoint import part_of
+from llava.train.checkpoints.saving import part_of
 from llava.train.modeling import add_lora, select_trainable
-from llava.train.parsing import Arguments
 from llava.train.preflight.findings import NOTE, WARNING, Report
+from llava.train.settings.parsing import Arguments
 
 SETTINGS = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
 

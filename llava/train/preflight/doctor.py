@@ -12,18 +12,18 @@ from accelerate.utils import broadcast_object_list
 
 from llava.data.dataset import LazySupervisedDataset
 from llava.reduction import ReductionConfig
-from llava.train.arguments import accumulation_steps, runs_on_cpu
-from llava.train.config import LaunchOptions, load_config
+from llava.train.checkpoints.output_dir import check_free, check_output_dir
+from llava.train.checkpoints.resume import check_checkpoint, checkpoint_to_resume, run_settings
 from llava.train.data import load_dataset
 from llava.train.modeling import load_tokenizer, read_config
-from llava.train.output_dir import check_free, check_output_dir
-from llava.train.parsing import Arguments, check_args
 from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
 from llava.train.preflight.models import check_model
 from llava.train.preflight.samples import check_images_exist, check_learnable, check_samples
-from llava.train.problems import Problems
-from llava.train.resume import check_checkpoint, checkpoint_to_resume, run_settings
+from llava.train.settings.arguments import accumulation_steps, runs_on_cpu
+from llava.train.settings.config import LaunchOptions, load_config
+from llava.train.settings.parsing import Arguments, check_args
+from llava.train.settings.problems import Problems
 
 logger = logging.getLogger(__name__)
 

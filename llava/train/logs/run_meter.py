@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import nested_gather
 
-from llava.train.divergence import LossWatch
-from llava.train.flops import FlopsModel, utilization
-from llava.train.statistics import BatchMeter, Stopwatch, Totals, describe, peak_memory
+from llava.train.logs.batch_meter import BatchMeter, Stopwatch, Totals, describe, peak_memory
+from llava.train.logs.divergence import LossWatch
+from llava.train.logs.flops import FlopsModel, utilization
 
 
 class RunMeter:

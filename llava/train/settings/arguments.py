@@ -1,6 +1,6 @@
 """LLaVA's flags as three dataclasses, and the checks that need one of them only.
 
-What contradicts across them is checked in `llava.train.parsing`, before any of them is built.
+What contradicts across them is checked in `llava.train.settings.parsing`, before any of them is built.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llava.data.streaming import SHUFFLE_BUFFER
 from llava.files import check_writable
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
-from llava.train.problems import Problems
-from llava.train.values import check_numbers
+from llava.train.settings.problems import Problems
+from llava.train.settings.values import check_numbers
 from llava.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)

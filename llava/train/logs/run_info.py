@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from llava.train.arguments import read_deepspeed_config
-from llava.train.parsing import Arguments, resolved
+from llava.train.settings.arguments import read_deepspeed_config
+from llava.train.settings.parsing import Arguments, resolved
 
 RUN_INFO_FILE = "run_info.json"
 PACKAGES = (

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from llava.train.checkpoint_folders import write_errors_named
+from llava.train.checkpoints.folders import write_errors_named
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -20,13 +20,13 @@ import yaml
 from llava.data.dataset import LazySupervisedDataset
 from llava.model.weights import WEIGHT_FILES
 from llava.reduction import ReductionConfig
-from llava.train.arguments import parse_pinpoints, split_names, zero_stage
-from llava.train.checkpoint import ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE, RunKind
-from llava.train.checkpoint_folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
+from llava.train.checkpoints.folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
+from llava.train.checkpoints.saving import ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE, RunKind
 from llava.train.modeling import run_kind
-from llava.train.parsing import Arguments
-from llava.train.problems import SettingsError
-from llava.train.values import NO_WORDS
+from llava.train.settings.arguments import parse_pinpoints, split_names, zero_stage
+from llava.train.settings.parsing import Arguments
+from llava.train.settings.problems import SettingsError
+from llava.train.settings.values import NO_WORDS
 
 logger = logging.getLogger(__name__)
 

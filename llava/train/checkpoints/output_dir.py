@@ -24,14 +24,14 @@ from llava.files import (
     remove_leftovers,
 )
 from llava.lock import holder, lock
-from llava.train.checkpoint_folders import STATE_FILE
-from llava.train.divergence import SAMPLES_FILE
-from llava.train.metrics_file import METRICS_FILE
+from llava.train.checkpoints.folders import STATE_FILE
+from llava.train.checkpoints.resume import RUN_CONFIG_FILE, check_result
+from llava.train.logs.divergence import SAMPLES_FILE
+from llava.train.logs.metrics_file import METRICS_FILE
+from llava.train.logs.run_info import RUN_INFO_FILE
+from llava.train.logs.trackers import WANDB_FILE
 from llava.train.modeling import run_kind
-from llava.train.parsing import Arguments
-from llava.train.resume import RUN_CONFIG_FILE, check_result
-from llava.train.run_info import RUN_INFO_FILE
-from llava.train.trackers import WANDB_FILE
+from llava.train.settings.parsing import Arguments
 
 LOCK_FILE = ".lock"
 RUN_FILES = (

@@ -16,8 +16,8 @@ import torch
 import torch.distributed
 
 from llava.messages import divert_libraries, open_log, set_up_messages
-from llava.train.checkpoint_folders import CannotWriteError, write_errors_named
-from llava.train.stop import SIGNALS, RunStoppedError
+from llava.train.checkpoints.folders import CannotWriteError, write_errors_named
+from llava.train.launching.stop import SIGNALS, RunStoppedError
 
 # How a training process ends, besides 0; the values of the last two are those of sysexits.h.
 EXIT_LOST = 1  # another rank ended before

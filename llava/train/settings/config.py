@@ -13,9 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from llava.reduction import ReductionConfig
 from llava.reduction.options import Within
 from llava.reduction.registry import SITES
-from llava.train.parsing import flag_names, to_flags, unknown_names_message
-from llava.train.problems import Problems
-from llava.train.values import read_path
+from llava.train.settings.parsing import flag_names, to_flags, unknown_names_message
+from llava.train.settings.problems import Problems
+from llava.train.settings.values import read_path
 
 EXTENDS = "extends"
 LAUNCH_KEYS = ("num_gpus", "hostfile", "master_port")
@@ -69,7 +69,7 @@ def load_config(
         problems: gets what is wrong with single keys, which are left out, so that all can be told at once.
 
     Returns:
-        The flags of the run, as `llava.train.parsing.parse_args` reads them, and how to launch it.
+        The flags of the run, as `llava.train.settings.parsing.parse_args` reads them, and how to launch it.
 
     Raises:
         ValueError: a missing file, a cycle of `extends`, broken YAML; without `problems` also an unknown key or a

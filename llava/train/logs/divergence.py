@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llava.data.samples import sample_name
 from llava.files import atomic_folder
-from llava.train.checkpoint_folders import last_complete_checkpoint
+from llava.train.checkpoints.folders import last_complete_checkpoint
 
 SAMPLES_FILE = "diverged.json"
 NAMED_SAMPLES = 4  # in the message; the file has all

@@ -1,11 +1,11 @@
 """Start a launcher, and give its training processes the time to write a checkpoint when the run is to stop.
 
-    python llava/train/supervise.py deepspeed --num_gpus 8 llava/train/train_mem.py --flag value ...
+    python llava/train/launching/supervise.py deepspeed --num_gpus 8 llava/train/train_mem.py --flag value ...
 
 Launchers end their processes after 30 seconds when they get SIGTERM or Ctrl-C, and die of SIGUSR1: too early for
 a checkpoint of a large model. So the launcher runs in a session of its own, where a terminal's Ctrl-C does not reach
-it, and signals go straight to the ranks, which finish their step, write, and end (see `llava.train.stop`). A second
-Ctrl-C ends all of them at once.
+it, and signals go straight to the ranks, which finish their step, write, and end (see `llava.train.launching.stop`). A
+second Ctrl-C ends all of them at once.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # In place of this folder, whose modules have the names of others.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import contextlib
 import ctypes

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from llava.train.arguments import (
+from llava.train.settings.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
@@ -22,9 +22,9 @@ from llava.train.arguments import (
     split_names,
     zero_stage,
 )
-from llava.train.legacy import name_and_value, split_flags, translate_legacy
-from llava.train.problems import Problems
-from llava.train.values import plain_text
+from llava.train.settings.legacy import name_and_value, split_flags, translate_legacy
+from llava.train.settings.problems import Problems
+from llava.train.settings.values import plain_text
 
 logger = logging.getLogger(__name__)
 

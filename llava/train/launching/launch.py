@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from llava.train.config import LaunchOptions, load_config
-from llava.train.parsing import check_args
-from llava.train.problems import Problems
-from llava.train.process import choose_accelerator, run_and_report
-from llava.train.supervise import supervise
+from llava.train.launching.process import choose_accelerator, run_and_report
+from llava.train.launching.supervise import supervise
+from llava.train.settings.config import LaunchOptions, load_config
+from llava.train.settings.parsing import check_args
+from llava.train.settings.problems import Problems
 
 logger = logging.getLogger(__name__)
 
-ENTRY = Path(__file__).with_name("train_mem.py")
+ENTRY = Path(__file__).parents[1] / "train_mem.py"
 
 
 def train_from_config(path: str, overrides: list[str]) -> int:
@@ -69,7 +69,7 @@ def launch_command(flags: list[str], options: LaunchOptions) -> list[str] | None
         raise ValueError("hostfile is read by DeepSpeed's launcher: set deepspeed too, e.g. ./scripts/zero2.json")
     if processes == 1:
         return None
-    launcher = [sys.executable, "-m", "llava.train.torchrun", "--nproc_per_node", str(processes)]
+    launcher = [sys.executable, "-m", "llava.train.launching.torchrun", "--nproc_per_node", str(processes)]
     return [*launcher, *port, str(ENTRY), *flags]
 
 

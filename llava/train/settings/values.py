@@ -12,7 +12,7 @@ from typing import Any
 
 from llava.data.sources import is_url
 from llava.reduction.options import Within
-from llava.train.problems import Problems
+from llava.train.settings.problems import Problems
 
 NO_WORDS = ("false", "no", "off")
 """What YAML's `no` becomes on its way through a boolean, and its like."""

@@ -1,0 +1,1 @@
+"""Starting the processes of a run, handing them signals, and their end."""
