@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -121,8 +122,11 @@ def _run(arguments: list[str], folder: str, log: str, trap: Trap | None) -> None
     sys.argv = ["llava", *arguments]
     from llava.cli import main
 
-    with _set(trap) if trap is not None else contextlib.nullcontext():
-        main()
+    try:
+        with _set(trap) if trap is not None else contextlib.nullcontext():
+            main()
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a command; multiprocessing leaves them out
 
 
 @contextlib.contextmanager
