@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.families import LlavaLlamaConfig, LlavaLlamaForCausalLM
 
 METHODS = {"pyramiddrop": {"name": "pyramiddrop"}, "fastv": {"name": "fastv"}}
 TEXT_BEFORE, TEXT_AFTER = 35, 25  # a system prompt, a question

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.families import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.train.sampler import ModalityLengthSampler
 

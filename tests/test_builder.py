@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model import LlavaLlamaForCausalLM, llava_class_for
+from llava.model.language_model.families import LlavaLlamaForCausalLM, llava_class_for
 from tests.tiny_models import BACKBONES, prompt, tiny_model
 from tests.tiny_world import SIDE, TinyWorld, make_tiny_world
 

@@ -21,8 +21,9 @@ from llava.data.preprocessing import build_prompt, build_prompt_ids
 from llava.mm_utils import process_images
 from llava.model import convert as convert_module
 from llava.model.builder import load_pretrained_model
-from llava.model.convert import chat_template, convert
-from llava.model.hf_layout import KEPT
+from llava.model.convert import convert
+from llava.model.llava_hf.chat_template import chat_template
+from llava.model.llava_hf.opening import KEPT
 from tests.hf_folders import SIZES, hf_folder, picture, word_tokenizer
 from tests.tiny_models import tiny_model, vision_config
 

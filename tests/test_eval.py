@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 from llava.eval import accuracy, model_vqa
 from llava.eval.questions import Question, get_chunk, read_questions
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model import llava_class_for
+from llava.model.language_model.families import llava_class_for
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "playground" / "toy" / "models" / "vicuna"
 PATCHES = 16

@@ -24,8 +24,8 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, u
 
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.hf_layout import to_hf_name
 from llava.model.image_layout import LayoutSpec, image_layout, unpadded_box
+from llava.model.llava_hf.opening import to_hf_name
 from tests.hf_folders import SIZES, hf_folder, hf_model, picture
 from tests.tiny_models import PATCH, SIDE, vision_config
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava.model.language_model import LlavaLlamaForCausalLM
+from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.reduction import VisionFeatures, available, build
 from tests.tiny_models import pad, prompt
 from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world

@@ -16,7 +16,7 @@ from llava.conversation import conv_templates
 from llava.data import build_prompt_ids
 from llava.data.prompt_text import question_of_ids, question_of_prompt
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model import LlavaLlamaForCausalLM
+from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.reduction import VisionFeatures, build
 from tests.test_golden import check_answer, open_checkpoint, pixels, read_case
 from tests.tiny_models import pad, prompt

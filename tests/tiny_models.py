@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.language_model import llava_class_for
+from llava.model.language_model.families import llava_class_for
 
 SIDE, PATCH, VOCAB = 56, 14, 96
 BACKBONES = ("llama", "mistral", "qwen2", "qwen3")

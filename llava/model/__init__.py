@@ -17,4 +17,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.language_model"), name)
+    return getattr(importlib.import_module(f"{__name__}.language_model.families"), name)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.language_model import llava_class_for
+from llava.model.language_model.families import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
 from llava.model.tokenizer import open_tokenizer
@@ -162,7 +162,7 @@ def _open(
         )
     raw = read_json(folder / "config.json")
     if "text_config" in raw and "vision_config" in raw:
-        from llava.model.hf_layout import open_hf_checkpoint
+        from llava.model.llava_hf.opening import open_hf_checkpoint
 
         return _Checkpoint(open_hf_checkpoint(folder, tower, kwargs), _tokenizer(folder))
     if model_base is not None:

@@ -1,48 +1,36 @@
 """What turns a language model into LLaVA: two mixins, for the inner model and for the model with its head.
 
-images -> vision tower -> [encoder reducer] -> projector, with a [projector reducer] in it -> layout -> splice into the
-text -> language model, with a [decoder reducer] between its layers
+images -> `VisualEncoding` -> splice into the text -> language model, with a [decoder reducer] between its layers
 
-Shapes: B samples, S tokens a row of ids, N images, T tiles of all images, P patches, M kept tokens a tile,
-K visual tokens of all images together, C vision width, D language-model width.
+Shapes: B samples, S tokens a row of ids, L tokens a row with its visual tokens, N images, V words of the vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_PATCH_TOKEN,
-)
 from llava.data.prompt_text import question_of_ids
 from llava.model.image_inputs import (
     Images,
     ImageSizes,
-    check_finite,
-    check_side,
     image_list,
     match_images,
-    size_pairs,
 )
-from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
-from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_tower
+from llava.model.marker_tokens import add_marker_tokens
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.multimodal_projector.builder import build_projector_modules
-from llava.model.projector_method import add_projector_method, method_of_adapter
+from llava.model.projector_method import add_projector_method
 from llava.model.prompt_inputs import check_cache, check_device, check_prompt, check_texts, count_markers
 from llava.model.splice import Spliced, plan_splice, splice
+from llava.model.vision_modules import Reduction
+from llava.model.visual_encoding import VisualEncoding
 from llava.model.weights import (
     VISION_TOWER_PREFIX,
     check_files,
@@ -50,258 +38,24 @@ from llava.model.weights import (
     load_into,
     raise_for_keys,
     raise_for_nonfinite,
-    read_weights,
-    strip_prefixes,
     without_load_report,
 )
 from llava.reduction.base import (
     DecoderReducer,
-    EncoderReducer,
-    ProjectorReducer,
     Reducers,
-    VisionFeatures,
     VisualTokens,
 )
 from llava.reduction.config import ReductionConfig
-
-logger = logging.getLogger(__name__)
-
-Reduction = ReductionConfig | Mapping | str | Reducers | None
-"""The method of one call: what `ReductionConfig.parse` reads, or reducers made of it; None: the model's own."""
 
 # Where TRIM's release has what `ClipText` holds.
 RELEASED_NAMES = {r"vision_tower\.vision_tower\.visual_projection": "vision_tower.text_tower.visual_projection"}
 
 
-class LlavaMetaModel:
-    """Mixin for the inner model: adds vision tower, reducers, projector and newline token to a transformer's layers.
+class LlavaMetaModel(VisualEncoding):
+    """Mixin for the inner model: a transformer's layers with vision modules, run in stages where a method drops tokens.
 
     A config without `mm_vision_tower` gives the language model alone; `initialize_vision_modules` adds the rest.
     """
-
-    vision_tower: VisionTower | None
-    mm_projector: nn.Module
-    mm_projector_crosslayer: nn.Module | None
-    encoder_reducer: EncoderReducer | None
-    projector_reducer: ProjectorReducer | None
-    decoder_reducer: DecoderReducer | None
-    config: Any
-    embed_tokens: nn.Embedding
-    named_parameters: Any
-    training: bool
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        self.vision_tower = None
-        self.encoder_reducer = None
-        self.mm_projector_crosslayer = None
-        self.projector_reducer = None
-        self.decoder_reducer = None
-        if getattr(config, "mm_vision_tower", None):
-            self._add_vision_modules()
-            self.post_init()  # type: ignore[attr-defined]
-
-    def _add_vision_modules(self) -> None:
-        config = self.config
-        reducers = self._build_reducers(ReductionConfig.of_model(config))
-        self.vision_tower = build_vision_tower(config, with_text=reducers.read_text)
-        self.vision_tower.requires_grad_(False)
-        config.mm_hidden_size = self.vision_tower.hidden_size
-        self._set_projector(build_projector_modules(config, self.vision_tower, reducers.projector))
-        self._add_newline()
-        self._set_reducers(reducers)
-
-    def _build_reducers(self, reduction: ReductionConfig) -> Reducers:
-        reducers = reduction.build_all()
-        if reducers.decoder is not None:
-            reducers.decoder.drops(self.config.num_hidden_layers)  # raises for layers that are not there
-        return reducers
-
-    def _set_reducers(self, reducers: Reducers) -> None:
-        self.encoder_reducer, self.projector_reducer = reducers.encoder, reducers.projector
-        self.decoder_reducer = reducers.decoder
-
-    def reducers(self, reduction: Reduction = None) -> Reducers:
-        """The methods of one call. The model stays as it is, so that calls in several threads do not meet.
-
-        Args:
-            reduction: see `Reduction`. Methods that leave the site `projector` open keep this model's method there.
-
-        Raises:
-            ValueError: an unknown method or option; or one that needs weights that this model does not have: another
-                projector, or CLIP's text tower.
-        """
-        if isinstance(reduction, Reducers):
-            return reduction
-        if reduction is None:
-            return Reducers(self.encoder_reducer, self.projector_reducer, self.decoder_reducer)
-        own = ReductionConfig.of_model(self.config)
-        wanted = ReductionConfig.parse(reduction).keeping_projector_of(own)
-        reducers = self._build_reducers(wanted)
-        if self.vision_tower is None:
-            return reducers
-        misfit = None if wanted.projector == own.projector else self._projector_misfit(reducers.projector, wanted)
-        if misfit:
-            raise ValueError(misfit)
-        if reducers.read_text and self.vision_tower.text_tower is None:
-            raise ValueError(
-                f"the method '{wanted.encoder['name']}' reads the prompt's text, and this model was opened without "
-                f"CLIP's text tower: open it with load_pretrained_model(..., reduction={wanted.encoder['name']!r}), or "
-                "call set_reduction with that method once"
-            )
-        return reducers
-
-    def _set_projector(self, modules: dict[str, nn.Module]) -> None:
-        self.mm_projector = modules["mm_projector"]
-        self.mm_projector_crosslayer = modules.get("mm_projector_crosslayer")
-
-    def _projector_modules(self) -> dict[str, nn.Module]:
-        """What lies between vision tower and language model, by name."""
-        modules = {"mm_projector": self.mm_projector, "mm_projector_crosslayer": self.mm_projector_crosslayer}
-        return {name: module for name, module in modules.items() if module is not None}
-
-    def _add_newline(self) -> None:
-        """Learned token that ends the rows of an unpadded picture."""
-        if "unpad" in getattr(self.config, "mm_patch_merge_type", "flat") and not hasattr(self, "image_newline"):
-            like = self.embed_tokens.weight
-            newline = torch.randn(self.config.hidden_size) * self.config.hidden_size**-0.5
-            self.image_newline = nn.Parameter(newline.to(device=like.device, dtype=like.dtype))
-
-    def get_vision_tower(self) -> VisionTower | None:
-        """The vision tower, or None for a bare language model."""
-        return self.vision_tower
-
-    def _tower(self) -> VisionTower:
-        if self.vision_tower is None:
-            raise ValueError(
-                "this model has no vision tower: load a LLaVA checkpoint, or call initialize_vision_modules first"
-            )
-        return self.vision_tower
-
-    def initialize_vision_modules(self, model_args: Any) -> None:
-        """Give a language model its vision tower and projector, or new settings to the ones it has.
-
-        Args:
-            model_args: with `vision_tower`, `mm_vision_select_layer`, `mm_vision_select_feature`,
-                `mm_projector_type`, `mm_patch_merge_type`, `pretrain_mm_mlp_adapter` (a file of projector
-                weights, or None) and `reduction` (what `ReductionConfig.parse` reads; None for the model's own, or
-                what the projector's file shows).
-
-        Raises:
-            ValueError: the tower or the projector's weights do not fit; the keys or shapes are named.
-        """
-        config = self.config
-        changes = _vision_settings(model_args, config)
-        for name, value in changes.items():
-            setattr(config, name, value)
-        config.use_mm_proj = True
-        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        weights = {} if adapter is None else read_weights(adapter)
-        reduction = self._reduction_of(model_args, weights)
-        if self.vision_tower is None:
-            config.reduction = reduction.to_dict()
-            self._add_vision_modules()
-            tower = self._tower()
-            self._to_language_model(tower, *self._projector_modules().values())
-            tower.load_weights()
-        else:
-            self._change_vision_modules(changes)
-            self.set_reduction(reduction)
-        if adapter is not None:
-            self.load_projector(weights, adapter)
-
-    def _reduction_of(self, model_args: Any, projector_weights: Mapping[str, Tensor]) -> ReductionConfig:
-        """What the run asks for, else the model's own; with the method of its projector, or of one about to be read."""
-        given, own = getattr(model_args, "reduction", None), ReductionConfig.of_model(self.config)
-        reduction = own if given is None else ReductionConfig.parse(given)
-        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        leaves_open = not reduction.projector and (given is None or bool(reduction))
-        if leaves_open and not own.projector and adapter is not None:
-            method = method_of_adapter(adapter, projector_weights)
-            if method is not None:
-                logger.info("%s was trained with %s: the run takes that method", adapter, method)
-                return replace(reduction, projector=method)
-        return reduction.keeping_projector_of(own)
-
-    def _change_vision_modules(self, changes: dict[str, Any]) -> None:
-        config, tower = self.config, self._tower()
-        if "mm_vision_tower" in changes:
-            tower.rename(config.mm_vision_tower)
-        tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
-        self._add_newline()
-
-    def _to_language_model(self, *modules: nn.Module) -> None:
-        """Move modules to where the language model is, in its dtype."""
-        like = self.embed_tokens.weight  # the layers' own may be quantized
-        for module in modules:
-            module.to(device=like.device, dtype=like.dtype)
-
-    def load_projector(self, weights: Mapping[str, Tensor], origin: object) -> None:
-        """Fill the projector, and the newline token if it is there, from the weights of a `mm_projector.bin`.
-
-        Raises:
-            ValueError: a projector weight is missing, unknown or of another shape.
-        """
-        named = strip_prefixes(weights, ["base_model.model.", "model."])
-        # LLaVA writes the embeddings of new marker tokens into the same file; initialize_vision_tokenizer reads them.
-        own = {k: v for k, v in named.items() if not k.endswith("embed_tokens.weight")}
-        needed = {k for k, _ in self.named_parameters() if k.startswith("mm_projector")}
-        known = {*needed, "image_newline"}
-        raise_for_keys(origin, missing=sorted(needed - set(own)), unexpected=sorted(set(own) - known))
-        load_into(cast(nn.Module, self), own, origin)
-
-    def set_reduction(self, value: ReductionConfig | dict | str | None, *, keep_projector: bool = False) -> None:
-        """Reduce visual tokens with this method from now on, and keep it in the config.
-
-        Args:
-            value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction. Methods that leave the
-                site `projector` open keep this model's method there, whose weights are the projector's.
-            keep_projector: refuse a method whose projector has other weights than this model's, in place of
-                starting it anew.
-
-        Raises:
-            ValueError: an unknown method or option, or one that does not suit the vision tower; or see above.
-        """
-        reduction = ReductionConfig.parse(value).keeping_projector_of(ReductionConfig.of_model(self.config))
-        reducers = self._build_reducers(reduction)
-        if self.vision_tower is not None:
-            self._fit_projector(reducers.projector, reduction, keep_projector)
-        tower = self.vision_tower
-        if reducers.read_text and tower is not None and tower.text_tower is None:
-            add_text_tower(tower, self.config)
-            cast(nn.Module, tower.text_tower).to(device=tower.device, dtype=tower.dtype)
-            tower.load_weights({name for name, _ in tower.named_parameters() if name.startswith("text_tower.")})
-        self.config.reduction = reduction.to_dict()
-        self._set_reducers(reducers)
-
-    def _projector_misfit(self, reducer: ProjectorReducer | None, reduction: ReductionConfig) -> str | None:
-        """What is wrong where the projector is not of the layers that the method and the config ask for."""
-        with torch.device("meta"):
-            wanted = _layers(build_projector_modules(self.config, self._tower(), reducer))
-        present = _layers(self._projector_modules())
-        if wanted == present:
-            return None
-        own = ReductionConfig.of_model(self.config).to_dict() or "none"
-        return (
-            f"reduction={reduction.to_dict() or 'none'} with mm_projector_type={self.config.mm_projector_type} needs "
-            f"another projector than this checkpoint has, which was trained with reduction={own}. Needed: {wanted}; "
-            f"there is: {present}. Keep its method of the site projector, or train a projector"
-        )
-
-    def _fit_projector(self, reducer: ProjectorReducer | None, reduction: ReductionConfig, keep: bool) -> None:
-        """Start the projector anew where it is not of the layers that the method and the config ask for.
-
-        Raises:
-            ValueError: it is not, and `keep` forbids to start it anew.
-        """
-        misfit = self._projector_misfit(reducer, reduction)
-        if misfit is None:
-            return
-        if keep:
-            raise ValueError(misfit)
-        logger.warning("reduction=%s is new to this model: its projector starts anew", reduction.to_dict() or "none")
-        self._set_projector(build_projector_modules(self.config, self._tower(), reducer))
-        self._to_language_model(*self._projector_modules().values())
 
     def forward(self, *args: Any, past_key_values: Any = None, staged: StagedPass | None = None, **kwargs: Any) -> Any:
         """The language model's own forward, or the staged one where a decoder reducer has something to do.
@@ -314,122 +68,13 @@ class LlavaMetaModel:
             return super().forward(*args, past_key_values=past_key_values, **kwargs)  # type: ignore[misc]
         return forward_in_stages(self, *args, past_key_values=past_key_values, staged=staged, **kwargs)
 
-    def encode_tiles(
-        self, pixels: Tensor, text: Tensor | None = None, reduction: Reduction = None
-    ) -> tuple[Tensor, VisualTokens]:
-        """Tower, reducers and projector.
-
-        Args:
-            pixels: [T, 3, H, W].
-            text: [T, E], embedding of the text that goes with each tile, for a reducer that reads it.
-            reduction: see `Reduction`.
-
-        Returns:
-            The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
-            and the reducer's output, for what came from where.
-        """
-        methods, tower = self.reducers(reduction), self._tower()
-        reducer, fuser = methods.encoder, methods.projector
-        needs = () if reducer is None else reducer.needs
-        blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
-        vision: VisionFeatures = tower(pixels, needs=needs, blocks=blocks)
-        vision.text = text
-        if fuser is not None:
-            tokens = fuser(vision, self.mm_projector, self.mm_projector_crosslayer)
-            return tokens.features.flatten(0, 1), tokens
-        tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
-        flat = tokens.features.flatten(0, 1) if tokens.mask is None else tokens.features[tokens.mask]
-        return self.mm_projector(flat.to(self._projector_dtype())), tokens
-
-    def _projector_dtype(self) -> torch.dtype:
-        weight = next(self.mm_projector.parameters(), None)
-        return self._tower().dtype if weight is None else weight.dtype
-
-    def encode_images(
-        self,
-        images: Sequence[Tensor],
-        image_sizes: ImageSizes = None,
-        texts: Sequence[str] | None = None,
-        reduction: Reduction = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Visual tokens of all images in the order in which they enter the language model.
-
-        Args:
-            images: N tensors [3, H, W] or [tiles, 3, H, W].
-            image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
-            texts: N texts, one for each image, for a reducer that reads them.
-            reduction: see `Reduction`.
-
-        Returns:
-            Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
-        """
-        tower, reducers = self._tower(), self.reducers(reduction)
-        pictures = image_list(images)
-        check_side(pictures, tower.image_size)
-        tiles = [picture if picture.ndim == 4 else picture.unsqueeze(0) for picture in pictures]
-        counts = [len(t) for t in tiles]
-        pixels = torch.cat([t.to(tower.device) for t in tiles])
-        if not self.training:  # there the loss shows it, without waiting for the device
-            check_finite(pixels, counts)
-        text = self._embed_texts(texts, counts) if reducers.read_text else None
-        projected, tokens = self.encode_tiles(pixels, text, reducers)
-        layouts = self._layouts(tokens, counts, image_sizes)
-        index = torch.cat(layouts)
-        if hasattr(self, "image_newline"):
-            projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
-        index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
-        return projected[index], torch.tensor([len(layout) for layout in layouts])
-
-    def _embed_texts(self, texts: Sequence[str] | None, counts: list[int]) -> Tensor:
-        """Embedding of the text of each tile, [T, E]; `counts` tiles an image."""
-        tower = self._tower()
-        if texts is None:
-            raise ValueError(
-                "this model's reduction reads the prompt's text: pass texts=[...], one for each sample of the batch"
-            )
-        check_texts(texts, len(counts), "image")
-        assert tower.text_tower is not None
-        distinct = list(dict.fromkeys(texts))  # images of one sample share its text
-        embeds = tower.text_tower.embed_texts(distinct, tower.name)
-        rows = torch.tensor([distinct.index(text) for text in texts]).repeat_interleave(torch.tensor(counts))
-        return embeds[rows.to(embeds.device)]
-
-    def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
-        """For each image, indices into the projected tokens, or NEWLINE."""
-        spec, sizes = self._layout_spec(tokens.grid), size_pairs(image_sizes, len(counts))
-        t, m = tokens.features.shape[:2]
-        # The one copy to the host: lengths and places of the tokens become shapes and indices.
-        mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
-        source = torch.arange(m).expand(t, m) if tokens.source is None else tokens.source.cpu()
-        packed = mask.flatten().cumsum(0) - 1
-        layouts, start = [], 0
-        for i, count in enumerate(counts):
-            rows = slice(start, start + count)
-            local = image_layout(source[rows], mask[rows], None if sizes is None else sizes[i], spec)
-            layouts.append(torch.where(local == NEWLINE, NEWLINE, packed[local + start * m]))
-            start += count
-        return layouts
-
-    def _layout_spec(self, grid: tuple[int, int] | None) -> LayoutSpec:
-        config, tower = self.config, self._tower()
-        merge_type = getattr(config, "mm_patch_merge_type", "flat")
-        if merge_type != "flat" and tower.has_cls and tower.select_feature == "cls_patch":
-            raise ValueError(
-                f"mm_patch_merge_type={merge_type} puts patches on a grid, and mm_vision_select_feature=cls_patch "
-                "keeps CLS among them; set it to patch"
-            )
-        return LayoutSpec(
-            merge_type=merge_type,
-            grid=grid or tower.grid,
-            tile_size=tower.image_size,
-            pinpoints=getattr(config, "image_grid_pinpoints", None),
-        )
-
 
 class LlavaMetaForCausalLM:
     """Mixin for the model with its head: splices images into the text, before the language model's own forward."""
 
     config: Any
+    config_class: Any
+    older_model_types: ClassVar[tuple[str, ...]] = ()
     training: bool
     device: torch.device
     tokenizer: Any = None  # set by load_pretrained_model; finds the question in a prompt where no texts are given
@@ -501,12 +146,16 @@ class LlavaMetaForCausalLM:
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
+    def model_types(cls) -> set[str]:
+        """Values of `model_type` in config.json that mean this class, or its language model alone."""
+        own, language_model, *_ = (base.model_type for base in cls.config_class.__mro__ if "model_type" in vars(base))
+        return {own, language_model, *cls.older_model_types}
+
+    @classmethod
     def _read_config(cls, path: str) -> Any:
         """The config of a checkpoint of this class, or of its bare language model."""
-        from llava.model.language_model import llava_class_for
-
         raw, _ = PreTrainedConfig.get_config_dict(path)
-        if llava_class_for(raw.get("model_type", "")) is not cls:
+        if raw.get("model_type", "") not in cls.model_types():
             raise ValueError(f"{path} is a {raw.get('model_type')!r} model, {cls.__name__} can't open it")
         own = {key: value for key, value in raw.items() if key != "model_type"}
         return cls.config_class.from_dict(own)
@@ -779,36 +428,5 @@ class LlavaMetaForCausalLM:
         return list(zip(before, after, strict=True))
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
-        """Add the marker tokens that `mm_use_im_patch_token` and `mm_use_im_start_end` ask for.
-
-        New rows of the embeddings start at the mean of the old ones.
-
-        Args:
-            model_args: with those two flags, and `pretrain_mm_mlp_adapter`, which may hold trained embeddings.
-            tokenizer: gets the tokens too.
-        """
-        tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
-        if model_args.mm_use_im_start_end:
-            tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
-        if tokens and tokenizer.add_tokens(tokens, special_tokens=True):
-            self.resize_token_embeddings(len(tokenizer), mean_resizing=True)  # type: ignore[attr-defined]
-        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        if model_args.mm_use_im_start_end and adapter is not None:
-            trained = {k: v for k, v in read_weights(adapter).items() if k.endswith("embed_tokens.weight")}
-            load_into(self.get_model(), trained, adapter, prefix="model.")
-
-
-def _layers(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """The layers of each module with their widths: what they are, also where ZeRO-3 leaves empty tensors in them."""
-    return {
-        name: ", ".join(f"{key} {part}".strip() for key, part in module.named_modules() if not list(part.children()))
-        for name, module in modules.items()
-    }
-
-
-def _vision_settings(model_args: Any, config: Any) -> dict[str, Any]:
-    """The settings in `model_args` that differ from the config's, by their names there."""
-    names = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
-    wanted = {name: getattr(model_args, name, None) for name in names}
-    wanted["mm_vision_tower"] = getattr(model_args, "vision_tower", None)
-    return {k: v for k, v in wanted.items() if v is not None and v != getattr(config, k, None)}
+        """Add the marker tokens that the flags ask for; see `llava.model.marker_tokens`."""
+        add_marker_tokens(self, model_args, tokenizer)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, lasting_name, raise_if_merged, read_llava_config
-from llava.model.language_model import llava_class_for
+from llava.model.language_model.families import llava_class_for
 from llava.model.tokenizer import open_tokenizer
 from llava.model.weights import check_json, read_json, read_weights
 from llava.reduction import ReductionConfig

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.files import check_writable, checkpoint_folder
+from llava.model.generation_config import writable_generation_config
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights import (
     NonFiniteWeightsError,
@@ -212,7 +213,8 @@ def _all_weights(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _write_full(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    _mend_generation_config(model)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = writable_generation_config(model, model.generation_config.pad_token_id)
     use_cache, model.config.use_cache = model.config.use_cache, True
     model.save_pretrained(folder, state_dict=weights)
     model.config.use_cache = use_cache
@@ -225,18 +227,6 @@ def _write_config(model: Any, folder: Path) -> None:
     config.dtype = str(base.dtype).removeprefix("torch.")
     config.use_cache = True  # off during training only
     config.save_pretrained(folder)
-
-
-def _mend_generation_config(model: Any) -> None:
-    """Vicuna's sets a temperature without sampling, which transformers refuses to write."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None:
-        return
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        logger.info("generation_config sets how to sample but not do_sample; it is written with do_sample")
-        generation.do_sample = True
 
 
 def extract_projector(folder: Path, output: Path) -> None:

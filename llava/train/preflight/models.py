@@ -18,7 +18,7 @@ from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.language_model import llava_class_for
+from llava.model.language_model.families import llava_class_for
 from llava.model.projector_method import add_projector_method
 from llava.model.weights import WEIGHT_FILES, checkpoint_heads, raise_for_keys
 from llava.reduction.base import VisionFeatures, VisualTokens

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from llava.model.language_model import llava_class_for
+from llava.model.language_model.families import llava_class_for
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.weights import (

@@ -1,0 +1,271 @@
+"""What a language model gains to see: vision tower, reducers, projector and newline token, with their settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llava.model.multimodal_encoder.builder import add_text_tower, build_vision_tower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.multimodal_projector.builder import build_projector_modules
+from llava.model.projector_method import method_of_adapter
+from llava.model.weights import load_into, raise_for_keys, read_weights, strip_prefixes
+from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducers
+from llava.reduction.config import ReductionConfig
+
+logger = logging.getLogger(__name__)
+
+Reduction = ReductionConfig | Mapping | str | Reducers | None
+"""The method of one call: what `ReductionConfig.parse` reads, or reducers made of it; None: the model's own."""
+
+
+class VisionModules:
+    """Mixin for the inner model: adds vision tower, reducers, projector and newline token to a transformer's layers.
+
+    A config without `mm_vision_tower` gives the language model alone; `initialize_vision_modules` adds the rest.
+    """
+
+    vision_tower: VisionTower | None
+    mm_projector: nn.Module
+    mm_projector_crosslayer: nn.Module | None
+    encoder_reducer: EncoderReducer | None
+    projector_reducer: ProjectorReducer | None
+    decoder_reducer: DecoderReducer | None
+    config: Any
+    embed_tokens: nn.Embedding
+    named_parameters: Any
+    training: bool
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.vision_tower = None
+        self.encoder_reducer = None
+        self.mm_projector_crosslayer = None
+        self.projector_reducer = None
+        self.decoder_reducer = None
+        if getattr(config, "mm_vision_tower", None):
+            self._add_vision_modules()
+            self.post_init()  # type: ignore[attr-defined]
+
+    def _add_vision_modules(self) -> None:
+        config = self.config
+        reducers = self._build_reducers(ReductionConfig.of_model(config))
+        self.vision_tower = build_vision_tower(config, with_text=reducers.read_text)
+        self.vision_tower.requires_grad_(False)
+        config.mm_hidden_size = self.vision_tower.hidden_size
+        self._set_projector(build_projector_modules(config, self.vision_tower, reducers.projector))
+        self._add_newline()
+        self._set_reducers(reducers)
+
+    def _build_reducers(self, reduction: ReductionConfig) -> Reducers:
+        reducers = reduction.build_all()
+        if reducers.decoder is not None:
+            reducers.decoder.drops(self.config.num_hidden_layers)  # raises for layers that are not there
+        return reducers
+
+    def _set_reducers(self, reducers: Reducers) -> None:
+        self.encoder_reducer, self.projector_reducer = reducers.encoder, reducers.projector
+        self.decoder_reducer = reducers.decoder
+
+    def reducers(self, reduction: Reduction = None) -> Reducers:
+        """The methods of one call. The model stays as it is, so that calls in several threads do not meet.
+
+        Args:
+            reduction: see `Reduction`. Methods that leave the site `projector` open keep this model's method there.
+
+        Raises:
+            ValueError: an unknown method or option; or one that needs weights that this model does not have: another
+                projector, or CLIP's text tower.
+        """
+        if isinstance(reduction, Reducers):
+            return reduction
+        if reduction is None:
+            return Reducers(self.encoder_reducer, self.projector_reducer, self.decoder_reducer)
+        own = ReductionConfig.of_model(self.config)
+        wanted = ReductionConfig.parse(reduction).keeping_projector_of(own)
+        reducers = self._build_reducers(wanted)
+        if self.vision_tower is None:
+            return reducers
+        misfit = None if wanted.projector == own.projector else self._projector_misfit(reducers.projector, wanted)
+        if misfit:
+            raise ValueError(misfit)
+        if reducers.read_text and self.vision_tower.text_tower is None:
+            raise ValueError(
+                f"the method '{wanted.encoder['name']}' reads the prompt's text, and this model was opened without "
+                f"CLIP's text tower: open it with load_pretrained_model(..., reduction={wanted.encoder['name']!r}), or "
+                "call set_reduction with that method once"
+            )
+        return reducers
+
+    def _set_projector(self, modules: dict[str, nn.Module]) -> None:
+        self.mm_projector = modules["mm_projector"]
+        self.mm_projector_crosslayer = modules.get("mm_projector_crosslayer")
+
+    def _projector_modules(self) -> dict[str, nn.Module]:
+        """What lies between vision tower and language model, by name."""
+        modules = {"mm_projector": self.mm_projector, "mm_projector_crosslayer": self.mm_projector_crosslayer}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def _add_newline(self) -> None:
+        """Learned token that ends the rows of an unpadded picture."""
+        if "unpad" in getattr(self.config, "mm_patch_merge_type", "flat") and not hasattr(self, "image_newline"):
+            like = self.embed_tokens.weight
+            newline = torch.randn(self.config.hidden_size) * self.config.hidden_size**-0.5
+            self.image_newline = nn.Parameter(newline.to(device=like.device, dtype=like.dtype))
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """The vision tower, or None for a bare language model."""
+        return self.vision_tower
+
+    def _tower(self) -> VisionTower:
+        if self.vision_tower is None:
+            raise ValueError(
+                "this model has no vision tower: load a LLaVA checkpoint, or call initialize_vision_modules first"
+            )
+        return self.vision_tower
+
+    def initialize_vision_modules(self, model_args: Any) -> None:
+        """Give a language model its vision tower and projector, or new settings to the ones it has.
+
+        Args:
+            model_args: with `vision_tower`, `mm_vision_select_layer`, `mm_vision_select_feature`,
+                `mm_projector_type`, `mm_patch_merge_type`, `pretrain_mm_mlp_adapter` (a file of projector
+                weights, or None) and `reduction` (what `ReductionConfig.parse` reads; None for the model's own, or
+                what the projector's file shows).
+
+        Raises:
+            ValueError: the tower or the projector's weights do not fit; the keys or shapes are named.
+        """
+        config = self.config
+        changes = _vision_settings(model_args, config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.use_mm_proj = True
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        weights = {} if adapter is None else read_weights(adapter)
+        reduction = self._reduction_of(model_args, weights)
+        if self.vision_tower is None:
+            config.reduction = reduction.to_dict()
+            self._add_vision_modules()
+            tower = self._tower()
+            self._to_language_model(tower, *self._projector_modules().values())
+            tower.load_weights()
+        else:
+            self._change_vision_modules(changes)
+            self.set_reduction(reduction)
+        if adapter is not None:
+            self.load_projector(weights, adapter)
+
+    def _reduction_of(self, model_args: Any, projector_weights: Mapping[str, Tensor]) -> ReductionConfig:
+        """What the run asks for, else the model's own; with the method of its projector, or of one about to be read."""
+        given, own = getattr(model_args, "reduction", None), ReductionConfig.of_model(self.config)
+        reduction = own if given is None else ReductionConfig.parse(given)
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        leaves_open = not reduction.projector and (given is None or bool(reduction))
+        if leaves_open and not own.projector and adapter is not None:
+            method = method_of_adapter(adapter, projector_weights)
+            if method is not None:
+                logger.info("%s was trained with %s: the run takes that method", adapter, method)
+                return replace(reduction, projector=method)
+        return reduction.keeping_projector_of(own)
+
+    def _change_vision_modules(self, changes: dict[str, Any]) -> None:
+        config, tower = self.config, self._tower()
+        if "mm_vision_tower" in changes:
+            tower.rename(config.mm_vision_tower)
+        tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
+        self._add_newline()
+
+    def _to_language_model(self, *modules: nn.Module) -> None:
+        """Move modules to where the language model is, in its dtype."""
+        like = self.embed_tokens.weight  # the layers' own may be quantized
+        for module in modules:
+            module.to(device=like.device, dtype=like.dtype)
+
+    def load_projector(self, weights: Mapping[str, Tensor], origin: object) -> None:
+        """Fill the projector, and the newline token if it is there, from the weights of a `mm_projector.bin`.
+
+        Raises:
+            ValueError: a projector weight is missing, unknown or of another shape.
+        """
+        named = strip_prefixes(weights, ["base_model.model.", "model."])
+        # LLaVA writes the embeddings of new marker tokens into the same file; initialize_vision_tokenizer reads them.
+        own = {k: v for k, v in named.items() if not k.endswith("embed_tokens.weight")}
+        needed = {k for k, _ in self.named_parameters() if k.startswith("mm_projector")}
+        known = {*needed, "image_newline"}
+        raise_for_keys(origin, missing=sorted(needed - set(own)), unexpected=sorted(set(own) - known))
+        load_into(cast(nn.Module, self), own, origin)
+
+    def set_reduction(self, value: ReductionConfig | dict | str | None, *, keep_projector: bool = False) -> None:
+        """Reduce visual tokens with this method from now on, and keep it in the config.
+
+        Args:
+            value: whatever `ReductionConfig.parse` reads; None or "none" for no reduction. Methods that leave the
+                site `projector` open keep this model's method there, whose weights are the projector's.
+            keep_projector: refuse a method whose projector has other weights than this model's, in place of
+                starting it anew.
+
+        Raises:
+            ValueError: an unknown method or option, or one that does not suit the vision tower; or see above.
+        """
+        reduction = ReductionConfig.parse(value).keeping_projector_of(ReductionConfig.of_model(self.config))
+        reducers = self._build_reducers(reduction)
+        if self.vision_tower is not None:
+            self._fit_projector(reducers.projector, reduction, keep_projector)
+        tower = self.vision_tower
+        if reducers.read_text and tower is not None and tower.text_tower is None:
+            add_text_tower(tower, self.config)
+            cast(nn.Module, tower.text_tower).to(device=tower.device, dtype=tower.dtype)
+            tower.load_weights({name for name, _ in tower.named_parameters() if name.startswith("text_tower.")})
+        self.config.reduction = reduction.to_dict()
+        self._set_reducers(reducers)
+
+    def _projector_misfit(self, reducer: ProjectorReducer | None, reduction: ReductionConfig) -> str | None:
+        """What is wrong where the projector is not of the layers that the method and the config ask for."""
+        with torch.device("meta"):
+            wanted = _layers(build_projector_modules(self.config, self._tower(), reducer))
+        present = _layers(self._projector_modules())
+        if wanted == present:
+            return None
+        own = ReductionConfig.of_model(self.config).to_dict() or "none"
+        return (
+            f"reduction={reduction.to_dict() or 'none'} with mm_projector_type={self.config.mm_projector_type} needs "
+            f"another projector than this checkpoint has, which was trained with reduction={own}. Needed: {wanted}; "
+            f"there is: {present}. Keep its method of the site projector, or train a projector"
+        )
+
+    def _fit_projector(self, reducer: ProjectorReducer | None, reduction: ReductionConfig, keep: bool) -> None:
+        """Start the projector anew where it is not of the layers that the method and the config ask for.
+
+        Raises:
+            ValueError: it is not, and `keep` forbids to start it anew.
+        """
+        misfit = self._projector_misfit(reducer, reduction)
+        if misfit is None:
+            return
+        if keep:
+            raise ValueError(misfit)
+        logger.warning("reduction=%s is new to this model: its projector starts anew", reduction.to_dict() or "none")
+        self._set_projector(build_projector_modules(self.config, self._tower(), reducer))
+        self._to_language_model(*self._projector_modules().values())
+
+
+def _layers(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The layers of each module with their widths: what they are, also where ZeRO-3 leaves empty tensors in them."""
+    return {
+        name: ", ".join(f"{key} {part}".strip() for key, part in module.named_modules() if not list(part.children()))
+        for name, module in modules.items()
+    }
+
+
+def _vision_settings(model_args: Any, config: Any) -> dict[str, Any]:
+    """The settings in `model_args` that differ from the config's, by their names there."""
+    names = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
+    wanted = {name: getattr(model_args, name, None) for name in names}
+    wanted["mm_vision_tower"] = getattr(model_args, "vision_tower", None)
+    return {k: v for k, v in wanted.items() if v is not None and v != getattr(config, k, None)}

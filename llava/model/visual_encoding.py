@@ -1,0 +1,137 @@
+"""From pixels to the tokens that enter the language model.
+
+images -> vision tower -> [encoder reducer] -> projector, with a [projector reducer] in it -> layout
+
+Shapes: N images, T tiles of all images, M kept tokens a tile, K visual tokens of all images together, E width of CLIP's
+shared space, D language-model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llava.model.image_inputs import ImageSizes, check_finite, check_side, image_list, size_pairs
+from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
+from llava.model.prompt_inputs import check_texts
+from llava.model.vision_modules import Reduction, VisionModules
+from llava.reduction.base import VisionFeatures, VisualTokens
+
+
+class VisualEncoding(VisionModules):
+    """Mixin for the inner model: encodes images with the modules that `VisionModules` holds."""
+
+    training: bool
+
+    def encode_tiles(
+        self, pixels: Tensor, text: Tensor | None = None, reduction: Reduction = None
+    ) -> tuple[Tensor, VisualTokens]:
+        """Tower, reducers and projector.
+
+        Args:
+            pixels: [T, 3, H, W].
+            text: [T, E], embedding of the text that goes with each tile, for a reducer that reads it.
+            reduction: see `Reduction`.
+
+        Returns:
+            The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
+            and the reducer's output, for what came from where.
+        """
+        methods, tower = self.reducers(reduction), self._tower()
+        reducer, fuser = methods.encoder, methods.projector
+        needs = () if reducer is None else reducer.needs
+        blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
+        vision: VisionFeatures = tower(pixels, needs=needs, blocks=blocks)
+        vision.text = text
+        if fuser is not None:
+            tokens = fuser(vision, self.mm_projector, self.mm_projector_crosslayer)
+            return tokens.features.flatten(0, 1), tokens
+        tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
+        flat = tokens.features.flatten(0, 1) if tokens.mask is None else tokens.features[tokens.mask]
+        return self.mm_projector(flat.to(self._projector_dtype())), tokens
+
+    def _projector_dtype(self) -> torch.dtype:
+        weight = next(self.mm_projector.parameters(), None)
+        return self._tower().dtype if weight is None else weight.dtype
+
+    def encode_images(
+        self,
+        images: Sequence[Tensor],
+        image_sizes: ImageSizes = None,
+        texts: Sequence[str] | None = None,
+        reduction: Reduction = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Visual tokens of all images in the order in which they enter the language model.
+
+        Args:
+            images: N tensors [3, H, W] or [tiles, 3, H, W].
+            image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
+            texts: N texts, one for each image, for a reducer that reads them.
+            reduction: see `Reduction`.
+
+        Returns:
+            Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
+        """
+        tower, reducers = self._tower(), self.reducers(reduction)
+        pictures = image_list(images)
+        check_side(pictures, tower.image_size)
+        tiles = [picture if picture.ndim == 4 else picture.unsqueeze(0) for picture in pictures]
+        counts = [len(t) for t in tiles]
+        pixels = torch.cat([t.to(tower.device) for t in tiles])
+        if not self.training:  # there the loss shows it, without waiting for the device
+            check_finite(pixels, counts)
+        text = self._embed_texts(texts, counts) if reducers.read_text else None
+        projected, tokens = self.encode_tiles(pixels, text, reducers)
+        layouts = self._layouts(tokens, counts, image_sizes)
+        index = torch.cat(layouts)
+        if hasattr(self, "image_newline"):
+            projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
+        index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
+        return projected[index], torch.tensor([len(layout) for layout in layouts])
+
+    def _embed_texts(self, texts: Sequence[str] | None, counts: list[int]) -> Tensor:
+        """Embedding of the text of each tile, [T, E]; `counts` tiles an image."""
+        tower = self._tower()
+        if texts is None:
+            raise ValueError(
+                "this model's reduction reads the prompt's text: pass texts=[...], one for each sample of the batch"
+            )
+        check_texts(texts, len(counts), "image")
+        assert tower.text_tower is not None
+        distinct = list(dict.fromkeys(texts))  # images of one sample share its text
+        embeds = tower.text_tower.embed_texts(distinct, tower.name)
+        rows = torch.tensor([distinct.index(text) for text in texts]).repeat_interleave(torch.tensor(counts))
+        return embeds[rows.to(embeds.device)]
+
+    def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
+        """For each image, indices into the projected tokens, or NEWLINE."""
+        spec, sizes = self._layout_spec(tokens.grid), size_pairs(image_sizes, len(counts))
+        t, m = tokens.features.shape[:2]
+        # The one copy to the host: lengths and places of the tokens become shapes and indices.
+        mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
+        source = torch.arange(m).expand(t, m) if tokens.source is None else tokens.source.cpu()
+        packed = mask.flatten().cumsum(0) - 1
+        layouts, start = [], 0
+        for i, count in enumerate(counts):
+            rows = slice(start, start + count)
+            local = image_layout(source[rows], mask[rows], None if sizes is None else sizes[i], spec)
+            layouts.append(torch.where(local == NEWLINE, NEWLINE, packed[local + start * m]))
+            start += count
+        return layouts
+
+    def _layout_spec(self, grid: tuple[int, int] | None) -> LayoutSpec:
+        config, tower = self.config, self._tower()
+        merge_type = getattr(config, "mm_patch_merge_type", "flat")
+        if merge_type != "flat" and tower.has_cls and tower.select_feature == "cls_patch":
+            raise ValueError(
+                f"mm_patch_merge_type={merge_type} puts patches on a grid, and mm_vision_select_feature=cls_patch "
+                "keeps CLS among them; set it to patch"
+            )
+        return LayoutSpec(
+            merge_type=merge_type,
+            grid=grid or tower.grid,
+            tile_size=tower.image_size,
+            pinpoints=getattr(config, "image_grid_pinpoints", None),
+        )
