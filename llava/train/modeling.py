@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
+from llava.files import adapter_file
 from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, lasting_name, raise_if_merged, read_llava_config
 from llava.model.language_model.families import llava_class_for
 from llava.model.tokenizer import open_tokenizer
 from llava.model.weights import check_json, read_json, read_weights
 from llava.reduction import ReductionConfig
-from llava.train.checkpoints.saving import ADAPTER_FILE, RunKind, load_adapter, part_of
+from llava.train.checkpoints.saving import RunKind, load_adapter, part_of
 from llava.train.settings.arguments import (
     DataArguments,
     ModelArguments,
@@ -116,7 +117,7 @@ def check_not_merged(arguments: Arguments, raw: dict[str, Any]) -> None:
         raw: config.json of the base.
     """
     folder = arguments.training.lora_weight_path
-    file = Path(folder or "", ADAPTER_FILE)
+    file = adapter_file(Path(folder or ""))
     if folder and raw.get(MERGED_KEY) and file.is_file():
         raise_if_merged(folder, read_weights(file), raw, arguments.model.model_name_or_path or "")
 

@@ -5,7 +5,6 @@ What contradicts across them is checked in `llava.train.settings.parsing`, befor
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib.util
 import json
@@ -28,6 +27,8 @@ from llava.data.items import ON_BAD_SAMPLE
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
 from llava.files import check_writable
+from llava.mm_utils import ASPECT_RATIOS, Size, parse_grid_pinpoints
+from llava.model.image_layout import MERGE_TYPES
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
 from llava.train.settings.problems import Problems
@@ -44,8 +45,6 @@ EXTRA_OF = {
     "tensorboard": "train",
     "wandb": "train",
 }
-ASPECT_RATIOS = ("square", "pad", "anyres")
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 PROJECTOR_TYPE = re.compile(r"linear|identity|mlp[1-9]\d{0,2}x_gelu")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
@@ -87,25 +86,14 @@ def check_model_path(flag: str, path: str | None) -> None:
         check_exists(flag, path)
 
 
-def parse_pinpoints(value: str | list | None) -> list[list[int]] | None:
-    """Read `image_grid_pinpoints`: a list of (width, height) in pixels, or the text of one.
-
-    Raises:
-        ValueError: the text is no such list.
-    """
+def parse_pinpoints(value: str | list | None) -> list[Size] | None:
+    """`--image_grid_pinpoints` as pairs, see `parse_grid_pinpoints`; None where the flag is not given."""
     if value is None:
         return None
     try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) else value
-        sizes = [[int(width), int(height)] for width, height in pairs]
-        if sizes and min(map(min, sizes)) > 0:
-            return sizes
-    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
-        pass
-    raise ValueError(
-        f"--image_grid_pinpoints {str(value)[:200]}: expected pairs (width, height) in pixels, "
-        'such as "[(336, 672), (672, 336), (672, 672)]"'
-    )
+        return parse_grid_pinpoints(value)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 @dataclass
