@@ -290,7 +290,7 @@ def process_images(
 
     Returns:
         One tensor [3, H, W] an image, or [T, 3, H, W] with anyres: stacked, with N in front, where all
-        shapes agree, else as a list.
+        shapes agree, otherwise as a list.
 
     Raises:
         ValueError: no list of pictures, unknown `image_aspect_ratio`, malformed `image_grid_pinpoints`, or settings of

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any layout. What it is, its files say; its path says nothing."""
+"""Open a checkpoint of any layout. Its files say what it is; its path says nothing."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def load_pretrained_model(
         load_4bit: the same in 4 bits (nf4).
         device_map: spread over devices as transformers does, instead of `device`; where both are given, a `device`
             other than cuda counts, as in LLaVA.
-        device: default: cuda where there is one, else cpu.
+        device: default: cuda where there is one, otherwise cpu.
         dtype: default: the checkpoint's.
         vision_tower: folder or hub name in place of the config's `mm_vision_tower`.
-        reduction: None for what config.json says; else what `ReductionConfig.parse` reads, "none" for all tokens.
+        reduction: None for what config.json says; otherwise what `ReductionConfig.parse` reads, "none" for all tokens.
         attn_implementation: eager, sdpa or flash_attention_2; default: transformers' choice.
         merge_lora: add a LoRA folder's weights to the base's. Faster; the sum is rounded to `dtype`, so that answers
             differ slightly from those that the adapter was trained to give.
@@ -378,7 +378,7 @@ def _match_vocabulary(model: Any, tokenizer: Any) -> None:
 
 
 def _image_processor(model: Any, folder: Path) -> Any:
-    """The checkpoint's own image processor where it has one, else the vision tower's."""
+    """The checkpoint's own image processor where it has one, otherwise the vision tower's."""
     tower = model.get_vision_tower()
     if processor_settings(folder):
         tower.processor_path = str(folder)
@@ -394,7 +394,7 @@ def context_length(config: Any) -> int:
 
 
 def _device(given: str | torch.device | None) -> torch.device:
-    """The device asked for; by default cuda where there is one, else cpu.
+    """The device asked for; by default cuda where there is one, otherwise cpu.
 
     Raises:
         ValueError: no such device, here or anywhere.

@@ -45,7 +45,7 @@ def convert(
             the kind of language model with.
         dtype: of the written weights; default: the checkpoint's.
         drop_reduction: to hf, leave out the reduction of visual tokens, which that layout can't express: the model
-            then gets all tokens, other than it was trained with.
+            then gets all tokens, unlike in its training.
         max_shard_size: largest size of one weight file.
         overwrite: replace a target that this program wrote; what someone else put there stays.
 

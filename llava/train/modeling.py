@@ -50,7 +50,7 @@ def run_kind(arguments: Arguments) -> RunKind:
 def read_config(arguments: Arguments) -> Any:
     """The configuration of the language model or checkpoint that the run starts from.
 
-    Fills in the vision settings that the command line left open: the checkpoint's, else LLaVA's defaults.
+    Fills in the vision settings that the command line left open: the checkpoint's, otherwise LLaVA's defaults.
 
     Raises:
         ValueError: no such model, no LLaVA on this kind of model, or no vision tower named anywhere.
@@ -148,7 +148,7 @@ def load_tokenizer(arguments: Arguments, checkpoint: str | None = None) -> Any:
         model_max_length=arguments.training.model_max_length,
         padding_side="right",
     )
-    # LLaVA pads with unk where there is one; padded places are masked, so the choice does not matter else.
+    # LLaVA pads with unk where there is one; padded places are masked, so the choice does not matter otherwise.
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -271,7 +271,7 @@ def select_trainable(model: Any, arguments: Arguments) -> None:
 def tower_weights_read(model: Any) -> set[str]:
     """Names of the weights of the vision tower that the projector's input depends on.
 
-    The others get no gradient: blocks behind the last one that is read, the pooled output, CLIP's text tower. DDP
+    The others get no gradient: blocks after the last one that is read, the pooled output, CLIP's text tower. DDP
     would wait for theirs, and DeepSpeed would let weight decay shrink them.
     """
     inner = model.get_model()

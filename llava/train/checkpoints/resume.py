@@ -160,7 +160,7 @@ def describe_data(dataset: LazySupervisedDataset) -> str:
 
 
 def checkpoint_to_resume(training: Any) -> str | None:
-    """The checkpoint that is asked for, else the last whole one in `output_dir`, else None.
+    """The checkpoint that is asked for, otherwise the last whole one in `output_dir`; None without any.
 
     Raises:
         ValueError: the one that is asked for is not there or not whole.

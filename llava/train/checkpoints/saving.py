@@ -137,7 +137,7 @@ def save_run(model: nn.Module, kind: RunKind, folder: str | Path, *, writer: boo
         model: the model, or PEFT's wrapper of it for `RunKind.LORA`.
         folder: where the files go; made if missing. What is left there of an earlier result is removed.
         writer: True on the one rank that writes.
-        tokenizer: written along where the kind has one.
+        tokenizer: written too, where the kind has one.
     """
     collect, write = {
         RunKind.PROJECTOR: (_projector_weights, _write_projector),

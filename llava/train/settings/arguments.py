@@ -98,7 +98,7 @@ def parse_pinpoints(value: str | list | None) -> list[Size] | None:
 
 @dataclass
 class ModelArguments:
-    """What is trained. What is not given comes from the checkpoint's config, else it is LLaVA's default."""
+    """What is trained. What is not given comes from the checkpoint's config, otherwise it is LLaVA's default."""
 
     model_name_or_path: str | None = flag(
         None, "A language model, or a LLaVA checkpoint to go on from: folder or hub name."
@@ -175,7 +175,7 @@ class DataArguments:
         IMAGE_ACCESS[0],
         "Where image names may lead: folder (below image_folder), disk (any file of this machine), remote (URLs too).",
     )
-    image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, else square.")
+    image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, otherwise square.")
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
     )
@@ -214,7 +214,7 @@ class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = flag(None, "Where models from the hub are kept.")
     optim: str = flag("adamw_torch", "Optimizer, one of transformers' names.")
     remove_unused_columns: bool = flag(False, "Leave it False: the collator decides.")
-    # None stands first because HfArgumentParser takes the type behind it.
+    # None stands first because HfArgumentParser takes the type after it.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "none, wandb, tensorboard, ...; or several, a,b."}
     )
