@@ -27,7 +27,7 @@ from llava.data.items import ON_BAD_SAMPLE
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
 from llava.files import check_writable
-from llava.mm_utils import ASPECT_RATIOS, Size, parse_grid_pinpoints
+from llava.mm_utils import ASPECT_RATIOS, parse_grid_pinpoints
 from llava.model.image_layout import MERGE_TYPES
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
@@ -86,12 +86,12 @@ def check_model_path(flag: str, path: str | None) -> None:
         check_exists(flag, path)
 
 
-def parse_pinpoints(value: str | list | None) -> list[Size] | None:
-    """`--image_grid_pinpoints` as pairs, see `parse_grid_pinpoints`; None where the flag is not given."""
+def parse_pinpoints(value: str | list | None) -> list[list[int]] | None:
+    """`--image_grid_pinpoints` as config.json has it, see `parse_grid_pinpoints`; None where it is not given."""
     if value is None:
         return None
     try:
-        return parse_grid_pinpoints(value)
+        return [list(size) for size in parse_grid_pinpoints(value)]
     except ValueError as error:
         raise ValueError(f"--{error}") from error
 
