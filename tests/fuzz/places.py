@@ -41,7 +41,7 @@ def _convert(case: Case) -> None:
     overwrite = case.random.random() < 0.5
     arguments += ["--overwrite"] if overwrite else []
     own = ["hf"] if overwrite and target == "hf" and source != "hf" else []
-    outputs = [target] if target.endswith("/new") or target == "dangling" else ["gone"]
+    outputs = [target] if target.endswith("/new") else ["gone", "dangling"]  # a link, and what it names
     expect = "works" if target == "runs/new" else "either"
     check = case.check_copy(source, base, target)
     case.run(arguments, names=_names(target, source), outputs=outputs, own=own, expect=expect, check=check)
