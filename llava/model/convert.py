@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from llava.model.builder import lasting_name, load_pretrained_model, local_folde
 from llava.model.llava_hf.export import write_hf
 from llava.model.llava_hf.opening import KEPT
 from llava.model.llava_hf.restore import inferred_settings, write_llava
+from llava.model.weights import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def convert(
 
 def _config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _tower_name(raw: dict[str, Any], wanted: str | os.PathLike | None, opened: str) -> str:
