@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.train.logs.batch_meter import Totals
+from llava.model.language_model.batch_counts import Totals
 
 # Dense bfloat16 (V100, T4: float16) FLOP/s of one device, from the makers' data sheets; a longer name comes first.
 PEAK_FLOPS = {
