@@ -42,8 +42,7 @@ class VisualEncoding(VisionModules):
         methods, tower = self.reducers(reduction), self._tower()
         reducer, fuser = methods.encoder, methods.projector
         needs = () if reducer is None else reducer.needs
-        blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
-        vision: VisionFeatures = tower(pixels, needs=needs, blocks=blocks)
+        vision: VisionFeatures = tower(pixels, needs=needs, blocks=tower.blocks_read(fuser))
         vision.text = text
         if fuser is not None:
             tokens = fuser(vision, self.mm_projector, self.mm_projector_crosslayer)
