@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and asking for what is not there takes long
+
 import pytest
 
 from tests.golden.pack import unpack

@@ -98,7 +98,7 @@ def test_scripts_for_tasks_and_qlora(world: TinyWorld, tmp_path: Path) -> None:
         return script_flags(f"scripts/{script}.sh", tmp_path, extra, NUM_GPUS="1", **environment)
 
     def settings(script: str) -> dict[str, Any]:
-        return settings_without_deepspeed(flags(script)[3:])
+        return settings_without_deepspeed(flags(script)[5:])
 
     def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in one.items() if value != other[name]}
@@ -110,7 +110,7 @@ def test_scripts_for_tasks_and_qlora(world: TinyWorld, tmp_path: Path) -> None:
     wanted = {"lora_r": 64, "lora_alpha": 16, "mm_projector_lr": None, "learning_rate": 2e-5}
     argv = flags("finetune_qlora", "--bits", "16")  # parsed without bitsandbytes
     assert argv[argv.index("--bits") + 1] == "4"
-    assert difference(settings_without_deepspeed(argv[3:]), lora) == wanted
+    assert difference(settings_without_deepspeed(argv[5:]), lora) == wanted
 
 
 def test_trims_flag_names_its_method(world: TinyWorld, tmp_path: Path) -> None:

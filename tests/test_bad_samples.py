@@ -116,7 +116,7 @@ def test_a_run_skips_and_counts(
 ) -> None:
     """Steps of 2 samples: the second holds one bad sample, the third bad ones only; the rest equals a clean run."""
     data = with_defects(world, tmp_path, {3: "missing", 4: "tags", 5: "torn"})
-    settings = {"max_steps": 9, "optim": "sgd", "learning_rate": 0.0, "dataloader_num_workers": workers}
+    settings = {"max_steps": 9, "optim": "sgd", "learning_rate": 1e-30, "dataloader_num_workers": workers}
     settings["logging_nan_inf_filter"] = False
     clean = losses(run(world, tmp_path / "clean", world.data, **settings))
     trainer = run(world, tmp_path / "out", data, **settings)

@@ -19,9 +19,9 @@ from llava.cli import main as cli_main
 from llava.conversation import conv_templates, get_template
 from llava.data.preprocessing import build_prompt, build_prompt_ids
 from llava.mm_utils import process_images
-from llava.model import convert as convert_module
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert
+from llava.model.llava_hf import export
 from llava.model.llava_hf.chat_template import chat_template
 from llava.model.llava_hf.opening import KEPT
 from tests.hf_folders import SIZES, hf_folder, picture, word_tokenizer
@@ -264,7 +264,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     def full_disk(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(convert_module, "_write_processor", full_disk)
+    monkeypatch.setattr(export, "_write_processor", full_disk)
     with pytest.raises(OSError, match="no space left"):
         convert(source, target, overwrite=True)
     with pytest.raises(OSError, match="no space left"):

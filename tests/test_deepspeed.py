@@ -239,7 +239,7 @@ def test_both_stages_of_a_fused_projector(world: TinyWorld, pretrained: Path, tm
     config = json.loads((second / "config.json").read_text())
     assert config.pop("reduction") == {"projector": {"mbtf": 1, "name": "stf"}}
     (second / "config.json").write_text(json.dumps(config))
-    settings |= {"model_name_or_path": second, "pretrain_mm_mlp_adapter": None, "learning_rate": 0.0, "max_steps": 1}
+    settings |= {"model_name_or_path": second, "pretrain_mm_mlp_adapter": None, "learning_rate": 1e-30, "max_steps": 1}
     train(parse_args(world.flags(third, **settings)))
     assert json.loads((third / "config.json").read_text())["reduction"]["projector"]["name"] == "stf"
     assert all(torch.equal(weight, learned[name]) for name, weight in weight_files(third, "full").items())

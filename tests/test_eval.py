@@ -77,6 +77,15 @@ def ask(checkpoint: Path, questions: Path, name: str, *more: str) -> list[dict]:
     return [json.loads(line) for line in answers.read_text().splitlines()]
 
 
+def test_a_link_to_the_answers_stays_one(checkpoint: Path, questions: Path, tmp_path: Path) -> None:
+    link = tmp_path / "answers.jsonl"
+    link.symlink_to(tmp_path / "elsewhere.jsonl")
+    options = model_vqa.VqaOptions(image_folder=str(questions.parent), conv_mode="v1", max_new_tokens=1)
+    model_vqa.evaluate(str(checkpoint), questions, link, options=options, device="cpu")
+    assert link.is_symlink()
+    assert link.read_text().count("question_id") == len(questions.read_text().splitlines())
+
+
 def test_answers_have_llavas_format(checkpoint: Path, questions: Path) -> None:
     rows = ask(checkpoint, questions, "answers", "--count-visual-tokens")
     assert [set(row) for row in rows] == [{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}] * 6

@@ -315,6 +315,11 @@ def test_random_is_seeded() -> None:
     assert not torch.equal(first, other)
 
 
+def test_a_config_says_where_a_mistake_stands() -> None:
+    with pytest.raises(ValueError, match=r"^reduction\.encoder: method 'prumerge' has no option 'ratoi'; it has"):
+        ReductionConfig.parse({"name": "prumerge", "ratoi": 0.5})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -159,7 +159,7 @@ def test_the_command_for_a_hostfile() -> None:
     command = launch_command(["--deepspeed=zero2.json", "--output_dir=out"], options)
     assert command is not None
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert command[3:7] == ["--hostfile", "hosts", "--master_port", "1234"]
+    assert command[5:9] == ["--hostfile", "hosts", "--master_port", "1234"]
     assert "--num_gpus" not in command
 
 
@@ -168,5 +168,5 @@ def test_the_script_leaves_the_count_of_gpus_to_the_hostfile(tmp_path: Path) -> 
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\n")
     argv = script_flags("scripts/v1_5/finetune.sh", tmp_path, [], HOSTFILE=str(hosts))
-    assert argv[:2] == ["--hostfile", str(hosts)]
+    assert argv[2:4] == ["--hostfile", str(hosts)]
     assert "--num_gpus" not in argv

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlamaTokenizer
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.preprocessing import preprocess
@@ -192,3 +200,12 @@ def test_damaged_files_are_named(name: str, content: bytes | None, message: str,
     with pytest.raises(ValueError, match=message) as raised:
         open_tokenizer(folder)
     assert "tiktoken" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+def test_a_tokenizer_that_names_no_end_is_refused(tmp_path: Path) -> None:
+    """As tokenizer.json alone does, for models whose class does not know it."""
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no token that ends an answer \(eos_token\): its tokenizer_config.json"):
+        open_tokenizer(tmp_path)

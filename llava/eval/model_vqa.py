@@ -203,8 +203,8 @@ def answer_questions(
     Raises:
         ValueError: the file exists and holds something else than answers, or nothing can be written there.
     """
-    target = Path(answers_file)
-    check_answers(target, overwrite=True)
+    check_answers(answers_file, overwrite=True)
+    target = Path(answers_file).resolve()  # a link stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{hashlib.sha256(run.encode()).hexdigest()[:12]}.partial")
     done = _resume(partial, questions)
@@ -231,7 +231,7 @@ def check_answers(answers_file: str | Path, overwrite: bool) -> None:
         overwrite: in place of earlier answers; anything else is never replaced.
     """
     target = Path(answers_file)
-    check_writable(target.parent, f"the folder of answers file {target}:")
+    check_writable(target.resolve().parent, f"the folder of answers file {target}:")
     if target.is_dir() or (target.exists() and not _holds_answers(target)):
         raise ValueError(f"answers file {target} exists and holds no answers: it is not replaced; choose another name")
     if target.exists() and not overwrite:

@@ -69,6 +69,11 @@ def _open(cls: Any, path: str, **kwargs: Any) -> Any:
         raise ValueError(f"the tokenizer of {path} does not open: {str(error).splitlines()[0]}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"{path} holds no tokenizer: copy that of the language model there (e.g. {_SENTENCEPIECE})")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {path} has no token that ends an answer (eos_token): its {_SETTINGS} is missing or not "
+            "whole; copy it from the language model"
+        )
     return tokenizer
 
 

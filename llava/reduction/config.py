@@ -37,8 +37,7 @@ class ReductionConfig:
             method = _method_mapping(site, getattr(self, site))
             object.__setattr__(self, site, method)
             if method:
-                method_class(method["name"], site)
-                build(**method)
+                _check_method(site, method)
         if self.encoder and self.projector:
             raise ValueError(
                 f"reduction: the encoder's method '{self.encoder['name']}' keeps patches here and there, and "
@@ -175,6 +174,14 @@ def trim_flag(value: str) -> str | None:
     """
     method = _parse_legacy(value)
     return json.dumps({**method, "text": "conversation"}) if method else None
+
+
+def _check_method(site: str, method: Mapping[str, Any]) -> None:
+    try:
+        method_class(method["name"], site)
+        build(**method)
+    except ValueError as error:
+        raise ValueError(f"reduction.{site}: {error}") from error
 
 
 def _parse_legacy(value: str | None) -> dict[str, Any] | None:

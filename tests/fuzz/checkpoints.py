@@ -34,7 +34,8 @@ def fuzz(case: Case) -> None:
     change = _change(case, path)
     case.say(f"{folder}/{path.name}: {change}")
     names = {path.name, path.stem, folder, Path(folder).name}
-    expect = "refused" if change == "NaN" and folder != "hf" else "either"
+    # Of CLIP's weights some are not read: the text tower, the last block.
+    expect = "refused" if change == "NaN" and folder not in ("hf", "clip") else "either"
     for command in case.random.sample([_train, _eval, _convert, _merge], 2):
         command(case, folder, names, expect)
 

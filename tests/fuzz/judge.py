@@ -16,8 +16,8 @@ from llava.model.builder import load_pretrained_model
 from tests.tiny_world import SIDE
 
 # The log's line of an error, with the findings of the checks before a run below it; or the command's own.
-LOGGED = re.compile(r"^[\d:]+ ERROR:? .*(?:\nerror: .*)*", re.MULTILINE)
-TOLD = re.compile(r"^error: .*", re.MULTILINE)
+LOGGED = re.compile(r"^[\d:]+ ERROR:? .*(?:\n(?:error: |- ).*)*", re.MULTILINE)
+TOLD = re.compile(r"^error: .*(?:\n- .*)*", re.MULTILINE)
 # Left by libraries that were not told what to do, or by a process that did not end well.
 UGLY = ("Traceback (most recent call last)", "Exception ignored", "core dumped", "Segmentation fault", "Aborted")
 MISLEADING = ("will likely succeed", "install tiktoken", "_internal assert")

@@ -41,7 +41,7 @@ def _convert(case: Case) -> None:
     overwrite = case.random.random() < 0.5
     arguments += ["--overwrite"] if overwrite else []
     own = ["hf"] if overwrite and target == "hf" and source != "hf" else []
-    outputs = [target] if target.endswith("/new") or target == "dangling" else ["gone"]
+    outputs = [target] if target.endswith("/new") else ["gone", "dangling"]  # a link, and what it names
     expect = "works" if target == "runs/new" else "either"
     check = case.check_copy(source, base, target)
     case.run(arguments, names=_names(target, source), outputs=outputs, own=own, expect=expect, check=check)
@@ -64,7 +64,7 @@ def _eval(case: Case) -> None:
     fresh = target.endswith(("answers.jsonl", "a.jsonl"))
     arguments = ["eval", "runs/full", "--question-file", "questions.jsonl", "--image-folder", "images"]
     arguments += ["--answers-file", target, "--max-new-tokens", "2", "--conv-mode", "v1"]
-    outputs = [target, "new"] if fresh else ["gone", "dangling"]
+    outputs = [target, "new"] if fresh else ["gone"]  # what the link names
     check = case.check_answers("questions.jsonl", target)
     case.run(arguments, names=_names(target), outputs=outputs, expect="works" if fresh else "either", check=check)
 

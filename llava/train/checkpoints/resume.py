@@ -288,11 +288,11 @@ def kinds_in(folder: Path) -> dict[RunKind, str]:
     """The kinds of runs whose results lie in a folder, each with a file that shows it."""
     shows = {
         RunKind.LORA: ("adapter_config.json", ADAPTER_FILE, NON_LORA_FILE),
-        RunKind.FULL: WEIGHT_FILES,
+        RunKind.FULL: (*WEIGHT_FILES, "model-*.safetensors", "pytorch_model-*.bin"),
         RunKind.PROJECTOR: (PROJECTOR_FILE,),
     }
-    found = {kind: next((n for n in names if (folder / n).is_file()), "") for kind, names in shows.items()}
-    return {kind: name for kind, name in found.items() if name}
+    found = {kind: [path.name for name in names for path in folder.glob(name)] for kind, names in shows.items()}
+    return {kind: names[0] for kind, names in found.items() if names}
 
 
 def check_result(output_dir: str | Path, kind: RunKind) -> None:
