@@ -53,7 +53,7 @@ def train(
     """Train, as a YAML file says: `llava train configs/prumerge/finetune_lora.yaml output_dir=out num_gpus=8`.
 
     Besides the flags, the keys num_gpus, hostfile and master_port say how to launch. With `deepspeed` set,
-    DeepSpeed's launcher starts one process for each GPU, as the shell scripts do; else torchrun does where
+    DeepSpeed's launcher starts one process for each GPU, as the shell scripts do; otherwise torchrun does where
     num_gpus is above 1. In a process that a launcher has started (RANK is set), the training runs right there.
     """
     from llava.train.launching.launch import train_from_config

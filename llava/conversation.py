@@ -58,7 +58,7 @@ class Template:
         question_open, question_close: text around a question; the latter ends where the model begins.
         answer_lead: white space between `question_close` and the answer, learned with it.
         answer_close: end of an answer, learned with it; its stripped form is the stop string.
-        after_answer: text behind a finished answer, not learned.
+        after_answer: text after a finished answer, not learned.
         keeps_question: False for captions (plain): of the question, only its images are kept.
         sep, sep2, sep_style: LLaVA's names for separators, for code that reads them off a conversation.
     """
@@ -311,7 +311,7 @@ _MPT = replace(
     "The assistant gives helpful and honest answers.",
 )
 
-# Qwen's own ChatML puts a line break behind every <|im_end|>; LLaVA-NeXT's chatml_direct does not.
+# Qwen's own ChatML puts a line break after every <|im_end|>; LLaVA-NeXT's chatml_direct does not.
 _QWEN = replace(
     _CHATML_DIRECT,
     name="qwen",

@@ -23,6 +23,11 @@ from llava.lock import lock
 logger = logging.getLogger(__name__)
 
 LIST_FILE = "files.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""The names under which PEFT keeps an adapter's weights; the first is the one that it writes today."""
+NON_LORA_FILE = "non_lora_trainables.bin"
+PROJECTOR_FILE = "mm_projector.bin"
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -30,10 +35,10 @@ CHECKPOINT_FILES = (
     "*.safetensors.index.json",
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
-    "adapter_config.json",
-    "adapter_model.bin",
-    "mm_projector.bin",
-    "non_lora_trainables.bin",
+    ADAPTER_CONFIG,
+    *ADAPTER_FILES,
+    PROJECTOR_FILE,
+    NON_LORA_FILE,
     "training_args.bin",
     "tokenizer.json",
     "tokenizer.model",
@@ -59,6 +64,11 @@ def size_of(path: Path) -> int:
     """Bytes of a file."""
     with path.open("rb") as file:  # on network file systems only an open file's size is up to date
         return os.fstat(file.fileno()).st_size
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file of an adapter's weights; the name that PEFT writes today where there is none."""
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), folder / ADAPTER_FILES[0])
 
 
 def write_file_list(folder: Path) -> None:
@@ -206,9 +216,9 @@ def places_read(
         vision_tower: used besides those that the config.json files name.
     """
     folder = Path(source)
-    adapter, config = _json(folder / "adapter_config.json"), _json(folder / "config.json")
+    adapter, config = _json(folder / ADAPTER_CONFIG), _json(folder / "config.json")
     base = model_base or adapter.get("base_model_name_or_path")
-    if base is None and (folder / "mm_projector.bin").is_file():
+    if base is None and (folder / PROJECTOR_FILE).is_file():
         base = config.get("_name_or_path")
     theirs = {} if base is None else _json(Path(base) / "config.json")
     named = {

@@ -36,7 +36,7 @@ class _Terminal(logging.Handler):
 
 class _Quiet(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A full disk is told of by what must be written."""
+        """Nothing: what must be written says that the disk is full."""
 
 
 def set_up_messages(level: int = logging.INFO) -> None:

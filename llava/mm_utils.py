@@ -162,12 +162,12 @@ def parse_grid_pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> list[
                 parsed = None
     try:
         pairs = [(int(width), int(height)) for width, height in parsed]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pairs = []
     if not pairs or min(min(pair) for pair in pairs) < 1:
         raise ValueError(
-            f"image_grid_pinpoints {grid_pinpoints!r} is not a list of (width, height) pairs in pixels; "
-            "write it like [[336, 672], [672, 336], [672, 672]]"
+            f"image_grid_pinpoints {str(grid_pinpoints)[:200]}: expected pairs (width, height) in pixels, such as "
+            "[[336, 672], [672, 336], [672, 672]]"
         )
     return pairs
 
@@ -290,7 +290,7 @@ def process_images(
 
     Returns:
         One tensor [3, H, W] an image, or [T, 3, H, W] with anyres: stacked, with N in front, where all
-        shapes agree, else as a list.
+        shapes agree, otherwise as a list.
 
     Raises:
         ValueError: no list of pictures, unknown `image_aspect_ratio`, malformed `image_grid_pinpoints`, or settings of

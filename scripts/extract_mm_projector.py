@@ -1,4 +1,4 @@
-"""LLaVA's script of this name: take the projector out of a full checkpoint, for `--pretrain_mm_mlp_adapter`."""
+"""LLaVA's script of this name: write the projector of a full checkpoint to a file, for `--pretrain_mm_mlp_adapter`."""
 
 import argparse
 from pathlib import Path

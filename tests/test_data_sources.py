@@ -290,7 +290,7 @@ def test_folders_and_globs(folder: Path) -> None:
 
 
 def test_object_stores(folder: Path, memory: Any) -> None:
-    """Data and images behind URLs; a change is seen."""
+    """Data and images at URLs; a change is seen."""
     memory.pipe("/bucket/images/red.png", (folder / "red.png").read_bytes())
     sample = {"id": "far", "image": "red.png", "conversations": turns("<image>\nWhat?", "red")}
     memory.pipe("/bucket/set/a.json", json.dumps([sample]).encode())

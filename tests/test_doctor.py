@@ -296,7 +296,7 @@ MODEL_DEFECTS: dict[str, tuple[Callable[[TinyWorld, Path], dict[str, Any]], str]
     "projector of a checkpoint": (torn_llava, r"error: checkpoint: .*missing \(1\): model\.mm_projector\.2\.bias"),
     "no weights": (no_weights, r"error: checkpoint: .* holds no weights: expected one of model\.safetensors"),
     "method and tower": (no_class_token, r"error: method: .*attention of CLS, and this vision tower has none"),
-    "drop behind the end": (
+    "drop after the end": (
         lambda world, folder: {"reduction": "{name: pyramiddrop, layers: [8], ratios: [0.5]}"},
         r"error: model: .*pyramiddrop.*8",
     ),

@@ -279,8 +279,8 @@ def test_keywords_stop_where_the_answer_has_them(opened: tuple[Any, Any, Any]) -
         rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         alone = criteria(torch.tensor(rows), None)
         assert alone.dtype == torch.bool
-        behind = criteria(torch.cat([prompt.expand(len(rows), -1), torch.tensor(rows)], dim=1), None)
-        assert torch.equal(alone, behind)
+        after = criteria(torch.cat([prompt.expand(len(rows), -1), torch.tensor(rows)], dim=1), None)
+        assert torch.equal(alone, after)
         return alone.tolist()
 
     assert done("x###", "xxxx") == [True, False]

@@ -62,7 +62,7 @@ def inputs_of(rows: list[torch.Tensor], dtype: torch.dtype) -> list[dict[str, An
 
 
 def use(model: Any, reduction: dict[str, Any]) -> None:
-    """Give the model this method alone: a projector's method would else stay when another site's is named."""
+    """Give the model this method alone: otherwise a projector's method would stay when another site's is named."""
     model.set_reduction("none")
     model.set_reduction(reduction)
 

@@ -23,7 +23,7 @@ PATTERNS: dict[str, Callable[[str], bool]] = {
     "llm": lambda name: bool(re.match(r"(model\.(layers|embed_tokens|norm)|lm_head)\b", name)),
     "adapters": lambda name: bool(re.match(r"base_model\.model\.model\.layers\..*\.lora_[AB]\.default\.weight$", name)),
     "projector": lambda name: "mm_projector." in name,
-    # Blocks behind the layer that is read are never run.
+    # Blocks after the layer that is read are never run.
     "tower": lambda name: "vision_tower.vision_tower." in name and not re.search(r"layers\.2\.|post_layernorm", name),
 }
 MODES: dict[str, tuple[dict[str, Any], set[str]]] = {

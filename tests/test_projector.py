@@ -145,7 +145,7 @@ def test_concatenation_is_a_convolution_with_identity_weights(k: int) -> None:
 
 
 def outputs(module: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
-    """Shapes behind each linear layer."""
+    """Shapes after each linear layer."""
     shapes: list[tuple[int, ...]] = []
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

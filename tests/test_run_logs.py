@@ -270,7 +270,7 @@ def test_utilization_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_metrics_of_a_run_that_goes_on(world: TinyWorld, tmp_path: Path) -> None:
-    """Lines behind the checkpoint, a half line and the old summary go; each step stands there once."""
+    """Lines after the checkpoint, a half line and the old summary go; each step stands there once."""
     settings = {"tune_mm_mlp_adapter": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     run(world, tmp_path, **settings)
     first = lines(tmp_path)

@@ -417,7 +417,7 @@ def test_rows_stay_padded_on_their_side() -> None:
 
 
 def training_batch() -> dict[str, Any]:
-    """Two turns, one turn, text only, an image without an answer, an answer right behind the image."""
+    """Two turns, one turn, text only, an image without an answer, an answer right after the image."""
     batch = padded("right")
     labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
     ids = batch["input_ids"]

@@ -32,7 +32,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
 print("ready", flush=True)
 time.sleep(30)
 """
-# A launcher that ends at once on the signals, as launchers do, and else with its rank's exit code.
+# A launcher that ends at once on the signals, as launchers do, and otherwise with its rank's exit code.
 LAUNCHER = """
 import os, subprocess, sys
 sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, "RANK": "0"}).returncode)

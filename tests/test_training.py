@@ -459,6 +459,8 @@ def test_lora_goes_on_from_an_adapter(world: TinyWorld, tmp_path: Path) -> None:
         assert torch.equal(own[name.replace(".weight", ".default.weight")], weight)
     projector = torch.load(tmp_path / "a" / "non_lora_trainables.bin", weights_only=True)
     assert all(torch.equal(own[name], weight) for name, weight in projector.items())
+    torch.save(adapter, tmp_path / "a" / "adapter_model.bin")  # as PEFT wrote it for LLaVA
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="wrong shape"):
         build(world, tmp_path / "c", **{**LORA, "lora_r": 2}, lora_weight_path=tmp_path / "a")
 

@@ -119,7 +119,7 @@ def make_readable(folder: Path) -> None:
     clip.config.text_config.eos_token_id = tokenizer.eos_token_id
     for weight in clip.text_model.parameters():
         if weight.ndim > 1:
-            weight.data.normal_(std=0.5)  # else all texts look alike
+            weight.data.normal_(std=0.5)  # otherwise all texts look alike
     clip.save_pretrained(folder)
 
 

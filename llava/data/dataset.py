@@ -47,7 +47,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         mm_use_im_start_end: surround images by `<im_start>` and `<im_end>`.
         text: what `text` holds: "question", the human's words, a line a turn; or "conversation", all of the prompt
             with system prompt and answers.
-        on_bad_sample: "stop": an error for a sample that cannot be trained on. "skip": a placeholder in its stead, one
+        on_bad_sample: "stop": an error for a sample that cannot be trained on. "skip": a placeholder in its place, one
             token without a label, so that all other samples keep their places.
         rejects: where skipped samples are written.
         seed: of the choice of samples where a weight is no whole number.
@@ -164,7 +164,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         return decoded
 
     def places(self) -> np.ndarray:
-        """Rows of the table that are samples, each once, rising."""
+        """Rows of the table that are samples, each once, in rising order."""
         return np.arange(len(self.table)) if self._order is None else np.unique(self._order)
 
     def source_of(self, place: int) -> DataSource:

@@ -1,4 +1,4 @@
-"""Image files, for which nobody vouches: which may be opened, from where, how large, and how they become RGB."""
+"""Image files, which nobody vouches for: which may be opened, from where, how large, and how they become RGB."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def open_image(location: str) -> Image.Image:
 
 
 def _read(file: BinaryIO) -> bytes:
-    """A file up to a byte beyond the limit, so that one without end is found out. Web servers may send it in parts."""
+    """A file up to a byte beyond the limit, so that an endless one is noticed. Web servers may send it in parts."""
     content = bytearray()
     while len(content) <= MAX_BYTES and (part := file.read(MAX_BYTES + 1 - len(content))):
         content += part

@@ -30,7 +30,7 @@ class ItemMaker:
     """Makes items of rows; see `LazySupervisedDataset` for what an item is and for the arguments.
 
     Args:
-        on_bad_sample: "stop" raises the `BadSampleError`; "skip" gives `placeholder` in the sample's stead.
+        on_bad_sample: "stop" raises the `BadSampleError`; "skip" gives `placeholder` in the sample's place.
         rejects: where skipped samples are written; None: nowhere.
     """
 

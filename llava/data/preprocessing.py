@@ -42,7 +42,7 @@ class Preprocessed(NamedTuple):
 
     Attributes:
         input_ids: LongTensor [S], `IMAGE_TOKEN_INDEX` where an image goes.
-        labels: LongTensor [S], the id where it is learned, else `IGNORE_INDEX`.
+        labels: LongTensor [S], the id where it is learned, otherwise `IGNORE_INDEX`.
     """
 
     input_ids: torch.Tensor
@@ -78,7 +78,7 @@ def parse_rounds(
             dropped, as LLaVA does. A last question without an answer is kept, with None. An empty answer trains
             the token that ends it.
         template: what the conversation will be written in.
-        has_image: `<image>` stands for an image; else it is text like any other.
+        has_image: `<image>` stands for an image; otherwise it is text like any other.
         sample: what to call the sample in an error.
 
     Raises:
@@ -171,7 +171,7 @@ def preprocess(
         conversation: turns {"from": "human" | "gpt", "value": text}, see `parse_rounds`.
         tokenizer: of the language model.
         version: name of a template, see `llava.conversation.conv_templates`.
-        has_image: `<image>` stands for an image, else it is text like any other.
+        has_image: `<image>` stands for an image, otherwise it is text like any other.
         mm_use_im_start_end: surround every image by `<im_start>` and `<im_end>`.
         sample: what to call the sample in an error.
 

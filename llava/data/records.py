@@ -48,7 +48,7 @@ class Malformed:
 
 
 def read_records(path: str) -> Iterator[Any]:
-    """Decoded samples of one file, in order; by its name JSON lines (.jsonl), Parquet (.parquet), else a JSON list.
+    """Decoded samples of one file, in order; by its name JSON lines (.jsonl), Parquet (.parquet), otherwise a list.
 
     A line that cannot be decoded is a `Malformed`, and the next one is read. Of the other kinds nothing can be read
     after such a place.
@@ -243,7 +243,7 @@ def _parquet_rows(path: str) -> Iterator[Any]:
 
 
 def count_parquet_rows(path: str) -> int:
-    """Number of samples of a Parquet file, of which it says so itself.
+    """Number of samples of a Parquet file, as the file itself says.
 
     Raises:
         DataError: it cannot be read.

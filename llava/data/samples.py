@@ -13,7 +13,7 @@ FORMAT, TAGS, NO_ANSWER, IMAGE = "format", "image tags", "nothing to learn", "im
 """Kinds of defects: malformed, `<image>` that do not match the images, no answer, an image that cannot be read."""
 
 MAX_IMAGES = 1000
-"""Images of one sample; no model has room for more."""
+"""Images of one sample; no model can take more."""
 
 
 class BadSampleError(DataError):
@@ -99,7 +99,7 @@ def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round
 def split_pictures(sample: Any) -> tuple[Any, list[bytes]]:
     """A sample whose images are named, and the contents of those that it holds itself, as Parquet files may.
 
-    Such an image is a mapping {"bytes", "path"}, as `datasets` writes it; its name is the path, else made up.
+    Such an image is a mapping {"bytes", "path"}, as `datasets` writes it; its name is the path, otherwise made up.
     """
     value = sample.get("image") if isinstance(sample, dict) else None
     images: list[Any] = value if isinstance(value, list) else [value]

@@ -2,7 +2,7 @@
 
 The stream never ends: each source starts again where it is through, so that no rank waits for another, and `max_steps`
 says when to stop. Rows are dealt to processes and workers by `datasets`: whole files where their number allows it,
-else every n-th row.
+otherwise every n-th row.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class StreamingSupervisedDataset(IterableDataset[dict[str, Any]]):
         logger.info("streaming about %d samples of %d sources", sum(sizes), len(sizes))
 
     def resume(self, batches: int, batch_size: int) -> None:
-        """Begin behind what a run has seen already; its rows are read again, but no image is.
+        """Begin after what a run has seen already; its rows are read again, but no image is.
 
         Args:
             batches: that each process has taken.
@@ -123,7 +123,7 @@ class StreamingSupervisedDataset(IterableDataset[dict[str, Any]]):
 
 
 def estimate_samples(file: str) -> float:
-    """Number of samples of a file: counted for Parquet, else its size over that of its first samples.
+    """Number of samples of a file: counted for Parquet, otherwise its size over that of its first samples.
 
     Raises:
         DataError: it cannot be read, or has none.

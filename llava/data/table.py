@@ -39,7 +39,7 @@ def features() -> Any:
     """The columns of a table.
 
     sample: JSON text. file, index: where it stands. words: of its questions and answers. images: how many.
-    pictures: contents of images that the sample holds itself. kind, problem: what is wrong with it, else null.
+    pictures: contents of images that the sample holds itself. kind, problem: what is wrong with it, otherwise null.
     """
     d = import_datasets()
     return d.Features(
@@ -102,7 +102,7 @@ def load_table(file: str, version: str, cache_dir: str | None = None) -> Any:
     """The table of one file: converted, or as it was converted before.
 
     The cache is keyed by the file's path, size and time of change (what the file system of a URL has for them). It is
-    written under another name and renamed, below a lock, so processes may ask for it at the same time.
+    written under another name and renamed, under a lock, so processes may ask for it at the same time.
 
     Args:
         file: path or URL.

@@ -201,7 +201,7 @@ def answer_questions(
         run: says which run this is; runs of other models or options must differ in it.
 
     Raises:
-        ValueError: the file exists and holds something else than answers, or nothing can be written there.
+        ValueError: the file exists and holds something other than answers, or nothing can be written there.
     """
     check_answers(answers_file, overwrite=True)
     target = Path(answers_file).resolve()  # a link stays one

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any layout. What it is, its files say; its path says nothing."""
+"""Open a checkpoint of any layout. Its files say what it is; its path says nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.files import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, adapter_file
 from llava.model.language_model.families import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
@@ -43,9 +44,7 @@ LLAVA_1_5 = {
     "use_mm_proj": True,
 }
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
-LORA_WEIGHTS = "non_lora_trainables.bin"
 MERGED_KEY = "merged_adapters"  # of config.json: marks of the adapters that were added to the weights
-PROJECTOR_WEIGHTS = "mm_projector.bin"
 # Patterns that bitsandbytes' modules are matched with, from the start of the name.
 NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.vision_tower", "lm_head"]
 
@@ -81,10 +80,10 @@ def load_pretrained_model(
         load_4bit: the same in 4 bits (nf4).
         device_map: spread over devices as transformers does, instead of `device`; where both are given, a `device`
             other than cuda counts, as in LLaVA.
-        device: default: cuda where there is one, else cpu.
+        device: default: cuda where there is one, otherwise cpu.
         dtype: default: the checkpoint's.
         vision_tower: folder or hub name in place of the config's `mm_vision_tower`.
-        reduction: None for what config.json says; else what `ReductionConfig.parse` reads, "none" for all tokens.
+        reduction: None for what config.json says; otherwise what `ReductionConfig.parse` reads, "none" for all tokens.
         attn_implementation: eager, sdpa or flash_attention_2; default: transformers' choice.
         merge_lora: add a LoRA folder's weights to the base's. Faster; the sum is rounded to `dtype`, so that answers
             differ slightly from those that the adapter was trained to give.
@@ -151,14 +150,14 @@ def _open(
 ) -> _Checkpoint:
     """Tell the layout by the files and open it."""
     has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return _open_lora(folder, model_base, tower, merge, kwargs)
-    if not has_weights and (folder / PROJECTOR_WEIGHTS).is_file():
+    if not has_weights and (folder / PROJECTOR_FILE).is_file():
         return _open_projector(folder, model_base, tower, kwargs)
     if not has_weights:
         raise ValueError(
-            f"{folder} holds no checkpoint: expected one of {', '.join(WEIGHT_FILES)}, an adapter_config.json (LoRA) "
-            f"or a {PROJECTOR_WEIGHTS} (projector only)"
+            f"{folder} holds no checkpoint: expected one of {', '.join(WEIGHT_FILES)}, an {ADAPTER_CONFIG} (LoRA) "
+            f"or a {PROJECTOR_FILE} (projector only)"
         )
     raw = read_json(folder / "config.json")
     if "text_config" in raw and "vision_config" in raw:
@@ -181,15 +180,14 @@ def _open_lora(
     folder: Path, model_base: str | os.PathLike | None, tower: str | None, merge: bool, kwargs: dict[str, Any]
 ) -> _Checkpoint:
     """A PEFT adapter and the weights that were trained beside it, on their base."""
-    adapter = read_json(folder / "adapter_config.json")
+    adapter = read_json(folder / ADAPTER_CONFIG)
     base = model_base or adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder} is a LoRA folder whose adapter names no base; pass model_base=")
-    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
-    adapters = read_weights(next((file for file in files if file.is_file()), files[0]))
+    adapters = read_weights(adapter_file(folder))
     base_config = read_json(local_folder(base) / "config.json")
     raise_if_merged(folder, adapters, base_config, base)
-    model = _open_on_base(folder / LORA_WEIGHTS, base, tower, kwargs)
+    model = _open_on_base(folder / NON_LORA_FILE, base, tower, kwargs)
     if merge:
         setattr(model.config, MERGED_KEY, [*(base_config.get(MERGED_KEY) or []), weights_mark(adapters)])
     return _Checkpoint(_add_adapter(model, folder, adapters, merge), _tokenizer(folder, base))
@@ -217,7 +215,7 @@ def _add_adapter(model: Any, folder: Path, weights: dict[str, Tensor], merge: bo
     except Exception as error:  # PEFT checks little of what it reads
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{folder}: adapter_config.json and the adapter's weights can't be put into the model; check that both are "
+            f"{folder}: {ADAPTER_CONFIG} and the adapter's weights can't be put into the model; check that both are "
             f"of one run ({reason[:400]})"
         ) from error
     raise_for_keys(
@@ -254,7 +252,7 @@ def _open_projector(
     base = model_base or (read_json(config).get("_name_or_path") if config.is_file() else None)
     if not base:
         raise ValueError(f"{folder} holds a projector only; pass the language model as model_base=")
-    model = _open_on_base(folder / PROJECTOR_WEIGHTS, base, tower, kwargs)
+    model = _open_on_base(folder / PROJECTOR_FILE, base, tower, kwargs)
     return _Checkpoint(model, _tokenizer(folder, base))
 
 
@@ -380,7 +378,7 @@ def _match_vocabulary(model: Any, tokenizer: Any) -> None:
 
 
 def _image_processor(model: Any, folder: Path) -> Any:
-    """The checkpoint's own image processor where it has one, else the vision tower's."""
+    """The checkpoint's own image processor where it has one, otherwise the vision tower's."""
     tower = model.get_vision_tower()
     if processor_settings(folder):
         tower.processor_path = str(folder)
@@ -396,7 +394,7 @@ def context_length(config: Any) -> int:
 
 
 def _device(given: str | torch.device | None) -> torch.device:
-    """The device asked for; by default cuda where there is one, else cpu.
+    """The device asked for; by default cuda where there is one, otherwise cpu.
 
     Raises:
         ValueError: no such device, here or anywhere.

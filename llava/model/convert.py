@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from llava.model.builder import lasting_name, load_pretrained_model, local_folde
 from llava.model.llava_hf.export import write_hf
 from llava.model.llava_hf.opening import KEPT
 from llava.model.llava_hf.restore import inferred_settings, write_llava
+from llava.model.weights import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def convert(
             the kind of language model with.
         dtype: of the written weights; default: the checkpoint's.
         drop_reduction: to hf, leave out the reduction of visual tokens, which that layout can't express: the model
-            then gets all tokens, other than it was trained with.
+            then gets all tokens, unlike in its training.
         max_shard_size: largest size of one weight file.
         overwrite: replace a target that this program wrote; what someone else put there stays.
 
@@ -80,7 +80,7 @@ def convert(
 
 def _config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _tower_name(raw: dict[str, Any], wanted: str | os.PathLike | None, opened: str) -> str:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from llava.mm_utils import get_anyres_image_grid_shape
 
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+"""Allowed values of `mm_patch_merge_type`."""
+
 NEWLINE = -1  # index that stands for the learned newline token
 
 
@@ -23,7 +26,7 @@ class LayoutSpec:
     """How tiles are put together.
 
     Attributes:
-        merge_type: `mm_patch_merge_type`: flat, spatial or spatial_unpad.
+        merge_type: `mm_patch_merge_type`, one of `MERGE_TYPES`.
         grid: (h, w), patches of one tile, or cells where the projector fuses patches.
         tile_size: side of a tile in pixels.
         pinpoints: `image_grid_pinpoints`, the (width, height) that anyres may choose; None without anyres.
@@ -35,8 +38,8 @@ class LayoutSpec:
     pinpoints: list | str | None = None
 
     def __post_init__(self) -> None:
-        if self.merge_type not in ("flat", "spatial", "spatial_unpad"):
-            raise ValueError(f"mm_patch_merge_type={self.merge_type!r}: choose one of flat, spatial, spatial_unpad")
+        if self.merge_type not in MERGE_TYPES:
+            raise ValueError(f"mm_patch_merge_type={self.merge_type!r}: choose one of {', '.join(MERGE_TYPES)}")
 
 
 def image_layout(source: Tensor, mask: Tensor, image_size: tuple[int, int] | None, spec: LayoutSpec) -> Tensor:

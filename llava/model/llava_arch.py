@@ -201,7 +201,7 @@ class LlavaMetaForCausalLM:
 
         Returns:
             transformers' output, in training with labels a `LlavaOutput`; logits [B, L, V] for the spliced rows, padded
-            on the left where the input or `config.tokenizer_padding_side` is, else on the right. With a decoder
+            on the left where the input or `config.tokenizer_padding_side` is, otherwise on the right. With a decoder
             reducer, of the tokens that reach the last layer. Packed, [1, T, V] for the real tokens of all rows.
 
         Raises:
@@ -342,7 +342,7 @@ class LlavaMetaForCausalLM:
 
         Args:
             left: pad on the left; None: where the input is padded so, or `config.tokenizer_padding_side` says so.
-            max_length: rows are cut behind this many tokens.
+            max_length: rows are cut after this many tokens.
             Others as for `forward`.
         """
         check_prompt(input_ids, attention_mask, labels)

@@ -44,7 +44,7 @@ def add_projector_method(
 
 
 def method_of_adapter(file: str | Path, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The method of a `mm_projector.bin`: what the config.json beside it says, else what its weights show."""
+    """The method of a `mm_projector.bin`: what the config.json beside it says, otherwise what its weights show."""
     beside = Path(file).with_name("config.json")
     if beside.is_file():
         reduction = read_json(beside).get("reduction")

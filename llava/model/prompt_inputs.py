@@ -97,7 +97,7 @@ def check_texts(texts: Any, count: int, of: str) -> None:
 
 
 def describe(value: Any) -> str:
-    """What a value is, for a message: type, shape and device of a tensor, else its type and a little of it."""
+    """What a value is, for a message: type, shape and device of a tensor, otherwise its type and a little of it."""
     if isinstance(value, Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} with shape {list(value.shape)} on {value.device}"
     text = repr(value)

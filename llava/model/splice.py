@@ -67,7 +67,7 @@ def plan_splice(
             in order.
         mask: [B, S] bool, real tokens; padding may stand on either side.
         image_lengths: [N] int64, visual tokens of each image.
-        max_length: rows are cut behind this many tokens; None cuts none.
+        max_length: rows are cut after this many tokens; None cuts none.
         left: pad on the left.
     """
     b, s = input_ids.shape
@@ -92,7 +92,7 @@ def plan_splice(
     shift = length - kept_lengths if left else torch.zeros_like(kept_lengths)
     column = position + shift[row]
     inside = position < kept_lengths[row]
-    # What is cut off is written to a column of its own behind the row, and dropped with it: no boolean indexing,
+    # What is cut off is written to a column of its own after the row, and dropped with it: no boolean indexing,
     # whose result length the host would have to wait for.
     target = row * (length + 1) + torch.where(inside, column, length)
 

@@ -167,7 +167,7 @@ class VisionModules:
             self.load_projector(weights, adapter)
 
     def _reduction_of(self, model_args: Any, projector_weights: Mapping[str, Tensor]) -> ReductionConfig:
-        """What the run asks for, else the model's own; with the method of its projector, or of one about to be read."""
+        """What the run asks for, otherwise the model's own; with the method of its projector, or of one to be read."""
         given, own = getattr(model_args, "reduction", None), ReductionConfig.of_model(self.config)
         reduction = own if given is None else ReductionConfig.parse(given)
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)

@@ -241,7 +241,7 @@ def _reason(path: Path, error: Exception) -> str:
         return "it is a pointer of Git LFS; fetch the file itself with git lfs pull"
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return (
-            "it is torn, or holds something else than tensors, which is not read because it may run code; copy or "
+            "it is torn, or holds something other than tensors, which is not read because it may run code; copy or "
             "download it again, or write it with safetensors"
         )
     detail = str(error).partition("\n")[0].partition(". ")[0]
@@ -269,7 +269,7 @@ def weights_mark(weights: Mapping[str, Tensor]) -> str:
 
 
 def strip_prefixes(weights: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    """Take each of `prefixes`, in this order, off the keys that begin with it."""
+    """Remove each of `prefixes`, in this order, from the keys that begin with it."""
     stripped = dict(weights)
     for prefix in prefixes:
         stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
@@ -283,7 +283,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], origin: object, 
         module: where the parameters are.
         weights: by name.
         origin: file or folder that the weights come from, for messages.
-        prefix: taken off the names first.
+        prefix: removed from the names first.
 
     Returns:
         Names of the parameters that were filled.

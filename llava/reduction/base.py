@@ -246,7 +246,7 @@ class DecoderReducer(Reducer, abc.ABC):
     It says where, how many and by which score; `llava.model.language_model.staged` runs the layers.
     """
 
-    renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; else tokens keep theirs
+    renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; otherwise tokens keep theirs
 
     pool: Literal["image", "sample"] = "image"  # which tokens compete: those of one image, or of all of a sample
 

@@ -72,7 +72,7 @@ class ReductionConfig:
 
     @classmethod
     def of_model(cls, config: object) -> ReductionConfig:
-        """What a model's config asks for: its key `reduction`, else a key of the methods' releases."""
+        """What a model's config asks for: its key `reduction`, otherwise a key of the methods' releases."""
         own = getattr(config, "reduction", None)
         if own is not None:
             return cls.parse(own)

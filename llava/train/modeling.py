@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
+from llava.files import adapter_file
 from llava.model.builder import MERGED_KEY, NOT_QUANTIZED, lasting_name, raise_if_merged, read_llava_config
 from llava.model.language_model.families import llava_class_for
 from llava.model.tokenizer import open_tokenizer
 from llava.model.weights import check_json, read_json, read_weights
 from llava.reduction import ReductionConfig
-from llava.train.checkpoints.saving import ADAPTER_FILE, RunKind, load_adapter, part_of
+from llava.train.checkpoints.saving import RunKind, load_adapter, part_of
 from llava.train.settings.arguments import (
     DataArguments,
     ModelArguments,
@@ -49,7 +50,7 @@ def run_kind(arguments: Arguments) -> RunKind:
 def read_config(arguments: Arguments) -> Any:
     """The configuration of the language model or checkpoint that the run starts from.
 
-    Fills in the vision settings that the command line left open: the checkpoint's, else LLaVA's defaults.
+    Fills in the vision settings that the command line left open: the checkpoint's, otherwise LLaVA's defaults.
 
     Raises:
         ValueError: no such model, no LLaVA on this kind of model, or no vision tower named anywhere.
@@ -116,7 +117,7 @@ def check_not_merged(arguments: Arguments, raw: dict[str, Any]) -> None:
         raw: config.json of the base.
     """
     folder = arguments.training.lora_weight_path
-    file = Path(folder or "", ADAPTER_FILE)
+    file = adapter_file(Path(folder or ""))
     if folder and raw.get(MERGED_KEY) and file.is_file():
         raise_if_merged(folder, read_weights(file), raw, arguments.model.model_name_or_path or "")
 
@@ -147,7 +148,7 @@ def load_tokenizer(arguments: Arguments, checkpoint: str | None = None) -> Any:
         model_max_length=arguments.training.model_max_length,
         padding_side="right",
     )
-    # LLaVA pads with unk where there is one; padded places are masked, so the choice does not matter else.
+    # LLaVA pads with unk where there is one; padded places are masked, so the choice does not matter otherwise.
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -270,7 +271,7 @@ def select_trainable(model: Any, arguments: Arguments) -> None:
 def tower_weights_read(model: Any) -> set[str]:
     """Names of the weights of the vision tower that the projector's input depends on.
 
-    The others get no gradient: blocks behind the last one that is read, the pooled output, CLIP's text tower. DDP
+    The others get no gradient: blocks after the last one that is read, the pooled output, CLIP's text tower. DDP
     would wait for theirs, and DeepSpeed would let weight decay shrink them.
     """
     inner = model.get_model()

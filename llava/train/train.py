@@ -117,7 +117,7 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
 
 
 def best_attention(arguments: Arguments) -> str:
-    """flash_attention_2 where it is installed and can run (a GPU, 16-bit types), else sdpa."""
+    """flash_attention_2 where it is installed and can run (a GPU, 16-bit types), otherwise sdpa."""
     training = arguments.training
     if torch.cuda.is_available() and not training.use_cpu and (training.bf16 or training.fp16):
         try:
@@ -160,7 +160,7 @@ def log_trainable(model: Any) -> None:
 def write_run_config(arguments: Arguments, checkpoint: str | None = None) -> None:
     """Write the run's settings to `output_dir`, in the form that `llava train` reads; and `run_info.json`.
 
-    What says that a result there is whole goes: it was another's, or of fewer steps.
+    The file that marks an earlier result as whole is removed: that one was another run's, or of fewer steps.
     """
     if arguments.training.should_save:
         Path(arguments.training.output_dir, STATE_FILE).unlink(missing_ok=True)

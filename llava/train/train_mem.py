@@ -1,7 +1,7 @@
 """LLaVA's entry for launchers: `deepspeed llava/train/train_mem.py --flag value ...`.
 
 The name is LLaVA's: attention that saves memory. flash-attention is used where it is installed and a GPU is there,
-else torch's scaled dot product; `--attn_implementation` overrides.
+otherwise torch's scaled dot product; `--attn_implementation` overrides.
 """
 
 import os

@@ -152,7 +152,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
     """Draw a scene.
 
     Returns the RGB picture and, of the same size, a mode "L" map that says which object each pixel shows: 0
-    for the background, 1 + its index in `scene.things` else. One picture in two has a noisy background.
+    for the background, otherwise 1 + its index in `scene.things`. One picture in two has a noisy background.
     """
     frame = rng.choice(FRAMES)
     ground = _jitter(rng, BACKGROUNDS[scene.background], 8)

@@ -1,7 +1,7 @@
-"""Attention for packed rows: samples stand one behind the other in one row, without padding, and don't see each other.
+"""Attention for packed rows: samples stand one after the other in one row, without padding, and don't see each other.
 
 FlashAttention does this by itself from the samples' boundaries. `packed_sdpa` does it with torch's scaled dot product:
-only attention sees padding, everything else of a layer runs on real tokens.
+only attention sees padding; the rest of a layer runs on real tokens.
 
 Shapes: T tokens of B samples in one row, L the longest sample, H heads, K heads of keys, d head width.
 """

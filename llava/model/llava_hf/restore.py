@@ -51,7 +51,7 @@ def _restore_vocabulary(model: Any, tokenizer: Any, kept: dict[str, Any]) -> Non
 
 
 def _drop_tokens(folder: Path, size: int) -> None:
-    """Take the tokens from id `size` on out of a tokenizer's files; a tokenizer itself can't forget one."""
+    """Remove the tokens from id `size` on from a tokenizer's files; a tokenizer itself can't forget one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"the tokenizer writes no {path.name}, so that {DEFAULT_IMAGE_TOKEN} can't be taken out of it")

@@ -103,7 +103,7 @@ class VisionTower(nn.Module):
         self._image_processor = None
 
     def add_text_tower(self, config: CLIPTextConfig | None = None) -> None:
-        """Make room for CLIP's text tower, by default that of the folder or hub name of this tower."""
+        """Build CLIP's text tower, without its weights, by default that of the folder or hub name of this tower."""
         self.text_tower = ClipText(config or resolve_text_config(self.name), self.hidden_size)
         self.text_tower.requires_grad_(False)
 

@@ -27,7 +27,7 @@ class Sampler(BudgetedReducer):
 
     @abc.abstractmethod
     def choose(self, grid: tuple[int, int], count: int) -> Tensor:
-        """Indices of `count` patches of a grid of (h, w), [M] int64, rising; on the CPU."""
+        """Indices of `count` patches of a grid of (h, w), [M] int64, in rising order; on the CPU."""
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C]."""

@@ -18,10 +18,11 @@ import numpy as np
 import yaml
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.files import ADAPTER_CONFIG, ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE
 from llava.model.weights import WEIGHT_FILES
 from llava.reduction import ReductionConfig
 from llava.train.checkpoints.folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
-from llava.train.checkpoints.saving import ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE, RunKind
+from llava.train.checkpoints.saving import RunKind
 from llava.train.modeling import run_kind
 from llava.train.settings.arguments import parse_pinpoints, split_names, zero_stage
 from llava.train.settings.parsing import Arguments
@@ -159,7 +160,7 @@ def describe_data(dataset: LazySupervisedDataset) -> str:
 
 
 def checkpoint_to_resume(training: Any) -> str | None:
-    """The checkpoint that is asked for, else the last whole one in `output_dir`, else None.
+    """The checkpoint that is asked for, otherwise the last whole one in `output_dir`; None without any.
 
     Raises:
         ValueError: the one that is asked for is not there or not whole.
@@ -287,7 +288,7 @@ def has_optimizer(checkpoint: Path) -> bool:
 def kinds_in(folder: Path) -> dict[RunKind, str]:
     """The kinds of runs whose results lie in a folder, each with a file that shows it."""
     shows = {
-        RunKind.LORA: ("adapter_config.json", ADAPTER_FILE, NON_LORA_FILE),
+        RunKind.LORA: (ADAPTER_CONFIG, *ADAPTER_FILES, NON_LORA_FILE),
         RunKind.FULL: (*WEIGHT_FILES, "model-*.safetensors", "pytorch_model-*.bin"),
         RunKind.PROJECTOR: (PROJECTOR_FILE,),
     }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.files import check_writable, checkpoint_folder
+from llava.files import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, adapter_file, check_writable, checkpoint_folder
 from llava.model.generation_config import writable_generation_config
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights import (
@@ -39,10 +39,6 @@ from llava.model.weights import (
 
 logger = logging.getLogger(__name__)
 
-PROJECTOR_FILE = "mm_projector.bin"
-NON_LORA_FILE = "non_lora_trainables.bin"
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 # What PEFT 0.4 to 0.10, with which LLaVA's own code opens an adapter, know of adapter_config.json.
 PEFT_0_4_KEYS = {
     "auto_mapping",
@@ -75,7 +71,8 @@ class RunKind(Enum):
         """True where a folder has the weights that such a run writes."""
         if self is RunKind.FULL:
             return any(Path(folder).glob("model*.safetensors"))
-        return Path(folder, PROJECTOR_FILE if self is RunKind.PROJECTOR else ADAPTER_FILE).is_file()
+        file = Path(folder, PROJECTOR_FILE) if self is RunKind.PROJECTOR else adapter_file(Path(folder))
+        return file.is_file()
 
 
 def part_of(name: str) -> str:
@@ -140,7 +137,7 @@ def save_run(model: nn.Module, kind: RunKind, folder: str | Path, *, writer: boo
         model: the model, or PEFT's wrapper of it for `RunKind.LORA`.
         folder: where the files go; made if missing. What is left there of an earlier result is removed.
         writer: True on the one rank that writes.
-        tokenizer: written along where the kind has one.
+        tokenizer: written too, where the kind has one.
     """
     collect, write = {
         RunKind.PROJECTOR: (_projector_weights, _write_projector),
@@ -291,7 +288,7 @@ def _fill(
 
 
 def _read_lora(folder: Path) -> dict[str, Tensor]:
-    adapter = read_weights(folder / ADAPTER_FILE)
+    adapter = read_weights(adapter_file(folder))
     # PEFT leaves the adapter's name out of the file.
     named = {re.sub(r"(lora_\w+)\.", r"\1.default.", name, count=1): w for name, w in adapter.items()}
     others = folder / NON_LORA_FILE

@@ -5,7 +5,7 @@ How it runs:
   one process is enough and `deepspeed` is not set: in this process.
 - With `deepspeed: FILE.json`: by DeepSpeed's launcher, as the shell scripts do, one process for each of `num_gpus`
   (default: all GPUs) on each machine of `hostfile` (default: this one).
-- Else, with more than one of `num_gpus`: by torchrun, on this machine.
+- Otherwise, with more than one of `num_gpus`: by torchrun, on this machine.
 """
 
 from __future__ import annotations

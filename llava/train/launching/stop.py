@@ -15,9 +15,10 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
+from llava.train.launching.supervise import SIGNALS
+
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 CHECKPOINT_FOLLOWS = "writing a checkpoint at the end of this step"
 RESULT_FOLLOWS = "the last step is under way or done: the run ends when its result is written"
 

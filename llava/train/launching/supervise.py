@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # those that stop a run
 PR_SET_PDEATHSIG = 1
 
 

@@ -86,7 +86,7 @@ class Stopwatch:
 
 
 def peak_memory() -> float:
-    """Most memory that this process has held, in GB: of the GPU where there is one, else of the machine."""
+    """Most memory that this process has held, in GB: of the GPU where there is one, otherwise of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

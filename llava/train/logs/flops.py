@@ -6,7 +6,7 @@ Counted are the products that the step needs, at two operations a multiply-add, 
 - A linear layer of W weights costs 2 W a token forward, as much for the gradient of its input and, where it is trained,
   as much for that of its weights. Frozen layers before the first trained weight have no backward pass.
 - Attention over n tokens costs 4 n^2 D forward (no saving for the causal mask), and twice that backward.
-- Behind a decoder reducer's drop, the layers see as many image tokens as it keeps by its configuration.
+- After a decoder reducer's drop, the layers see as many image tokens as it keeps by its configuration.
 - The vision tower runs up to the last block that is read.
 """
 

@@ -47,7 +47,7 @@ class Report:
         return [finding for finding in self.findings if finding.level == ERROR]
 
     def ordered(self) -> list[Finding]:
-        """Errors first, then warnings, then the rest; within them by kind, in the order of their finding."""
+        """Errors first, then warnings, then the rest; within them by kind, in the order in which they were found."""
         kinds = list(dict.fromkeys(finding.kind for finding in self.findings))
         return sorted(self.findings, key=lambda one: (LEVELS.index(one.level), kinds.index(one.kind)))
 

@@ -6,7 +6,7 @@ float32), in bytes:
 
 - weights: P x (2 or 4; bits / 8 of a quantized language model); / W with ZeRO-3. Without DeepSpeed, in 16 bits, 2 T
   more for the copies that autocast makes
-- gradients: T x (2 with DeepSpeed in 16 bits, else 4); / W with ZeRO-2 and 3
+- gradients: T x (2 with DeepSpeed in 16 bits, otherwise 4); / W with ZeRO-2 and 3
 - optimizer: T x (8 for Adam's moments + 4 for DeepSpeed's float32 copy); / W with ZeRO-1 to 3
 - activations of a layer: b L (e (8 D + 2 K + 4 F) + 4 D for the norms' float32 copies where e is 2), for flash
   attention or sdpa; all layers at once, or with gradient checkpointing one layer and the inputs of all, b L e D each

@@ -125,7 +125,7 @@ def compare_files(folder: Path, wanted: Mapping[str, tuple[int, ...]], complete:
     Args:
         folder: of a checkpoint.
         wanted: shapes by name.
-        complete: every name must be there; else any one.
+        complete: every name must be there; otherwise any one.
 
     Returns:
         False where there is no such folder, so that nothing was compared.

@@ -59,7 +59,7 @@ class Lengths:
 
 
 def label(row: dict[str, Any]) -> str:
-    """What a report calls a sample: its id, else its place."""
+    """What a report calls a sample: its id, otherwise its place."""
     sample = json.loads(row["sample"])
     has_id = isinstance(sample, dict) and "id" in sample
     return f"{sample['id']!r:.100}" if has_id else f"index {row['index']} of {row['file']}"

@@ -5,7 +5,6 @@ What contradicts across them is checked in `llava.train.settings.parsing`, befor
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib.util
 import json
@@ -28,6 +27,8 @@ from llava.data.items import ON_BAD_SAMPLE
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
 from llava.files import check_writable
+from llava.mm_utils import ASPECT_RATIOS, parse_grid_pinpoints
+from llava.model.image_layout import MERGE_TYPES
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
 from llava.train.settings.problems import Problems
@@ -44,8 +45,6 @@ EXTRA_OF = {
     "tensorboard": "train",
     "wandb": "train",
 }
-ASPECT_RATIOS = ("square", "pad", "anyres")
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 PROJECTOR_TYPE = re.compile(r"linear|identity|mlp[1-9]\d{0,2}x_gelu")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
@@ -88,29 +87,18 @@ def check_model_path(flag: str, path: str | None) -> None:
 
 
 def parse_pinpoints(value: str | list | None) -> list[list[int]] | None:
-    """Read `image_grid_pinpoints`: a list of (width, height) in pixels, or the text of one.
-
-    Raises:
-        ValueError: the text is no such list.
-    """
+    """`--image_grid_pinpoints` as config.json has it, see `parse_grid_pinpoints`; None where it is not given."""
     if value is None:
         return None
     try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) else value
-        sizes = [[int(width), int(height)] for width, height in pairs]
-        if sizes and min(map(min, sizes)) > 0:
-            return sizes
-    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
-        pass
-    raise ValueError(
-        f"--image_grid_pinpoints {str(value)[:200]}: expected pairs (width, height) in pixels, "
-        'such as "[(336, 672), (672, 336), (672, 672)]"'
-    )
+        return [list(size) for size in parse_grid_pinpoints(value)]
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 @dataclass
 class ModelArguments:
-    """What is trained. What is not given comes from the checkpoint's config, else it is LLaVA's default."""
+    """What is trained. What is not given comes from the checkpoint's config, otherwise it is LLaVA's default."""
 
     model_name_or_path: str | None = flag(
         None, "A language model, or a LLaVA checkpoint to go on from: folder or hub name."
@@ -187,7 +175,7 @@ class DataArguments:
         IMAGE_ACCESS[0],
         "Where image names may lead: folder (below image_folder), disk (any file of this machine), remote (URLs too).",
     )
-    image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, else square.")
+    image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, otherwise square.")
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
     )
@@ -226,7 +214,7 @@ class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = flag(None, "Where models from the hub are kept.")
     optim: str = flag("adamw_torch", "Optimizer, one of transformers' names.")
     remove_unused_columns: bool = flag(False, "Leave it False: the collator decides.")
-    # None stands first because HfArgumentParser takes the type behind it.
+    # None stands first because HfArgumentParser takes the type after it.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "none, wandb, tensorboard, ...; or several, a,b."}
     )

@@ -119,7 +119,7 @@ def _translated(name: str, value: str, legacy: Legacy) -> list[str]:
 
 
 def split_flags(argv: list[str]) -> list[list[str]]:
-    """The words of a command line, each flag with the values behind it."""
+    """The words of a command line, each flag with the values after it."""
     groups: list[list[str]] = []
     for word in argv:
         if word.startswith("--") or not groups or "=" in groups[-1][0]:
