@@ -134,6 +134,16 @@ def test_the_docs_show_every_room() -> None:
     assert [name for name in sorted(rooms) if f"`{name}/`" not in text] == []
 
 
+def test_no_two_functions_of_the_methods_share_a_name() -> None:
+    names = [
+        node.name
+        for file in (ROOT / "llava" / "reduction").rglob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_shared_names_are_spelt_once() -> None:
     found: dict[str, set[str]] = {str(name): set() for name in SPELT_IN}
     for file in modules().values():

@@ -14,6 +14,7 @@ import pytest
 
 from llava import lock as lock_module
 from llava.lock import Owner, holder, lock
+from llava.train.launching import extension
 
 HOLD = """
 import sys, time
@@ -132,3 +133,25 @@ def test_a_lock_that_can_not_be_written_is_an_error(path: Path) -> None:
     path.touch()
     with pytest.raises(ValueError, match=r"folder x: .* can't be written"), lock(path / "lock", "folder x"):
         pass
+
+
+def test_a_killed_compilation_holds_nobody_up(tmp_path: Path) -> None:
+    """torch's own lock is a file, for which all wait as long as it is there."""
+    file = tmp_path / "py311_cpu" / extension.NAME / "lock"
+    file.parent.mkdir(parents=True)
+    descriptor = os.open(file, os.O_CREAT | os.O_EXCL)
+    extension.prepare_extension(tmp_path)
+    assert file.exists()  # its owner lives
+    os.close(descriptor)
+    extension.prepare_extension(tmp_path)
+    assert not file.exists()
+
+
+def test_a_compilation_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / extension.NAME
+    folder.mkdir()
+    with caplog.at_level("INFO", "llava"):
+        extension.prepare_extension(tmp_path)
+        (folder / f"{extension.NAME}.so").touch()
+        extension.prepare_extension(tmp_path)
+    assert caplog.text.count("DeepSpeed compiles its extension") == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.image_inputs import tile_counts
 from tests.tiny_models import BACKBONES, PINPOINTS, SIDE, pad, prompt, tiny_model
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -329,6 +330,7 @@ def test_visual_token_counts() -> None:
     images = pictures(anyres=True)
     before = [count for count, _ in model.count_visual_tokens(images, SIZES)]
     assert [after for _, after in model.count_visual_tokens(images, SIZES)] == before
+    assert model.get_model().layout_lengths(None, tile_counts(images), SIZES) == before
     model.set_reduction({"name": "prumerge", "ratio": 0.25})
     reduced = model.count_visual_tokens(images, SIZES)
     assert [count for count, _ in reduced] == before

@@ -291,6 +291,25 @@ def test_the_tower_keeps_and_runs_no_more_than_what_is_read() -> None:
         assert ran == list(range(1, max(blocks or (3,)) + 1))
 
 
+@pytest.mark.parametrize(
+    ("reduction", "depth"),
+    [
+        ("none", 3),
+        ("{name: stf, kernel: 2, mbtf: [2, 1]}", 2),
+        ("{name: stf, kernel: 2, mbtf: 2, variant: paper}", 4),
+        ("{name: stf, kernel: 2, mbtf: off}", 3),
+    ],
+)
+def test_the_depth_that_is_read_is_the_depth_that_runs(reduction: str, depth: int) -> None:
+    model = tiny_model(reduction=ReductionConfig.parse(reduction).to_dict()).get_model()
+    ran: list[int] = []
+    for i, block in enumerate(model.get_vision_tower().vision_tower.encoder.layers):
+        block.register_forward_hook(lambda _m, _i, _o, i=i: ran.append(i + 1))
+    model.encode_images(torch.randn(1, 3, SIDE, SIDE))
+    assert ran == list(range(1, depth + 1))
+    assert model.tower_depth_read == depth
+
+
 def test_tokens_of_one_cell_stay_together_where_a_picture_is_unpadded() -> None:
     """As the same grid with one token a cell, each replaced by two."""
     spec = LayoutSpec("spatial_unpad", (2, 2), SIDE, PINPOINTS)

@@ -9,18 +9,22 @@ import math
 import os
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX
+from llava.model.language_model.batch_counts import LlavaOutput, Totals, count_batch
+from llava.model.language_model.staged import StagedPass
+from llava.model.splice import Spliced
 from llava.train.logs import batch_meter
-from llava.train.logs.batch_meter import BatchMeter, Stopwatch, Totals, describe
+from llava.train.logs.batch_meter import BatchMeter, Stopwatch, describe
 from llava.train.logs.flops import FlopsModel, peak_flops, utilization
 from llava.train.logs.metrics_file import drop_later_lines
 from llava.train.logs.progress import TrainingBar
@@ -93,35 +97,89 @@ def test_image_tokens(
 
 def test_counting_does_not_wait_for_the_device() -> None:
     """Tensors of the meta device have no values: whoever wants one on the host gets an error."""
-    model = SimpleNamespace(training=True)
-    ids = torch.full((2, 3), IMAGE_TOKEN_INDEX, device="meta")
-    spliced = SimpleNamespace(
-        attention_mask=torch.ones(2, 9, dtype=torch.long, device="meta"),
-        image_index=torch.zeros(2, 9, dtype=torch.long, device="meta"),
-    )
-    model.splice_images = lambda ids: spliced
-    inner, tower = torch.nn.Identity(), torch.nn.Identity()
-    model.get_model, model.get_vision_tower = lambda: inner, lambda: tower
-    meter = BatchMeter(model)
-    for staged in (None, SimpleNamespace(kept=torch.zeros(2, 4, dtype=torch.long, device="meta"), packed=True)):
-        model.splice_images(ids)
-        meter._record(inner, (), {"staged": staged}, None)
-    assert [counts.device.type for counts in meter._counts] == ["meta", "meta"]
+    places = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    spliced = Spliced(places, places, places, places, places, left=False, images=2, tiles=2)
+    meter = BatchMeter()
+    for staged in (None, StagedPass(places, packed=True, kept=places[:, :4])):
+        counts = count_batch(spliced, staged)
+        assert counts.device.type == "meta"
+        meter.note(counts)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        meter._counts[0].tolist()
+        meter.read(torch.device("meta")).tolist()
 
 
-def test_evaluation_is_not_counted() -> None:
-    model = tiny_model()
-    meter = BatchMeter(model)
-    ids = prompt(3, "image", 4).unsqueeze(0)
-    for training in (True, False):
-        model.train(training)
-        with torch.set_grad_enabled(training):
-            model(input_ids=ids, images=torch.randn(1, 3, 56, 56))
-    totals = Totals(*meter.read(torch.device("cpu")).tolist())
-    assert totals == Totals(24, 24**2, 16, 16, 1, 1, 24, 1)
-    assert meter.read(torch.device("cpu")).sum() == 0
+def batch(tiles: int = 1) -> dict[str, Any]:
+    """Two rows, of 8 tokens and an image and of 6 tokens, with 6 and 4 tokens to learn."""
+    ids = torch.nn.utils.rnn.pad_sequence([prompt(3, "image", 4), prompt(5)], batch_first=True)
+    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3]).bool()
+    labels = torch.where(mask & (ids >= 0), ids, IGNORE_INDEX)
+    labels[:, :2] = IGNORE_INDEX
+    images = torch.randn(1, 3, 56, 56) if tiles == 1 else torch.randn(1, tiles, 3, 56, 56)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "images": images}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("reduction", "last"), [("none", 16), ("{name: fastv, layer: 1, ratio: 0.75}", 4)])
+def test_counts_of_a_batch(reduction: str, last: int, packed: bool) -> None:
+    model = tiny_model(attn_implementation="packed_sdpa").train()
+    model.set_reduction(reduction)
+    counts = model(**batch(), packed=packed).counts
+    places = 24 + 6 if packed else 2 * 24
+    assert counts.dtype == torch.int64
+    assert Totals(*counts.tolist()) == Totals(30, 24**2 + 6**2, 16, last, 1, 2, places, 1, 6 + 4)
+
+
+def test_counts_of_a_batch_of_text() -> None:
+    """The blank picture that it encodes is no useful work."""
+    ids = prompt(6).unsqueeze(0)
+    counts = tiny_model().train()(input_ids=ids, labels=ids).counts
+    assert Totals(*counts.tolist()) == Totals(7, 49, 0, 0, 0, 1, 7, 0, 6)
+
+
+def test_tiles_are_counted() -> None:
+    counts = Totals(*tiny_model().train()(**batch(tiles=3)).counts.tolist())
+    assert (counts.images, counts.tiles, counts.image_tokens) == (1, 3, 48)
+
+
+@pytest.mark.parametrize("reduction", ["none", "{name: fastv, layer: 1, ratio: 0.5}"])
+def test_what_has_no_counts(reduction: str) -> None:
+    """Evaluation, inference, and tuples, which stay as transformers has them."""
+    model = tiny_model().train()
+    model.set_reduction(reduction)
+    inputs = batch()
+    assert len(model(**inputs, return_dict=False, use_cache=False)) == 2
+    with torch.no_grad():
+        assert type(model(**inputs)) is CausalLMOutputWithPast
+    assert type(model.eval()(**inputs)) is CausalLMOutputWithPast
+    assert type(model(**{**inputs, "labels": None})) is CausalLMOutputWithPast
+
+
+def test_counts_pass_mixed_precision() -> None:
+    """accelerate makes the output anew, from its fields."""
+    output = tiny_model().train()(**batch())
+    converted = convert_to_fp32(output)
+    assert type(converted) is LlavaOutput
+    assert torch.equal(converted.counts, output.counts)
+
+
+def test_nothing_of_a_pass_stays_on_the_model(world: TinyWorld, tmp_path: Path) -> None:
+    """The model that trained has the methods and attributes of one that did not."""
+    trainer = run(world, tmp_path, max_steps=1)
+    fresh = type(trainer.model)(trainer.model.config)
+    assert "splice_images" not in vars(trainer.model)
+    ours = [(trainer.model, fresh), (trainer.model.get_model(), fresh.get_model())]
+    for trained, new in ours:
+        assert not trained._forward_hooks
+        assert {name for name in vars(trained).keys() - vars(new).keys() if not name.startswith("_")} == set()
+
+
+def test_sums_of_batches() -> None:
+    meter, device = BatchMeter(), torch.device("cpu")
+    assert meter.read(device).tolist() == [0] * 9
+    for _ in range(2):
+        meter.note(torch.arange(9))
+    assert meter.read(device).tolist() == [2 * i for i in range(9)]
+    assert meter.read(device).sum() == 0
 
 
 def test_throughput_of_totals() -> None:
@@ -170,11 +228,11 @@ def test_flops_by_formula_are_those_that_torch_counts(trains: str, reduction: st
             or (trains[-5:] == "tower" and tower)
         )
     model.train()
-    meter = BatchMeter(model)
     ids = torch.stack([prompt(30, "image", 40, seed=i) for i in range(2)])
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, labels=ids.clamp(min=0), images=torch.randn(2, 3, 56, 56)).loss.backward()
-    formula = FlopsModel(model).of(Totals(*meter.read(torch.device("cpu")).tolist()))
+        output = model(input_ids=ids, labels=ids.clamp(min=0), images=torch.randn(2, 3, 56, 56))
+        output.loss.backward()
+    formula = FlopsModel(model).of(Totals(*output.counts.tolist()))
     # Not in the formula: ranking, and that pixels have no gradient.
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.03)
 

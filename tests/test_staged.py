@@ -16,7 +16,7 @@ from llava.model.language_model.drop_plan import keep_best, pack_columns, plan_p
 from llava.model.language_model.staged import StagedCache, StagedPass
 from llava.reduction import build
 from llava.reduction.base import LayerInput
-from llava.reduction.decoder.ranking import query_attention
+from llava.reduction.decoder.ranking import attention_from_queries
 from tests.test_model import FIRST, ROWS, SIZES, alone, pictures
 from tests.tiny_models import SIDE, pad, prompt, tiny_model
 
@@ -58,7 +58,7 @@ def padded(side: str, anyres: bool = False) -> dict[str, Any]:
 
 
 def reference_scores(given: LayerInput) -> Tensor:
-    """`query_attention` by loops, in float64 after the projections."""
+    """`attention_from_queries` by loops, in float64 after the projections."""
     attention: Any = given.layer.self_attn
     normed = given.layer.input_layernorm(given.hidden)
     b, length = normed.shape[:2]
@@ -104,7 +104,7 @@ def test_ranking_agrees_with_loops(backbone: str) -> None:
         queries=torch.tensor([[6, 0], [2, 4], [5, 6]]),
         query_mask=torch.tensor([[True, False], [True, True], [True, True]]),
     )
-    torch.testing.assert_close(query_attention(given).double(), reference_scores(given), atol=1e-6, rtol=0)
+    torch.testing.assert_close(attention_from_queries(given).double(), reference_scores(given), atol=1e-6, rtol=0)
 
 
 def test_rows_without_a_query_score_zero() -> None:
@@ -114,7 +114,7 @@ def test_rows_without_a_query_score_zero() -> None:
     mask = torch.ones(1, 4, dtype=torch.bool)
     no_query = torch.zeros(1, 1, dtype=torch.bool)
     given = LayerInput(model.layers[0], hidden, embeddings, mask, torch.zeros(1, 1, dtype=torch.int64), no_query)
-    assert query_attention(given).count_nonzero() == 0
+    assert attention_from_queries(given).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -496,7 +496,7 @@ def test_no_gradient_through_the_ranking() -> None:
     embeddings = model.rotary_emb(hidden, position_ids=torch.arange(5).unsqueeze(0))
     ones = torch.ones(1, 5, dtype=torch.bool)
     given = LayerInput(model.layers[1], hidden, embeddings, ones, torch.tensor([[4]]), torch.ones(1, 1).bool())
-    assert not query_attention(given).requires_grad
+    assert not attention_from_queries(given).requires_grad
 
 
 @torch.no_grad()
@@ -606,6 +606,6 @@ def test_autocast_does_not_round_the_ranking() -> None:
         queries=torch.full((b, 1), length - 1),
         query_mask=torch.ones(b, 1, dtype=torch.bool),
     )
-    expected = query_attention(given)
+    expected = attention_from_queries(given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(query_attention(given), expected)
+        assert torch.equal(attention_from_queries(given), expected)

@@ -27,6 +27,7 @@ METHODS = {
     "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
     "_save_checkpoint": "self, model, trial",
     "_save_optimizer_and_scheduler": "self, output_dir",
+    "compute_loss": "self, model, inputs, return_outputs, num_items_in_batch",
     "create_optimizer": "self, model",
     "evaluate": "self, eval_dataset, ignore_keys, metric_key_prefix",
     "get_decay_parameter_names": "self, model",

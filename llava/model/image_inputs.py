@@ -73,6 +73,11 @@ def image_list(images: Images) -> list[Tensor]:
     return pictures
 
 
+def tile_counts(pictures: Sequence[Tensor]) -> list[int]:
+    """How many pictures each image of `image_list` is for the vision tower: 1, or its tiles."""
+    return [picture.shape[0] if picture.ndim == 4 else 1 for picture in pictures]
+
+
 def check_side(pictures: Sequence[Tensor], side: int) -> None:
     """Raise ValueError for an image that is not of the vision tower's height and width."""
     for i, picture in enumerate(pictures):

@@ -17,12 +17,8 @@ from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from llava.data.prompt_text import question_of_ids
-from llava.model.image_inputs import (
-    Images,
-    ImageSizes,
-    image_list,
-    match_images,
-)
+from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, tile_counts
+from llava.model.language_model.batch_counts import LlavaOutput, count_batch
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.marker_tokens import add_marker_tokens
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -40,11 +36,7 @@ from llava.model.weights import (
     raise_for_nonfinite,
     without_load_report,
 )
-from llava.reduction.base import (
-    DecoderReducer,
-    Reducers,
-    VisualTokens,
-)
+from llava.reduction.base import DecoderReducer, Reducers
 from llava.reduction.config import ReductionConfig
 
 # Where TRIM's release has what `ClipText` holds.
@@ -208,9 +200,9 @@ class LlavaMetaForCausalLM:
                 the model's own. It is for a prompt; what goes on from a cache keeps to what the cache holds.
 
         Returns:
-            transformers' output; logits [B, L, V] for the spliced rows, padded on the left where the input or
-            `config.tokenizer_padding_side` is, otherwise on the right. With a decoder reducer, of the tokens that reach
-            the last layer. Packed, [1, T, V] for the real tokens of all rows.
+            transformers' output, in training with labels a `LlavaOutput`; logits [B, L, V] for the spliced rows, padded
+            on the left where the input or `config.tokenizer_padding_side` is, otherwise on the right. With a decoder
+            reducer, of the tokens that reach the last layer. Packed, [1, T, V] for the real tokens of all rows.
 
         Raises:
             ValueError: markers and images do not match (the sample is named), or arguments that exclude each other.
@@ -226,7 +218,7 @@ class LlavaMetaForCausalLM:
         if packed and past_key_values is not None:
             raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
         reducers = self.get_model().reducers(reduction)
-        left = None
+        spliced = left = None
         if inputs_embeds is None and input_ids is not None and not cached:
             spliced = self.splice_images(
                 input_ids,
@@ -250,26 +242,19 @@ class LlavaMetaForCausalLM:
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
+        staged = None
         if cached or not (packed or reducers.decoder is not None):
-            return super().forward(**inputs, labels=labels)  # type: ignore[misc]
-        return self._forward_staged(inputs, image_index, reducers.decoder, labels, packed, left)
+            output = super().forward(**inputs, labels=labels)  # type: ignore[misc]
+        else:
+            staged = _staged_pass(image_index, labels, packed, left, reducers.decoder)
+            output = self._forward_staged(inputs, staged)
+        trains = self.training and torch.is_grad_enabled() and labels is not None
+        if spliced is None or not trains or isinstance(output, tuple):
+            return output
+        return LlavaOutput(**output, counts=count_batch(spliced, staged))
 
-    def _forward_staged(
-        self,
-        inputs: dict[str, Any],
-        image_index: Tensor | None,
-        reducer: DecoderReducer | None,
-        labels: Tensor | None,
-        packed: bool,
-        left: bool | None,
-    ) -> Any:
+    def _forward_staged(self, inputs: dict[str, Any], staged: StagedPass) -> Any:
         """Forward through a decoder reducer, or packed: the loss is that of the labels whose tokens reach the end."""
-        if image_index is None:
-            raise ValueError(
-                "inputs_embeds do not tell which tokens are an image's: pass image_index [batch, tokens] with them, as "
-                "splice_images returns it, or all -1 for text only"
-            )
-        staged = StagedPass(image_index, labels, packed, left, reducer)
         as_tuple = inputs.pop("return_dict", None) is False
         output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
         if staged.labels is not None:
@@ -383,7 +368,9 @@ class LlavaMetaForCausalLM:
             # The sum of none of them is zero, and so are its gradients; 0 * sum would be NaN where the sum overflows.
             text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
-        return splice(text_embeds, visual, None if labels is None else labels.to(here).long(), plan)
+        spliced = splice(text_embeds, visual, None if labels is None else labels.to(here).long(), plan)
+        spliced.images, spliced.tiles = len(pictures), sum(tile_counts(pictures))
+        return spliced
 
     def _texts_of_images(
         self, texts: Sequence[str] | None, input_ids: Tensor, mask: Tensor, markers: list[int]
@@ -420,13 +407,21 @@ class LlavaMetaForCausalLM:
         """For each image, its visual tokens without and with the reduction; `texts` has one for each image."""
         pictures = image_list(images)
         model = self.get_model()
-        tower = model._tower()
-        tiles = [image.shape[0] if image.ndim == 4 else 1 for image in pictures]
-        full = VisualTokens(torch.empty(sum(tiles), tower.num_patches, 0))
-        before = [len(layout) for layout in model._layouts(full, tiles, image_sizes)]
+        before = model.layout_lengths(None, tile_counts(pictures), image_sizes)
         after = model.encode_images(pictures, image_sizes, texts, reduction)[1].tolist()
         return list(zip(before, after, strict=True))
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
         """Add the marker tokens that the flags ask for; see `llava.model.marker_tokens`."""
         add_marker_tokens(self, model_args, tokenizer)
+
+
+def _staged_pass(
+    image_index: Tensor | None, labels: Tensor | None, packed: bool, left: bool | None, reducer: DecoderReducer | None
+) -> StagedPass:
+    if image_index is None:
+        raise ValueError(
+            "inputs_embeds do not tell which tokens are an image's: pass image_index [batch, tokens] with them, as "
+            "splice_images returns it, or all -1 for text only"
+        )
+    return StagedPass(image_index, labels, packed, left, reducer)

@@ -28,6 +28,8 @@ class Spliced:
         labels: [B, L] int64, -100 at images and padding; None where none were given.
         image_index: [B, L] int64, number of the image in the batch that a token belongs to; -1 for text and padding.
         left: whether rows are padded on the left.
+        images: how many images the batch holds.
+        tiles: how many pictures they are for the vision tower.
     """
 
     inputs_embeds: Tensor
@@ -36,6 +38,8 @@ class Spliced:
     labels: Tensor | None
     image_index: Tensor
     left: bool
+    images: int = 0
+    tiles: int = 0
 
 
 @dataclass

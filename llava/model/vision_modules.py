@@ -122,6 +122,11 @@ class VisionModules:
         """The vision tower, or None for a bare language model."""
         return self.vision_tower
 
+    @property
+    def tower_depth_read(self) -> int:
+        """How many blocks of the vision tower the projector's input goes through."""
+        return max(self._tower().blocks_read(self.projector_reducer))
+
     def _tower(self) -> VisionTower:
         if self.vision_tower is None:
             raise ValueError(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llava.model.image_inputs import ImageSizes, check_finite, check_side, image_list, size_pairs
+from llava.model.image_inputs import ImageSizes, check_finite, check_side, image_list, size_pairs, tile_counts
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.prompt_inputs import check_texts
 from llava.model.vision_modules import Reduction, VisionModules
@@ -42,8 +42,7 @@ class VisualEncoding(VisionModules):
         methods, tower = self.reducers(reduction), self._tower()
         reducer, fuser = methods.encoder, methods.projector
         needs = () if reducer is None else reducer.needs
-        blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
-        vision: VisionFeatures = tower(pixels, needs=needs, blocks=blocks)
+        vision: VisionFeatures = tower(pixels, needs=needs, blocks=tower.blocks_read(fuser))
         vision.text = text
         if fuser is not None:
             tokens = fuser(vision, self.mm_projector, self.mm_projector_crosslayer)
@@ -78,7 +77,7 @@ class VisualEncoding(VisionModules):
         pictures = image_list(images)
         check_side(pictures, tower.image_size)
         tiles = [picture if picture.ndim == 4 else picture.unsqueeze(0) for picture in pictures]
-        counts = [len(t) for t in tiles]
+        counts = tile_counts(pictures)
         pixels = torch.cat([t.to(tower.device) for t in tiles])
         if not self.training:  # there the loss shows it, without waiting for the device
             check_finite(pixels, counts)
@@ -104,6 +103,20 @@ class VisualEncoding(VisionModules):
         embeds = tower.text_tower.embed_texts(distinct, tower.name)
         rows = torch.tensor([distinct.index(text) for text in texts]).repeat_interleave(torch.tensor(counts))
         return embeds[rows.to(embeds.device)]
+
+    def layout_lengths(
+        self, tokens: VisualTokens | None, tiles: list[int], image_sizes: ImageSizes = None
+    ) -> list[int]:
+        """Tokens that each image has in the language model, with those for the ends of rows.
+
+        Args:
+            tokens: what a reducer made of all tiles, [T, M, any width]; None: all patches, without a reduction.
+            tiles: how many of the T tiles each of the N images has.
+            image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
+        """
+        if tokens is None:
+            tokens = VisualTokens(torch.empty(sum(tiles), self._tower().num_patches, 0))
+        return [len(layout) for layout in self._layouts(tokens, tiles, image_sizes)]
 
     def _layouts(self, tokens: VisualTokens, counts: list[int], image_sizes: ImageSizes) -> list[Tensor]:
         """For each image, indices into the projected tokens, or NEWLINE."""

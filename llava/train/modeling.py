@@ -275,11 +275,10 @@ def tower_weights_read(model: Any) -> set[str]:
     would wait for theirs, and DeepSpeed would let weight decay shrink them.
     """
     inner = model.get_model()
-    tower, fuser = inner.get_vision_tower(), inner.projector_reducer
-    blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
-    depth = max(blocks or (tower.num_blocks,))
+    tower = inner.get_vision_tower()
     encoder = tower.vision_tower
-    unread = {"encoder.layers." + str(i) for i in range(depth, tower.depth)} | {"post_layernorm", "head"}
+    blocks = range(inner.tower_depth_read, tower.depth)
+    unread = {"encoder.layers." + str(i) for i in blocks} | {"post_layernorm", "head"}
     idle = {id(p) for name in unread if _has(encoder, name) for p in encoder.get_submodule(name).parameters()}
     used = {id(parameter) for parameter in encoder.parameters()} - idle
     return {name for name, parameter in model.named_parameters() if id(parameter) in used}

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.files import adopt_checkpoint, atomic_folder, write_file_list
+from llava.model.language_model.batch_counts import Totals
 from llava.model.weights import NonFiniteWeightsError, raise_for_nonfinite
 from llava.reduction.base import EncoderReducer, ProjectorReducer
 from llava.train.checkpoints.folders import (
@@ -34,7 +35,7 @@ from llava.train.checkpoints.folders import (
 from llava.train.checkpoints.resume import RATES, SETTINGS_FILE
 from llava.train.checkpoints.saving import RunKind, load_run, part_of, save_run
 from llava.train.launching.stop import RunStoppedError, StopOnSignal, ignore_signals
-from llava.train.logs.batch_meter import AnswerMeter, VisualTokenMeter
+from llava.train.logs.batch_meter import BatchMeter, VisualTokenMeter
 from llava.train.logs.divergence import DivergedError, diverged, samples_of_steps, what_is_left, write_samples
 from llava.train.logs.metrics_file import MetricsFile, strict_json
 from llava.train.logs.progress import TrainingBar
@@ -147,7 +148,7 @@ class LLaVATrainer(Trainer):
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(TrainingBar(False if self.args.disable_tqdm else None))
-        self._answers: AnswerMeter | None = AnswerMeter(self.model)
+        self._batches_so_far: BatchMeter | None = BatchMeter()
         self.sampler: EpochSampler | None = None
         self.add_callback(MetricsFile)
         self.add_callback(_LossCallback(self._meter))
@@ -163,11 +164,12 @@ class LLaVATrainer(Trainer):
 
     def _stop_if_nothing_is_learned(self, steps: int) -> None:
         """Raise a ValueError where no step so far had an answer to learn; every rank must call it."""
-        if self._answers is None:
+        if self._batches_so_far is None:
             return
-        own = self._answers.read(self.args.device)
-        if int(nested_gather(own, self.args.parallel_mode).sum()):
-            self._answers = None  # from now on nothing is waited for
+        own = self._batches_so_far.read(self.args.device)
+        ranks = nested_gather(own.unsqueeze(0), self.args.parallel_mode)
+        if Totals(*ranks.sum(dim=0).tolist()).answer_tokens:
+            self._batches_so_far = None  # from now on nothing is waited for
             return
         raise ValueError(
             f"nothing was learned in {steps} steps, and no model is written: no answer begins within "
@@ -231,6 +233,17 @@ class LLaVATrainer(Trainer):
             if self.args.should_save:
                 write_samples(self.args.output_dir, samples)
             raise diverged(first, self.state.global_step, self.args.output_dir, samples)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As transformers'. In training the model's output says what the batch holds."""
+        inputs = {**inputs, "return_dict": True}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if outputs.get("counts") is not None:
+            for meter in filter(None, (self._meter.batches, self._batches_so_far)):
+                meter.note(outputs["counts"])
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers'."""

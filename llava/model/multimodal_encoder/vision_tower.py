@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, CLIPTextConfig, PreTrainedConfig
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
 from llava.model.multimodal_encoder.processor import load_image_processor
 from llava.model.weights import check_files, check_json, raise_for_keys, raise_for_nonfinite, without_load_report
-from llava.reduction.base import VisionFeatures
+from llava.reduction.base import ProjectorReducer, VisionFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,18 @@ class VisionTower(nn.Module):
         """Number of blocks."""
         return self.config.num_hidden_layers
 
+    def blocks_read(self, reducer: ProjectorReducer | None = None) -> tuple[int, ...]:
+        """Numbers of the blocks whose outputs the projector reads (0: the embeddings); no later one needs to run.
+
+        Args:
+            reducer: the method in the projector. Those that it names, in its order; by default the selected one.
+
+        Raises:
+            ValueError: the tower does not have the blocks that the method names.
+        """
+        named = () if reducer is None else reducer.blocks(self.depth, self.num_blocks)
+        return named or (self.num_blocks,)
+
     @property
     def num_patches(self) -> int:
         """Patches an image, P."""
@@ -228,7 +240,7 @@ class VisionTower(nn.Module):
         blocks = encoder.encoder.layers
         last = len(blocks) - 1
         attends = bool(needs & {"keys", "queries", "cls_query"})
-        selected = read[0] if read else self.num_blocks
+        selected = (read or self.blocks_read())[0]
         wanted = {selected, *read, *([last] if attends else [])}
         hidden = encoder.embeddings(pixels)
         if hasattr(encoder, "pre_layrnorm"):  # CLIP has one, spelt so; SigLIP has none

@@ -34,7 +34,7 @@ def build_projector_modules(
             "has no place for; set it to patch"
         )
     reducer.reduced_grid(tower.grid)
-    reducer.blocks(tower.depth, tower.num_blocks)
+    tower.blocks_read(reducer)
     return reducer.build_modules(config.mm_hidden_size, config.hidden_size, plain)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llava.reduction.base import DecoderReducer, Drop, LayerInput
-from llava.reduction.decoder.ranking import check_drops, query_attention
+from llava.reduction.decoder.ranking import attention_from_queries, check_drops
 from llava.reduction.options import Count, Share
 from llava.reduction.registry import register
 
@@ -30,4 +30,4 @@ class FastV(DecoderReducer):
         return check_drops(self.method, [Drop(self.layer, keep, ranked_by=self.layer - 1)], num_layers)
 
     def score(self, given: LayerInput) -> Tensor:
-        return query_attention(given)
+        return attention_from_queries(given)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llava.reduction.base import DecoderReducer, Drop, LayerInput
-from llava.reduction.decoder.ranking import check_drops, query_attention
+from llava.reduction.decoder.ranking import attention_from_queries, check_drops
 from llava.reduction.options import Count, Fraction, Share
 from llava.reduction.registry import register
 
@@ -59,4 +59,4 @@ class PyramidDrop(DecoderReducer):
         return [(num_layers * stage // stages, keep**stage) for stage in range(1, stages)]
 
     def score(self, given: LayerInput) -> Tensor:
-        return query_attention(given)
+        return attention_from_queries(given)

@@ -26,7 +26,7 @@ def check_drops(method: str, drops: list[Drop], num_layers: int) -> list[Drop]:
     return drops
 
 
-def query_attention(given: LayerInput) -> Tensor:
+def attention_from_queries(given: LayerInput) -> Tensor:
     """Attention that each token receives from the query tokens, averaged over heads and queries.
 
     Only the rows of the queries are computed, as the layer itself would: its normalisation, projections and rotary

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.train.logs.batch_meter import Totals
+from llava.model.language_model.batch_counts import Totals
 
 # Dense bfloat16 (V100, T4: float16) FLOP/s of one device, from the makers' data sheets; a longer name comes first.
 PEAK_FLOPS = {
@@ -129,9 +129,7 @@ def head_dim(config: Any) -> int:
 
 def _tower_flops(inner: Any) -> float:
     """FLOPs of one picture."""
-    tower, fuser = inner.get_vision_tower(), inner.projector_reducer
-    blocks = () if fuser is None else fuser.blocks(tower.depth, tower.num_blocks)
-    depth = max(blocks or (tower.num_blocks,))
+    tower, depth = inner.get_vision_tower(), inner.tower_depth_read
     encoder = tower.vision_tower
     run = [_linear(block) for block in encoder.encoder.layers[:depth]]
     tokens = tower.num_patches + int(tower.has_cls)

@@ -20,6 +20,7 @@ class RunMeter:
 
     Attributes:
         watch: seconds since the last line.
+        batches: sums up what the batches since the last line held.
         losses: counts steps in a row whose loss is not finite.
         nonfinite_steps: what it had counted at the last reading, the most of all processes.
 
@@ -34,14 +35,14 @@ class RunMeter:
         self.losses = LossWatch()
         self.nonfinite_steps = 0
         self._args = args
-        self._batches, self._flops = BatchMeter(llava), FlopsModel(llava)
+        self.batches, self._flops = BatchMeter(), FlopsModel(llava)
         self._has_decoder_reducer = llava.get_model().decoder_reducer is not None
 
     def read(self) -> dict[str, float]:
         """Entries of all processes together since the last reading; every rank must call it."""
         device = self._args.device
         memory = torch.tensor([peak_memory()], dtype=torch.float64, device=device)
-        own = torch.cat([self._batches.read(device), memory, self.losses.read(device)])
+        own = torch.cat([self.batches.read(device), memory, self.losses.read(device)])
         ranks = nested_gather(own.unsqueeze(0), self._args.parallel_mode).cpu()
         seconds = self.watch.lap()
         totals = Totals(*ranks[:, :-2].sum(dim=0).tolist())

@@ -201,7 +201,7 @@ class VisualCount:
             for name in ("features", "mask", "source")
             if (value := getattr(self._tile, name)) is not None
         }
-        return len(self._inner._layouts(dataclasses.replace(self._tile, **changes), [tiles], [size])[0])
+        return self._inner.layout_lengths(dataclasses.replace(self._tile, **changes), [tiles], [size])[0]
 
 
 def without_meta(tokens: VisualTokens, grid: tuple[int, int]) -> VisualTokens:

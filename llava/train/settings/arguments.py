@@ -31,6 +31,7 @@ from llava.mm_utils import ASPECT_RATIOS, parse_grid_pinpoints
 from llava.model.image_layout import MERGE_TYPES
 from llava.reduction import ReductionConfig
 from llava.reduction.config import join_pyramiddrop_flags
+from llava.train.launching.extension import prepare_extension
 from llava.train.settings.problems import Problems
 from llava.train.settings.values import check_numbers
 from llava.yaml_text import read_yaml
@@ -300,6 +301,7 @@ class TrainingArguments(transformers.TrainingArguments):
             set_single_process_env()
             import deepspeed
 
+            prepare_extension()
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
