@@ -43,9 +43,9 @@ setup_env() {
     command -v g++ >/dev/null ||
         echo "setup: no g++ found; DeepSpeed compiles an extension with it (apt install g++)" >&2
     echo "setup: installing $torch (1/2)" >&2
-    python -m pip install --quiet "$torch" || return 1
+    python -m pip install --quiet --quiet "$torch" || return 1
     echo "setup: installing llava[$extras] and what it needs (2/2)" >&2
-    python -m pip install --quiet -e "$LLAVA_ROOT[$extras]" || return 1
+    python -m pip install --quiet --quiet -e "$LLAVA_ROOT[$extras]" || return 1
     echo "$stamp" >>"$venv/llava-setup"
     echo "setup: done" >&2
 }
