@@ -28,6 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": -1}, "--learning_rate -1.0: expected a number 0 or more"),
     ({"learning_rate": 0}, "--learning_rate 0 trains nothing"),
+    ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor does not go with images"),
     ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers needs --dataloader_num_workers above 0"),
     ({"learning_rate": "nan"}, "--learning_rate nan: expected a finite number"),
     ({"mm_projector_lr": -1}, "--mm_projector_lr -1.0: expected"),

@@ -319,7 +319,7 @@ def is_finished(arguments: Arguments) -> bool:
     training, kind = arguments.training, run_kind(arguments)
     folder, asked = Path(training.output_dir), training.resume_from_checkpoint
     names_checkpoint = bool(asked) and asked.lower() != "true"
-    is_whole = all((folder / name).is_file() for name in (STATE_FILE, RUN_CONFIG_FILE)) and kind.is_in(folder)
+    is_whole = all((folder / name).is_file() for name in (STATE_FILE, RUN_CONFIG_FILE)) and kind in kinds_in(folder)
     if names_checkpoint or not is_whole or not _same_run(folder / RUN_CONFIG_FILE, arguments.given):
         return False
     state = read_state(folder)

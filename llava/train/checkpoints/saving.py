@@ -67,13 +67,6 @@ class RunKind(Enum):
     LORA = "lora"
     FULL = "full"
 
-    def is_in(self, folder: str | Path) -> bool:
-        """True where a folder has the weights that such a run writes."""
-        if self is RunKind.FULL:
-            return any(Path(folder).glob("model*.safetensors"))
-        file = Path(folder, PROJECTOR_FILE) if self is RunKind.PROJECTOR else adapter_file(Path(folder))
-        return file.is_file()
-
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter of this name belongs to.

@@ -211,6 +211,9 @@ def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
         "--global_batch_size derives --gradient_accumulation_steps: leave that out, or set --global_batch_size 0": (
             values["global_batch_size"] and values["gradient_accumulation_steps"] != 1
         ),
+        "--label_smoothing_factor does not go with images, which make rows longer than their labels: leave it out": (
+            values["label_smoothing_factor"]
+        ),
         "--dataloader_persistent_workers needs --dataloader_num_workers above 0: leave it out": (
             values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]
         ),
