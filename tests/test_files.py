@@ -218,6 +218,16 @@ def test_a_run_does_not_replace_the_result_of_another_kind(
     assert contents(tmp_path) == before
 
 
+def test_a_run_does_not_replace_what_convert_wrote(world: TinyWorld, tmp_path: Path) -> None:
+    with new_folder(tmp_path / "hf") as folder:
+        (folder / "model.safetensors").write_text("weights")
+        (folder / "config.json").write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds model\.safetensors of a checkpoint that no training run wrote there"):
+        run(world, tmp_path / "hf")
+    assert contents(tmp_path) == before
+
+
 def test_a_run_goes_on_in_its_own_folder(world: TinyWorld, tmp_path: Path) -> None:
     """With what the user keeps there; also where a version of this program wrote it that made no list of its files."""
     notes = {"README.md": b"my project", "notes.txt": b"mine", "checkpoint-of-mine/weights": b"1"}

@@ -190,7 +190,8 @@ def _train(case: Case, kind: str, data: str, names: set[str], expect: str, chang
     doctor = case.run(["doctor", config], names=names)
     check = case.check_run("out", kind)
     code = case.run(["train", config], outputs=["out"], names=names, expect=expect, check=check)
-    if doctor == 0 and code not in (0, None):
+    # Of a stream it says that samples are checked when their turn comes.
+    if doctor == 0 and code not in (0, None) and not changes.get("streaming"):
         case.blame("the doctor finds nothing, and training refuses")
 
 

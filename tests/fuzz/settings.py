@@ -11,7 +11,7 @@ from tests.fuzz.case import KINDS_OF_RUN, Case, settings_of
 REFUSED: list[tuple[str, Any]] = [
     *(("learning_rate", v) for v in (-1.0, "fast", ".nan", 0)),
     *(("per_device_train_batch_size", v) for v in (0, -1, 1.5, "two")),
-    *(("gradient_accumulation_steps", v) for v in (0, -3, "x", 1000)),
+    *(("gradient_accumulation_steps", v) for v in (0, -3, "x")),
     *(("save_steps", v) for v in (0, -5, "often")),
     *(("logging_steps", v) for v in (0, -1)),
     *(("max_steps", v) for v in ("many", 1.5, 0)),
@@ -47,7 +47,6 @@ REFUSED: list[tuple[str, Any]] = [
     *(("hostfile", v) for v in ("gone", "data.json")),
     *(("on_bad_sample", v) for v in ("ignore", True)),
     *(("learning_rat", v) for v in (1e-3,)),
-    *(("fp16", v) for v in (True,)),
     *(("save_strategy", v) for v in ("sometimes", 3)),
     *(("global_batch_size", v) for v in (-2, 3)),
     *(("lora_weight_path", v) for v in ("gone", "images")),

@@ -25,7 +25,7 @@ from llava.files import (
 )
 from llava.lock import holder, lock
 from llava.train.checkpoints.folders import STATE_FILE
-from llava.train.checkpoints.resume import RUN_CONFIG_FILE, check_result
+from llava.train.checkpoints.resume import RUN_CONFIG_FILE, check_result, kinds_in
 from llava.train.logs.divergence import SAMPLES_FILE
 from llava.train.logs.metrics_file import METRICS_FILE
 from llava.train.logs.run_info import RUN_INFO_FILE
@@ -71,6 +71,7 @@ def check_output_dir(arguments: Arguments) -> None:
     check_apart(folder, "output_dir", inputs)
     check_writable(folder, "output_dir")
     check_result(folder, run_kind(arguments))
+    _check_not_converted(folder)
     if _is_of_an_older_run(folder):
         return
     foreign = foreign_files(folder, (*CHECKPOINT_FILES, *RUN_FILES))
@@ -78,6 +79,16 @@ def check_output_dir(arguments: Arguments) -> None:
         raise ValueError(
             f"output_dir {folder} holds {foreign[0].name}, which no run of this program wrote there, or which was "
             "changed since, and which would be replaced; move it away, or choose another folder"
+        )
+
+
+def _check_not_converted(folder: Path) -> None:
+    """Refuse a folder that `llava convert` or `llava merge` wrote, which is a run's result only by its files."""
+    result = next(iter(kinds_in(folder).values()), None)
+    if result and (folder / LIST_FILE).exists() and not (folder / RUN_CONFIG_FILE).exists():
+        raise ValueError(
+            f"output_dir {folder} holds {result} of a checkpoint that no training run wrote there (llava convert or "
+            "merge did), and which would be replaced; choose another folder"
         )
 
 

@@ -141,9 +141,15 @@ class ModelArguments:
         problems.check(check_choice, "mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
         if self.mm_projector_type is not None and not PROJECTOR_TYPE.fullmatch(self.mm_projector_type):
             problems.add(f"--mm_projector_type {self.mm_projector_type}: expected linear, mlpNx_gelu or identity")
-        problems.check(get_template, self.version)
+        problems.check(self._check_version)
         problems.check(self._read_reduction)
         problems.raise_all()
+
+    def _check_version(self) -> None:
+        try:
+            get_template(self.version)
+        except ValueError as error:
+            raise ValueError(f"--version: {error}") from error
 
     def _read_reduction(self) -> None:
         self.reduction = join_pyramiddrop_flags(self.reduction, self.layer_list, self.image_token_ratio_list)
