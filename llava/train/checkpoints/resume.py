@@ -105,10 +105,12 @@ NOT_SHAPING = (
     "logging_steps",
     "max_steps",
     "num_train_epochs",
+    "output_dir",  # the folder itself, however it is spelled, wherever it was copied to
     "preflight_seconds",
     "report_to",
     "resume_changed",
     "resume_from_checkpoint",
+    "run_name",
     "save_steps",
     "save_strategy",
     "save_total_limit",
