@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -338,6 +339,14 @@ def test_all_ranks_hear_what_the_first_one_refuses(
     with pytest.raises(ValueError, match=words), output_dir.holding_output_dir(replace(arguments, training=training)):
         pass
     assert contents(tmp_path) == {"config.json": b'{"mine": 1}'}
+
+
+def test_a_file_that_can_not_be_read_is_heard_of_too(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_dir, "remove_leftovers", Mock(side_effect=PermissionError(13, "Permission denied", "x")))
+    with pytest.raises(ValueError, match=r"output_dir .*Permission denied: 'x'"):
+        run(world, tmp_path)
 
 
 def test_one_run_at_a_time(world: TinyWorld, tmp_path: Path) -> None:

@@ -292,6 +292,17 @@ def test_a_finished_run_is_known_by_another_path(
     assert train(parse_args(flags_of("projector", 0, world, Path("copied"), **settings))) is None
 
 
+def test_a_result_that_is_not_whole_is_not_called_finished(world: TinyWorld, tmp_path: Path) -> None:
+    """As after a copy that broke off; nor is it trained again unasked."""
+    flags = flags_of("lora", 0, world, tmp_path, save_strategy="no", max_steps=1)
+    train(parse_args(flags))
+    (tmp_path / "tokenizer_config.json").unlink()
+    before = mtimes(tmp_path)
+    with pytest.raises(ValueError, match=r"the result of this run, but tokenizer_config\.json is missing"):
+        train(parse_args(flags))
+    assert mtimes(tmp_path) == before
+
+
 def test_another_run_in_the_folder_of_a_finished_one(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,6 +317,9 @@ def is_finished(arguments: Arguments) -> bool:
     """True where `output_dir` holds the result of this run after as many steps or epochs as are asked for.
 
     With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
+
+    Raises:
+        ValueError: files of this result are missing or torn, as after a copy that broke off.
     """
     training, kind = arguments.training, run_kind(arguments)
     folder, asked = Path(training.output_dir), training.resume_from_checkpoint
@@ -330,6 +333,12 @@ def is_finished(arguments: Arguments) -> bool:
     wanted, reached = (training.max_steps, step) if by_steps else (training.num_train_epochs, epoch + 1e-6)
     if step < state["max_steps"] or reached < wanted:
         return False
+    flaw = flaw_of(folder)
+    if flaw:
+        raise ValueError(
+            f"{folder} holds the result of this run, but {flaw}: bring the file back, or remove {folder / STATE_FILE} "
+            "to train again"
+        )
     logger.info(
         "%s holds the result of this run, after step %d (epoch %.4g), its last: nothing is left to do. A larger %s "
         "goes on from its last checkpoint; another run needs an --output_dir of its own",
