@@ -23,6 +23,7 @@ from llava.train.checkpoints.folders import (
     remove_old_checkpoints,
     write_errors_named,
 )
+from llava.train.checkpoints.resume import is_finished
 from llava.train.settings.arguments import TrainingArguments
 from llava.train.settings.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
@@ -301,6 +302,26 @@ def test_a_result_that_is_not_whole_is_not_called_finished(world: TinyWorld, tmp
     with pytest.raises(ValueError, match=r"the result of this run, but tokenizer_config\.json is missing"):
         train(parse_args(flags))
     assert mtimes(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("train_config.yaml", "", r"train_config\.yaml is not valid YAML"),
+        ("train_config.yaml", "a: [", r"train_config\.yaml is not valid YAML"),
+        ("trainer_state.json", '{"a":', r"trainer_state\.json is no valid JSON"),
+    ],
+)
+def test_a_finished_run_that_can_not_be_read_is_left_as_it_is(
+    name: str, text: str, words: str, world: TinyWorld, tmp_path: Path
+) -> None:
+    flags = flags_of("projector", 0, world, tmp_path, max_steps=1)
+    (tmp_path / "mm_projector.bin").write_text("")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 1, "epoch": 1}')
+    (tmp_path / "train_config.yaml").write_text(json.dumps(parse_args(flags).given, default=str))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        is_finished(parse_args(flags))
 
 
 def test_another_run_in_the_folder_of_a_finished_one(

@@ -145,6 +145,14 @@ def _free_space(path: Path) -> str:
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """transformers' record of a run, as a checkpoint has it."""
-    state: dict[str, Any] = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    """transformers' record of a run, as a checkpoint has it.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    file = Path(checkpoint) / STATE_FILE
+    try:
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}") from error
     return state

@@ -319,7 +319,8 @@ def is_finished(arguments: Arguments) -> bool:
     With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
 
     Raises:
-        ValueError: files of this result are missing or torn, as after a copy that broke off.
+        ValueError: files of this result are missing or torn, as after a copy that broke off; or its settings or its
+            state can't be read.
     """
     training, kind = arguments.training, run_kind(arguments)
     folder, asked = Path(training.output_dir), training.resume_from_checkpoint
@@ -351,5 +352,14 @@ def is_finished(arguments: Arguments) -> bool:
 
 
 def _same_run(file: Path, given: dict[str, Any]) -> bool:
-    kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
+    own = yaml.safe_load(yaml.safe_dump(given))
+    try:
+        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        kept = None
+    if not isinstance(kept, dict):
+        raise ValueError(
+            f"{file} is not valid YAML with the settings of the result beside it: bring it back, or name another "
+            "--output_dir"
+        )
     return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))
