@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from llava.lock import lock
 
@@ -91,9 +92,15 @@ def read_file_list(folder: Path) -> Sizes | None:
         return None
     except ValueError as error:
         raise ValueError(f"{folder / LIST_FILE} is not valid JSON") from error
-    if not isinstance(sizes, dict) or not all(size is None or type(size) is int for size in sizes.values()):
+    if not isinstance(sizes, dict) or not all(_is_entry(name, size) for name, size in sizes.items()):
         raise ValueError(f"{folder / LIST_FILE} is no list of files with their sizes, as this program writes it")
     return sizes
+
+
+def _is_entry(name: str, size: Any) -> bool:
+    """Whether a list may say this: names of files elsewhere would be removed with the folder's own."""
+    path = Path(name)
+    return (size is None or type(size) is int) and not path.is_absolute() and ".." not in path.parts
 
 
 def note_files(folder: Path, sizes: Mapping[str, int | None]) -> None:
@@ -411,9 +418,7 @@ def _remove_own(old: Path, new: Path) -> None:
             path = old / name
             if path.is_file() and _is_own(path, name, sizes):
                 path.unlink()
-    for path in sorted((p for p in old.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
-        with contextlib.suppress(OSError):  # not empty
-            path.rmdir()
+    _remove_empty_folders(old)
     for path in old.iterdir():
         if not (new / path.name).exists():
             path.rename(new / path.name)
@@ -421,3 +426,23 @@ def _remove_own(old: Path, new: Path) -> None:
         old.rmdir()
     except OSError:
         logger.warning("%s keeps what this program did not write and %s has files of the same names for", old, new)
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    for path in sorted((p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()
+
+
+def remove_listed(folder: Path) -> None:
+    """Remove the files that a folder lists, also torn ones, last the list, and the folder if nothing else is in it.
+
+    Raises:
+        ValueError: its list can't be read.
+    """
+    for name in read_file_list(folder) or {}:
+        (folder / name).unlink(missing_ok=True)
+    (folder / LIST_FILE).unlink(missing_ok=True)
+    _remove_empty_folders(folder)
+    with contextlib.suppress(OSError):  # not empty
+        folder.rmdir()

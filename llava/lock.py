@@ -131,10 +131,11 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 
 def holder(path: Path) -> str | None:
-    """Who holds a lock file, in words; None where nobody does, or the owner is known to be dead."""
+    """Who holds a lock file, in words; None where nobody does, or the next start would take it without waiting."""
     text = _read(path)
     owner = _owner(text)
-    if text is None or (owner is not None and owner.lives() is False):
+    lives = None if owner is None else owner.lives()
+    if text is None or lives is False or (lives is None and _is_long_ago(_changed(path))):
         return None
     return _words(owner)
 
@@ -148,11 +149,17 @@ def _take(path: Path, what: str) -> str:
     text = json.dumps(asdict(Owner.here())) + "\n"
     while True:
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-            return text
+            file = path.open("x", encoding="utf-8")
         except FileExistsError:
             _wait_for_end(path, what)
+            continue
+        try:
+            with file:
+                file.write(text)
+        except OSError:  # the disk is full
+            path.unlink(missing_ok=True)  # nobody could say whose it is
+            raise
+        return text
 
 
 def _wait_for_end(path: Path, what: str) -> None:
@@ -179,7 +186,7 @@ def _wait_for_end(path: Path, what: str) -> None:
 def _shows_life(path: Path, what: str, owner: Owner | None) -> bool:
     """Watch whether an owner elsewhere renews its lock."""
     before = _changed(path)
-    if before is None or time.time() - before > LONG_AGO:
+    if _is_long_ago(before):
         return False
     logger.info(
         "%s was last used by %s: waiting up to %g s to see whether that is still running; "
@@ -196,6 +203,10 @@ def _shows_life(path: Path, what: str, owner: Owner | None) -> bool:
         if now != before:
             return now is not None
     return False
+
+
+def _is_long_ago(change: float | None) -> bool:
+    return change is None or time.time() - change > LONG_AGO
 
 
 def _remove(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from llava.files import (
     checkpoint_folder,
     new_folder,
     read_file_list,
+    write_file_list,
 )
 from llava.lock import lock
 from llava.train.checkpoints import output_dir
@@ -280,6 +282,53 @@ def test_checkpoints_of_other_programs_are_kept(tmp_path: Path) -> None:
     assert not theirs[1].exists() and len(list(tmp_path.glob("checkpoint-2.kept-*/trainer_state.json"))) == 1
 
 
+def make_checkpoint(folder: Path) -> Path:
+    """One of this program, with what someone added."""
+    (folder / "global_step1").mkdir(parents=True)
+    for name in ("trainer_state.json", "global_step1/shard"):
+        (folder / name).write_text("{}")
+    write_file_list(folder)
+    (folder / "answers.jsonl").write_text("mine")
+    return folder
+
+
+def test_what_someone_put_into_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    """When the checkpoint is removed, and when it is written again."""
+    for step in (1, 2):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    remove_old_checkpoints(tmp_path, step=2, limit=1)
+    assert contents(tmp_path / "checkpoint-1") == {"answers.jsonl": b"mine"}
+    assert len(contents(tmp_path / "checkpoint-2")) == 4
+    make_room(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-2").exists()
+    (kept,) = tmp_path.glob("checkpoint-2.kept-*")
+    assert contents(kept) == {"answers.jsonl": b"mine"}
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk_is_kept(tmp_path: Path) -> None:
+    """A link has its place; the run does not end when it writes that checkpoint again."""
+    elsewhere = make_checkpoint(tmp_path / "elsewhere")
+    before = contents(elsewhere)
+    link = tmp_path / "checkpoint-1"
+    link.symlink_to(elsewhere)
+    remove_old_checkpoints(tmp_path, step=9, limit=1)
+    assert link.is_symlink()
+    make_room(link)
+    assert not link.is_symlink() and contents(elsewhere) == before
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "sub/../../mine.txt", "{folder}/mine.txt"])
+def test_a_list_names_no_files_elsewhere(name: str, tmp_path: Path) -> None:
+    """A folder that came from somewhere could have them removed with its own."""
+    (tmp_path / "mine.txt").write_text("mine")
+    target = tmp_path / "target"
+    (target / "sub").mkdir(parents=True)
+    (target / LIST_FILE).write_text(json.dumps({name.format(folder=tmp_path): 4}))
+    with pytest.raises(ValueError, match=r"is never replaced: .* is no list of files"):
+        write(target, overwrite=True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_staging_of_a_process_with_the_same_number_is_not_in_the_way(tmp_path: Path) -> None:
     (tmp_path / f".writing-{os.getpid()}").mkdir()
     with atomic_folder(tmp_path) as folder:
@@ -300,6 +349,14 @@ def test_all_ranks_hear_what_the_first_one_refuses(
     with pytest.raises(ValueError, match=words), output_dir.holding_output_dir(replace(arguments, training=training)):
         pass
     assert contents(tmp_path) == {"config.json": b'{"mine": 1}'}
+
+
+def test_a_file_that_can_not_be_read_is_heard_of_too(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_dir, "remove_leftovers", Mock(side_effect=PermissionError(13, "Permission denied", "x")))
+    with pytest.raises(ValueError, match=r"output_dir .*Permission denied: 'x'"):
+        run(world, tmp_path)
 
 
 def test_one_run_at_a_time(world: TinyWorld, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +135,28 @@ def test_a_lock_that_can_not_be_written_is_an_error(path: Path) -> None:
     path.touch()
     with pytest.raises(ValueError, match=r"folder x: .* can't be written"), lock(path / "lock", "folder x"):
         pass
+
+
+def test_a_full_disk_leaves_no_lock(path: Path) -> None:
+    """An empty one would hold up the next start for two minutes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limit[1]))
+    try:
+        with pytest.raises(ValueError, match=r"x: .*lock can't be written"), lock(path, "x"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not path.exists()
+
+
+def test_a_lock_from_long_ago_is_nobodys(path: Path) -> None:
+    """As for a start, which takes it without waiting."""
+    leave_lock(path, machine="another")
+    assert holder(path) is not None
+    os.utime(path, (0, 0))
+    assert holder(path) is None
 
 
 def test_a_killed_compilation_holds_nobody_up(tmp_path: Path) -> None:

@@ -17,7 +17,13 @@ import pytest
 import torch
 
 from llava.files import write_file_list
-from llava.train.checkpoints.folders import flaw_of, last_complete_checkpoint, remove_old_checkpoints
+from llava.train.checkpoints.folders import (
+    flaw_of,
+    last_complete_checkpoint,
+    remove_old_checkpoints,
+    write_errors_named,
+)
+from llava.train.checkpoints.resume import is_finished
 from llava.train.settings.arguments import TrainingArguments
 from llava.train.settings.parsing import parse_args
 from llava.train.train import checkpoint_to_resume, train
@@ -275,6 +281,49 @@ def test_a_finished_run_is_left_as_it_is(
     assert list(losses(tmp_path)) == list(range(1, end + 2))
 
 
+def test_a_finished_run_is_known_by_another_path(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would be trained anew and its result replaced."""
+    settings = {"save_strategy": "no", "max_steps": 1}
+    assert train(parse_args(flags_of("projector", 0, world, tmp_path / "run", **settings))) is not None
+    monkeypatch.chdir(tmp_path)
+    assert train(parse_args(flags_of("projector", 0, world, Path("run"), **settings))) is None
+    (tmp_path / "run").rename(tmp_path / "copied")
+    assert train(parse_args(flags_of("projector", 0, world, Path("copied"), **settings))) is None
+
+
+def test_a_result_that_is_not_whole_is_not_called_finished(world: TinyWorld, tmp_path: Path) -> None:
+    """As after a copy that broke off; nor is it trained again unasked."""
+    flags = flags_of("lora", 0, world, tmp_path, save_strategy="no", max_steps=1)
+    train(parse_args(flags))
+    (tmp_path / "tokenizer_config.json").unlink()
+    before = mtimes(tmp_path)
+    with pytest.raises(ValueError, match=r"the result of this run, but tokenizer_config\.json is missing"):
+        train(parse_args(flags))
+    assert mtimes(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("train_config.yaml", "", r"train_config\.yaml is not valid YAML"),
+        ("train_config.yaml", "a: [", r"train_config\.yaml is not valid YAML"),
+        ("trainer_state.json", '{"a":', r"trainer_state\.json is no valid JSON"),
+    ],
+)
+def test_a_finished_run_that_can_not_be_read_is_left_as_it_is(
+    name: str, text: str, words: str, world: TinyWorld, tmp_path: Path
+) -> None:
+    flags = flags_of("projector", 0, world, tmp_path, max_steps=1)
+    (tmp_path / "mm_projector.bin").write_text("")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 1, "epoch": 1}')
+    (tmp_path / "train_config.yaml").write_text(json.dumps(parse_args(flags).given, default=str))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        is_finished(parse_args(flags))
+
+
 def test_another_run_in_the_folder_of_a_finished_one(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +403,13 @@ def test_torn_checkpoints_never_take_the_place_of_whole_ones(tmp_path: Path) -> 
     assert left == ["checkpoint-2", "checkpoint-20", "checkpoint-4", "checkpoint-8"]
     remove_old_checkpoints(tmp_path, step=8, limit=None)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_is_no_error_of_writing_keeps_its_name(tmp_path: Path) -> None:
+    """A full GPU while weights are gathered is no full disk, nor is a lost rank."""
+    for error in (torch.cuda.OutOfMemoryError("out of memory"), torch.distributed.DistBackendError("remote")):
+        with pytest.raises(type(error)), write_errors_named(tmp_path / "checkpoint-1", tmp_path):
+            raise error
 
 
 def test_which_checkpoint_is_resumed(tmp_path: Path) -> None:

@@ -288,7 +288,10 @@ def test_metrics_of_a_run_that_goes_on(world: TinyWorld, tmp_path: Path) -> None
 def test_lines_that_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     kept = '{"step": 1, "loss": 2}\n{"step": 2, "eval_loss": 2}\n'
-    file.write_text(kept + '{"step": 2, "train_runtime": 3}\nnonsense\n{"step": 3, "loss": 1}\n{"step": 2, "loss": 1}')
+    dropped = (
+        '{"step": 2, "train_runtime": 3}\nnonsense\n5\n{"loss": 1}\n{"step": 3, "loss": 1}\n{"step": 2, "loss": 1}'
+    )
+    file.write_text(kept + dropped)
     drop_later_lines(file, 2)
     assert file.read_text() == kept
     before = file.stat().st_ino

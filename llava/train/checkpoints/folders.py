@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llava.files import LIST_FILE, read_file_list, set_aside, size_of
+from llava.files import LIST_FILE, read_file_list, remove_listed, set_aside, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def remove_old_checkpoints(output_dir: str | Path, step: int, limit: int | None,
     """After `checkpoint-STEP` was written, leave the newest `limit` whole ones up to it.
 
     Torn ones go too: they would take the place of whole ones. Newer ones than STEP are not touched: they belong
-    to a run that went on from another checkpoint. Nor are those that another program wrote.
+    to a run that went on from another checkpoint. Nor are those that another program wrote, links, and what someone
+    else put into a checkpoint.
 
     Args:
         output_dir: of the run.
@@ -92,19 +93,21 @@ def remove_old_checkpoints(output_dir: str | Path, step: int, limit: int | None,
     stay = {path.resolve() for path in whole[-limit:]} | ({Path(keep).resolve()} if keep else set())
     for path in older:
         if path.resolve() not in stay:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError, ValueError):  # the run goes on, with less room
+                remove_listed(path)
 
 
 def make_room(checkpoint: Path) -> None:
-    """Remove a checkpoint that is about to be written again; one that another program wrote gets another name."""
+    """Remove a checkpoint that is about to be written again; what this program did not write gets another name."""
     if _is_own(checkpoint):
-        shutil.rmtree(checkpoint)
-    elif checkpoint.exists():
+        with contextlib.suppress(ValueError):  # of a torn list: nobody knows what is whose
+            remove_listed(checkpoint)
+    if checkpoint.exists() or checkpoint.is_symlink():
         set_aside(checkpoint)
 
 
 def _is_own(checkpoint: Path) -> bool:
-    return (checkpoint / LIST_FILE).is_file()
+    return (checkpoint / LIST_FILE).is_file() and not checkpoint.is_symlink()
 
 
 @contextlib.contextmanager
@@ -123,7 +126,8 @@ def write_errors_named(target: Path, output_dir: str | Path) -> Iterator[None]:
     except CannotWriteError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and not any(word in str(error) for word in TORCH_WRITE_ERRORS):
+        # Others are no errors of writing: the device's memory is full, or a rank is lost in a collective.
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITE_ERRORS):
             raise
         last = last_complete_checkpoint(output_dir)
         left = f"{last} is whole: start the same command again to go on from it" if last else "no checkpoint is whole"
@@ -141,6 +145,14 @@ def _free_space(path: Path) -> str:
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """transformers' record of a run, as a checkpoint has it."""
-    state: dict[str, Any] = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    """transformers' record of a run, as a checkpoint has it.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    file = Path(checkpoint) / STATE_FILE
+    try:
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}") from error
     return state

@@ -105,7 +105,8 @@ def holding_output_dir(arguments: Arguments) -> Iterator[None]:
     """Check `output_dir`, and keep other runs out of it while the block runs; every process of a run must call it.
 
     Raises:
-        ValueError: on every process; see `check_output_dir`, or another run is writing there.
+        ValueError: on every process; see `check_output_dir`, or another run is writing there, or files of an earlier
+            one can't be read.
     """
     training = arguments.training
     folder = Path(training.output_dir)
@@ -118,6 +119,8 @@ def holding_output_dir(arguments: Arguments) -> Iterator[None]:
                 _take_over(folder)
             except ValueError as error:
                 problems.append(str(error))
+            except OSError as error:  # a file that can't be read, say
+                problems.append(f"output_dir {folder}: {error}")
         if training.world_size > 1:
             problems = gather_object(problems)
         if problems:

@@ -105,10 +105,12 @@ NOT_SHAPING = (
     "logging_steps",
     "max_steps",
     "num_train_epochs",
+    "output_dir",  # the folder itself, however it is spelled, wherever it was copied to
     "preflight_seconds",
     "report_to",
     "resume_changed",
     "resume_from_checkpoint",
+    "run_name",
     "save_steps",
     "save_strategy",
     "save_total_limit",
@@ -315,6 +317,10 @@ def is_finished(arguments: Arguments) -> bool:
     """True where `output_dir` holds the result of this run after as many steps or epochs as are asked for.
 
     With other settings it is another run's; and whoever names a checkpoint wants to train from there again.
+
+    Raises:
+        ValueError: files of this result are missing or torn, as after a copy that broke off; or its settings or its
+            state can't be read.
     """
     training, kind = arguments.training, run_kind(arguments)
     folder, asked = Path(training.output_dir), training.resume_from_checkpoint
@@ -328,6 +334,12 @@ def is_finished(arguments: Arguments) -> bool:
     wanted, reached = (training.max_steps, step) if by_steps else (training.num_train_epochs, epoch + 1e-6)
     if step < state["max_steps"] or reached < wanted:
         return False
+    flaw = flaw_of(folder)
+    if flaw:
+        raise ValueError(
+            f"{folder} holds the result of this run, but {flaw}: bring the file back, or remove {folder / STATE_FILE} "
+            "to train again"
+        )
     logger.info(
         "%s holds the result of this run, after step %d (epoch %.4g), its last: nothing is left to do. A larger %s "
         "goes on from its last checkpoint; another run needs an --output_dir of its own",
@@ -340,5 +352,14 @@ def is_finished(arguments: Arguments) -> bool:
 
 
 def _same_run(file: Path, given: dict[str, Any]) -> bool:
-    kept, own = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), yaml.safe_dump(given)))
+    own = yaml.safe_load(yaml.safe_dump(given))
+    try:
+        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        kept = None
+    if not isinstance(kept, dict):
+        raise ValueError(
+            f"{file} is not valid YAML with the settings of the result beside it: bring it back, or name another "
+            "--output_dir"
+        )
     return all(kept.get(name) == own.get(name) for name in (kept | own).keys() - set(NOT_SHAPING))

@@ -58,7 +58,8 @@ def _is_kept(line: str, step: int) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    return line.endswith("\n") and record["step"] <= step and "train_runtime" not in record
+    is_whole = line.endswith("\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
+    return is_whole and record["step"] <= step and "train_runtime" not in record
 
 
 def strict_json(record: dict[str, Any]) -> dict[str, Any]:
