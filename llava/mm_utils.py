@@ -67,7 +67,8 @@ def _float_grey(values: np.ndarray) -> Image.Image:
 def _integer_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    in_memory = image.mode == "I" and getattr(image, "format", None) is None  # an array, say; of 32 bits as in a TIFF
+    bits = tags.get(_BITS_PER_SAMPLE, (32 if in_memory else 16,))[0]
     if bits > 16:  # they say nothing about what is white
         bits = 8 if values.max() < 256 else 16
     if values.min() < 0 or values.max() >= 1 << bits:

@@ -187,6 +187,13 @@ def test_remote_images_are_asked_about(checkpoint: Path, questions: Path) -> Non
     store.store.clear()
 
 
+def test_a_question_id_may_repeat(tmp_path: Path) -> None:
+    """LLaVA's files of TextVQA and MME name a question by its image, about which there are several."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(f'{{"question_id": "a/0.png", "text": "{text}"}}\n' for text in "ab"))
+    assert [question.text for question in read_questions(file)] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -194,7 +201,6 @@ def test_remote_images_are_asked_about(checkpoint: Path, questions: Path) -> Non
         ("[1]", "line 2: expected a JSON object, got list"),
         ('{"text": "a"}', "line 2: 'question_id' is missing"),
         ('{"question_id": 1}', "line 2: 'text' is missing"),
-        ('{"question_id": 0, "text": "a"}', "line 2: question_id 0 occurs a second time"),
         ('{"question_id": 1, "text": "a", "image": [3]}', "line 2: 'image' must be a file name"),
         ('{"question_id": 1, "text": "a", "image": 3}', "line 2: 'image' must be a file name"),
         ('{"question_id": 1, "text": "a", "image": {"a": 1}}', "line 2: 'image' must be a file name"),
@@ -261,6 +267,8 @@ def test_score_demands_one_answer_for_each_question() -> None:
         accuracy.score(QUESTIONS[:2], given("red", "", ""))
     with pytest.raises(ValueError, match="question_id 0 is answered twice"):
         accuracy.score(QUESTIONS, given("red", "", "") * 2)
+    with pytest.raises(ValueError, match="question_id 0 is that of several questions"):
+        accuracy.score([*QUESTIONS, Question(0, "", answer="blue")], given("red", "", ""))
     with pytest.raises(ValueError, match="question_id 5 has no right answer"):
         accuracy.score([Question(5, "")], [{"question_id": 5, "text": ""}])
 

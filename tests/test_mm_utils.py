@@ -173,7 +173,8 @@ def test_pictures_of_other_modes_become_rgb(mode: str) -> None:
 def test_pictures_of_more_than_8_bits_keep_their_shades() -> None:
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = process_images([Image.fromarray(grey).convert("RGB")], clip(), config("pad"))
-    for values in (grey.astype(np.uint16) * 257, grey.astype(np.float32) / 255):
+    wide = (grey.astype(np.uint16) * 257, grey.astype(np.int32), grey.astype(np.int32) * 257)
+    for values in (*wide, grey.astype(np.float32) / 255):
         assert torch.equal(process_images([Image.fromarray(values)], clip(), config("pad")), expected)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
@@ -209,3 +209,34 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no token that ends an answer \(eos_token\): its tokenizer_config.json"):
         open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [None, True])
+def test_a_sentencepiece_model_may_put_no_space_in_front(legacy: bool | None, tmp_path: Path) -> None:
+    """Yi's, that of LLaVA-1.6-34B; its release encoded every piece of text as sentencepiece does."""
+    words = tmp_path / "words.txt"
+    words.write_text("hello world\nwhat is in the picture\n" * 20)
+    SentencePieceTrainer.train(
+        input=str(words),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if legacy is not None:
+        settings["legacy"] = legacy
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    reference = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    opened = open_tokenizer(tmp_path)
+    save_tokenizer(opened, tmp_path / "saved")
+    for tokenizer in (opened, open_tokenizer(tmp_path / "saved")):
+        for text in ("hello world", "\nwhat is", " in"):
+            assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text)
+        joined = tokenizer("hello</s>world", add_special_tokens=False).input_ids
+        assert joined == [*reference.encode("hello"), tokenizer.eos_token_id, *reference.encode("world")]

@@ -6,6 +6,7 @@ python -m llava.eval.accuracy --question-file Q --answers-file A [--answers-file
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,13 @@ def score(questions: Iterable[Question], answers: Iterable[dict[str, Any]]) -> S
         answers: rows of an answers file (question_id, text, metadata), one for each question.
 
     Raises:
-        ValueError: a question has no right answer, or not exactly one given answer; ids are named.
+        ValueError: a question has no right answer, not exactly one given answer, or the id of another; ids are
+            named.
     """
+    known = list(questions)
+    repeated = next((name for name, count in Counter(q.question_id for q in known).items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"question_id {repeated!r} is that of several questions: their answers can't be told apart")
     given: dict[int | str, dict[str, Any]] = {}
     for row in answers:
         if row.get("question_id") in given:
@@ -66,7 +72,6 @@ def score(questions: Iterable[Question], answers: Iterable[dict[str, Any]]) -> S
         given[row.get("question_id", "")] = row
     right: dict[str, int] = {}
     asked: dict[str, int] = {}
-    known = list(questions)
     _check_ids({q.question_id for q in known}, set(given))
     for question in known:
         if question.answer is None:

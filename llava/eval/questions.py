@@ -28,7 +28,7 @@ class Question:
     """One line of a question file.
 
     Attributes:
-        question_id: number or text, unique in its file.
+        question_id: number or text; the image's name in some of LLaVA's files (TextVQA, MME), which then repeats.
         text: the question, without `<image>`.
         images: files it is about, relative to the image folder.
         answer: the right answer, where the file has it.
@@ -75,17 +75,10 @@ def read_questions(path: str | Path) -> list[Question]:
     `answer` and `category` are kept where they stand.
 
     Raises:
-        ValueError: a line lacks question_id or text, has an image that is no name, or repeats a question_id;
-            or there is no question at all. File and line are named.
+        ValueError: a line lacks question_id or text, or has an image that is no name; or there is no question at all.
+            File and line are named.
     """
-    questions: list[Question] = []
-    seen: set[int | str] = set()
-    for number, row in read_jsonl(path):
-        question = _parse_question(row, f"{path}, line {number}")
-        if question.question_id in seen:
-            raise ValueError(f"{path}, line {number}: question_id {question.question_id!r} occurs a second time")
-        seen.add(question.question_id)
-        questions.append(question)
+    questions = [_parse_question(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
     if not questions:
         raise ValueError(f"{path} holds no question")
     return questions

@@ -40,6 +40,8 @@ def open_tokenizer(
     files = _read_files(path, cache_dir)
     legacy = None if like is None else _read_files(os.fspath(like), None).legacy
     legacy = files.legacy if legacy is None else legacy
+    if files.cls is LlamaTokenizer and not files.has_prefix and legacy is not False:
+        kwargs = {"add_prefix_space": False, **kwargs}  # of the model, which transformers 5 overlooks
     tokenizer = _open(files.cls, path, cache_dir=cache_dir, **kwargs)
     if isinstance(tokenizer, LlamaTokenizer):
         legacy = True if legacy is None else legacy
@@ -79,11 +81,15 @@ def _open(cls: Any, path: str, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Files:
-    """What lies in a folder: tokenizer_config.json, tokenizer.json, and whether there is a sentencepiece model."""
+    """What lies in a folder: tokenizer_config.json, tokenizer.json, and whether there is a sentencepiece model.
+
+    `has_prefix` says whether that model puts a space in front of a text; it is looked at without a tokenizer.json only.
+    """
 
     settings: dict[str, Any]
     fast: dict[str, Any] | None
     has_sentencepiece: bool
+    has_prefix: bool
 
     @property
     def legacy(self) -> bool | None:
@@ -108,9 +114,8 @@ def _read_files(path: str, cache_dir: str | None) -> _Files:
     settings = _read_json(_find(path, _SETTINGS, cache_dir))
     fast = _read_json(_find(path, _FAST, cache_dir))
     sentencepiece = _find(path, _SENTENCEPIECE, cache_dir)
-    if fast is None and sentencepiece is not None:
-        _check_sentencepiece(sentencepiece)
-    return _Files(settings or {}, fast, sentencepiece is not None)
+    has_prefix = _puts_prefix(sentencepiece) if fast is None and sentencepiece is not None else True
+    return _Files(settings or {}, fast, sentencepiece is not None, has_prefix)
 
 
 def _find(path: str, name: str, cache_dir: str | None) -> str | None:
@@ -133,14 +138,20 @@ def _read_json(file: str | None) -> dict[str, Any] | None:
     return content
 
 
-def _check_sentencepiece(file: str) -> None:
+def _puts_prefix(file: str) -> bool:
+    """Whether a sentencepiece model puts a space in front of a text.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        SentencePieceProcessor(model_file=file)
+        pieces = SentencePieceProcessor(model_file=file).encode("a", out_type=str)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{file} is no sentencepiece model: it is damaged, or a pointer of Git LFS; copy it again from where the "
             "model comes from"
         ) from error
+    return bool(pieces[0].startswith("▁"))
 
 
 def _prefixes_all(fast: dict[str, Any]) -> bool | None:
