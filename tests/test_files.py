@@ -8,20 +8,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
+from transformers import Trainer
 from typer.testing import CliRunner
 
 from llava import cli
 from llava.eval import model_vqa
 from llava.files import (
+    CHECKPOINT_FILES,
     LIST_FILE,
     atomic_folder,
     check_apart,
     check_writable,
     checkpoint_folder,
+    foreign_files,
     new_folder,
     read_file_list,
     write_file_list,
@@ -34,6 +37,7 @@ from llava.train.checkpoints.saving import extract_projector
 from llava.train.preflight.doctor import examine
 from llava.train.settings.parsing import parse_args
 from llava.train.train import train
+from llava.train.trainer import LLaVATrainer
 from tests.tiny_world import TinyWorld, make_tiny_world
 
 LORA = {"lora_enable": True, "lora_r": 2, "max_steps": 1}
@@ -327,6 +331,27 @@ def test_a_list_names_no_files_elsewhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is never replaced: .* is no list of files"):
         write(target, overwrite=True)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_result_of_fsdp_that_is_cut_off_does_not_block_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers writes it, right into the folder."""
+
+    def killed(self: Any, *args: Any) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save_model", killed)
+    trainer = object.__new__(LLaVATrainer)
+    trainer.is_fsdp_enabled = True
+    trainer.args = cast(Any, SimpleNamespace(should_save=True, output_dir=str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model()
+    assert not foreign_files(tmp_path, CHECKPOINT_FILES)
+    with checkpoint_folder(tmp_path) as folder:
+        (folder / "model.safetensors").write_text("{}")
+    assert read_file_list(tmp_path) == {"model.safetensors": 2}
 
 
 def test_staging_of_a_process_with_the_same_number_is_not_in_the_way(tmp_path: Path) -> None:

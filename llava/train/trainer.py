@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from llava.data.streaming import StreamingSupervisedDataset
-from llava.files import adopt_checkpoint, atomic_folder, write_file_list
+from llava.files import CHECKPOINT_FILES, adopt_checkpoint, atomic_folder, note_files, write_file_list
 from llava.model.language_model.batch_counts import Totals
 from llava.model.weights import NonFiniteWeightsError, raise_for_nonfinite
 from llava.reduction.base import EncoderReducer, ProjectorReducer
@@ -324,12 +324,16 @@ class LLaVATrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what this kind of run trains; every rank must call it."""
+        folder = output_dir or self.args.output_dir
         if self.is_fsdp_enabled:
+            if self.args.should_save:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                # This program's, even if it is killed before their sizes stand there.
+                note_files(Path(folder), dict.fromkeys(CHECKPOINT_FILES))
             super().save_model(output_dir, _internal_call)
             if self.args.should_save:
-                adopt_checkpoint(Path(output_dir or self.args.output_dir))
+                adopt_checkpoint(Path(folder))
             return
-        folder = output_dir or self.args.output_dir
         # A checkpoint's errors are named where it is written, by the name that it will have.
         with nullcontext() if self._is_staging else write_errors_named(Path(folder), self.args.output_dir):
             try:
