@@ -40,7 +40,7 @@ def open_tokenizer(
     files = _read_files(path, cache_dir)
     legacy = None if like is None else _read_files(os.fspath(like), None).legacy
     legacy = files.legacy if legacy is None else legacy
-    if files.cls is LlamaTokenizer and not files.has_prefix and legacy is not False:
+    if files.is_llama and not files.has_prefix and legacy is not False:
         kwargs = {"add_prefix_space": False, **kwargs}  # of the model, which transformers 5 overlooks
     tokenizer = _open(files.cls, path, cache_dir=cache_dir, **kwargs)
     if isinstance(tokenizer, LlamaTokenizer):
@@ -83,7 +83,7 @@ def _open(cls: Any, path: str, **kwargs: Any) -> Any:
 class _Files:
     """What lies in a folder: tokenizer_config.json, tokenizer.json, and whether there is a sentencepiece model.
 
-    `has_prefix` says whether that model puts a space in front of a text; it is looked at without a tokenizer.json only.
+    `has_prefix` says whether tokenizer.json, or without one that model, puts a space in front of a text.
     """
 
     settings: dict[str, Any]
@@ -100,9 +100,14 @@ class _Files:
     @property
     def cls(self) -> Any:
         """The class that opens them. For some models AutoTokenizer reads sentencepiece's file without its prefix."""
-        name = self.settings.get("tokenizer_class") or "LlamaTokenizer"
-        is_llama = self.fast is None and self.has_sentencepiece and name.removesuffix("Fast") == "LlamaTokenizer"
-        return LlamaTokenizer if is_llama else AutoTokenizer
+        alone = self.fast is None and self.has_sentencepiece
+        return LlamaTokenizer if alone and self.is_llama else AutoTokenizer
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether they are of Llama's tokenizer."""
+        name: str = self.settings.get("tokenizer_class") or "LlamaTokenizer"
+        return name.removesuffix("Fast") == "LlamaTokenizer"
 
 
 def _read_files(path: str, cache_dir: str | None) -> _Files:
@@ -114,7 +119,10 @@ def _read_files(path: str, cache_dir: str | None) -> _Files:
     settings = _read_json(_find(path, _SETTINGS, cache_dir))
     fast = _read_json(_find(path, _FAST, cache_dir))
     sentencepiece = _find(path, _SENTENCEPIECE, cache_dir)
-    has_prefix = _puts_prefix(sentencepiece) if fast is None and sentencepiece is not None else True
+    if fast is None:
+        has_prefix = sentencepiece is None or _puts_prefix(sentencepiece)
+    else:
+        has_prefix = not _only_marks_spaces(fast)
     return _Files(settings or {}, fast, sentencepiece is not None, has_prefix)
 
 
@@ -163,6 +171,12 @@ def _prefixes_all(fast: dict[str, Any]) -> bool | None:
         if part.get("type") == "Metaspace":  # releases before `prepend_scheme` knew "always" only
             return {"always": True, "first": False}.get(part.get("prepend_scheme", "always"))
     return None
+
+
+def _only_marks_spaces(fast: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json writes `▁` for spaces, and puts none in front of anything."""
+    kinds = [part.get("type") for part in _parts(fast.get("normalizer"), "normalizers")]
+    return kinds == ["Replace"] and not fast.get("pre_tokenizer")
 
 
 def _parts(step: Any, key: str) -> list[dict[str, Any]]:
