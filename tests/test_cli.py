@@ -80,7 +80,7 @@ def test_an_error_is_one_line(world: TinyWorld, tmp_path: Path) -> None:
     file = recipe(world, tmp_path, version="nosuch")
     result = run_command([LLAVA, "train", str(file)])
     assert result.returncode == 2
-    assert result.stderr.startswith("error: unknown conversation template 'nosuch'; known: ")
+    assert result.stderr.startswith("error: --version: unknown conversation template 'nosuch'; known: ")
     assert "Traceback" not in result.stderr
     assert "Traceback" in run_command([LLAVA, "--debug", "train", str(file)]).stderr
 
