@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.data.records import DataError, read_records
+from llava.data.records import read_records
 from llava.eval.questions import LETTER_ONLY, Question
 from llava.eval.scoring.choices import likeliest_letter
 from llava.eval.tasks.base import Grade, Needed, Task, grouped, percent
@@ -31,10 +31,7 @@ class MMStar(Task):
     def read(self, folder: Path) -> list[Question]:
         """A question for each row; its options stand in its text, and its picture in the row."""
         file = folder / TABLE
-        try:
-            return [_question(row, f"{file}, row {number}") for number, row in enumerate(read_records(str(file)))]
-        except DataError as error:
-            raise ValueError(str(error)) from error
+        return [_question(row, f"{file}, row {number}") for number, row in enumerate(read_records(str(file)))]
 
     def grade(self, question: Question, answer: str, judge: Judge | None = None) -> Grade:
         """`score`, with the question's category."""
