@@ -106,7 +106,7 @@ class Judge:
             reply = self._client.chat.completions.create(**request)
         except openai.OpenAIError as error:
             raise ConnectionError(
-                f"judge {self.model} at {self.url}: {error}; the same command goes on here"
+                f"judge {self.model} at {self.url}: {error}; the same command goes on from here"
             ) from error
         if not reply.choices:
             raise ConnectionError(f"judge {self.model} at {self.url} sent a reply without a choice")
