@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from llava.eval.tasks import mmbench, mme, mmstar, pope, qbench, scienceqa, seed
+from llava.eval.tasks import llavabench, mmbench, mme, mmstar, mmvet, pope, qbench, scienceqa, seed
 from llava.eval.tasks.base import Task
 
-_FILES = (scienceqa, pope, mme, mmbench, seed, mmstar, qbench)
+_FILES = (scienceqa, pope, mme, mmbench, seed, llavabench, mmvet, mmstar, qbench)
 TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in file.TASKS}
 """All tasks by name."""
 

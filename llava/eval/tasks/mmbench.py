@@ -167,10 +167,16 @@ _SOURCE = "https://download.openmmlab.com/mmclassification/datasets/mmbench/"
 
 
 def _mmbench(name: str, title: str, table: str, lang: str) -> MMBench:
-    needs = (Needed(table, _SOURCE + table),)
-    published = {title: "circular"}
     return MMBench(
-        name=name, title=title, folder=name, needs=needs, main="circular", published=published, table=table, lang=lang
+        name=name,
+        title=title,
+        folder=name,
+        needs=(Needed(table, _SOURCE + table),),
+        main="circular",
+        published={title: "circular"},
+        max_new_tokens=1024,
+        table=table,
+        lang=lang,
     )
 
 

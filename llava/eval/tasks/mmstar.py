@@ -66,5 +66,6 @@ TASKS = (
         needs=(Needed(TABLE, "https://huggingface.co/datasets/Lin-Chen/MMStar"),),
         main="accuracy",
         published={"MMStar": "accuracy"},
+        max_new_tokens=1024,
     ),
 )

@@ -88,5 +88,6 @@ TASKS = (
         main="accuracy",
         published={"Q-Bench": "accuracy"},
         images="images_llviqionqa",
+        max_new_tokens=1024,
     ),
 )

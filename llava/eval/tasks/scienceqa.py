@@ -99,5 +99,6 @@ TASKS = (
         main="accuracy_image",
         published={"ScienceQA-IMG": "accuracy_image", "ScienceQA": "accuracy"},
         images="images/test",
+        max_new_tokens=1024,
     ),
 )
