@@ -99,7 +99,8 @@ def mme(root: Path) -> None:
 
 def _mmbench(file: Path, texts: Sequence[str]) -> None:
     """Two questions, of two and three options, in each order of these."""
-    names = "index question hint A B C D answer category image source l2-category comment split".split()
+    names = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category"]
+    names += ["comment", "split"]
     lines = [names]
     for number, options in enumerate((list(COLORS[:2]), list(COLORS[1:]))):
         image = base64.b64encode(picture(COLORS[number])).decode()
@@ -118,7 +119,7 @@ def mmbench(root: Path) -> None:
 
 
 def mmbench_cn(root: Path) -> None:
-    _mmbench(root / "mmbench_cn/mmbench_dev_cn_20231003.tsv", ("什么颜色？", "是哪一个？", "请看。"))
+    _mmbench(root / "mmbench_cn/mmbench_dev_cn_20231003.tsv", ("什么颜色", "是哪一个", "请看。"))
 
 
 def seed(root: Path) -> None:

@@ -29,16 +29,15 @@ def list_options(options: Iterable[str]) -> list[str]:
 
 
 def stated_letter(answer: str) -> str | None:
-    """LLaVA's reading for ScienceQA: the letter alone, `A. ...` at the start, or `The answer is A`.
+    """LLaVA's reading for ScienceQA: the letter alone, `A. ...` at the start, or one `The answer is A.` somewhere.
 
-    `A.` alone is none, and neither is a small letter.
+    `A.` alone is none, and neither is a small letter. Any character will do in place of the last period.
     """
-    text = answer.replace("\n", ". ")
-    if text.strip() in tuple(LETTERS):
-        return text.strip()
-    patterns = (rf"^([{LETTERS}])\. ", rf"The answer is ([{LETTERS}])\.", rf"The answer is ([{LETTERS}])")
-    found = (re.search(pattern, text) for pattern in patterns)
-    return next((match[1] for match in found if match), None)
+    if answer in tuple(LETTERS):
+        return answer
+    first = re.match(rf"([{LETTERS}])\. ", answer)
+    found = [first[1]] if first else re.findall(r"The answer is ([A-Z]).", answer)
+    return found[0] if len(found) == 1 else None
 
 
 def inferred_letter(answer: str, options: Mapping[str, str]) -> str | None:

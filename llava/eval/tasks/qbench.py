@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 QUESTIONS = "llvisionqa_dev.json"
 # What LLaVA puts between question and options, by language; the backslash is in its prompt too.
-INTRODUCTION = {"en": "\nChoose between one of the options as follows:\n", "zh": "\\在下列选项中选择一个:\n"}
+INTRODUCTION = {"en": "\nChoose between one of the options as follows:", "zh": "\\在下列选项中选择一个:"}
 
 
 def read_qbench_questions(path: str | Path, lang: str = "en") -> list[Question]:
@@ -41,8 +41,7 @@ def _question(number: int, row: dict[str, Any], where: str, lang: str) -> Questi
     texts, options = [row.get("img_path"), row.get("question")], row.get("candidates")
     if not isinstance(options, list) or not options or not all(isinstance(text, str) for text in [*texts, *options]):
         raise ValueError(f"{where}: expected img_path, question and candidates, a list of texts")
-    listed = "".join(f"{line}\n" for line in list_options(options[:4]))
-    text = f"{row['question']}{INTRODUCTION[lang]}{listed}"
+    text = "\n".join([f"{row['question']}{INTRODUCTION[lang]}", *list_options(options[:4])])
     return Question(number, text, (row["img_path"],), row=row, answer_key="response")
 
 

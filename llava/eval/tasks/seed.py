@@ -46,7 +46,7 @@ class Seed(Task):
 
     def grade(self, question: Question, answer: str, judge: Judge | None = None) -> Grade:
         """`score`, with the question's kind and type."""
-        right = answer.strip() == question.facts["answer"]
+        right = answer == question.facts["answer"]
         return {"score": float(right), "kind": question.facts["kind"], "type": question.facts["type"]}
 
     def summarize(self, grades: Sequence[Grade]) -> dict[str, float]:
