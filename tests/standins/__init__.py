@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 
 STANDINS: dict[str, Callable[[Path], None]] = {}
-for _module in iter_modules(__path__):
-    STANDINS |= import_module(f"{__name__}.{_module.name}").STANDINS
+"""For each task, what writes its files into a data folder."""
+for _module in pkgutil.iter_modules(__path__):
+    STANDINS |= importlib.import_module(f"{__name__}.{_module.name}").STANDINS
 
 
 def make(name: str, root: Path) -> None:
-    """Write the files of a task below `root`, the data folder."""
+    """Write the files of a task into the data folder `root`."""
     STANDINS[name](root)
