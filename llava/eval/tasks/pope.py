@@ -58,7 +58,7 @@ class Pope(Task):
                     f"the next one of that category in {folder / LABELS.format('*')}; use files of one release"
                 )
             named = question.with_facts(true=row["label"] == "yes", category=question.category)
-            questions.append(replace(named, group=str(question.images)))
+            questions.append(replace(named, group=" ".join(question.images)))
         unasked = [name for name, rows in waiting.items() if next(rows, None) is not None]
         if unasked:
             raise ValueError(
