@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.eval.questions import Question, read_questions
+from llava.eval.questions import Question, read_json, read_questions
 from llava.eval.tasks.base import Grade, Needed, Task, percent
 
 if TYPE_CHECKING:
@@ -103,10 +103,7 @@ def _key(question: Question) -> str:
 
 
 def _read_metadata(file: Path) -> dict[str, Any]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    rows = read_json(file, "MM-Vet's questions, an object of v1_0, v1_1, ...")
     if not isinstance(rows, dict):
         raise ValueError(f"{file}: expected MM-Vet's questions, an object of v1_0, v1_1, ...")
     return rows
