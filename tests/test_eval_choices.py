@@ -348,6 +348,9 @@ def test_files_that_can_not_be_read_are_named(tmp_path: Path) -> None:
             list(read_json_list(tmp_path / "y.json", "a list"))
     with pytest.raises(ValueError, match=r"x\.tsv does not exist; it should be a table"):
         list(read_table(tmp_path / "x.tsv", ("index",)))
+    (tmp_path / "y.tsv").write_text("index\tquestion\n1\tWhich?\n2\tWhich\tone?\n")
+    with pytest.raises(ValueError, match=r"y\.tsv, line 3: more cells than the table has columns"):
+        list(read_table(tmp_path / "y.tsv", ("index",)))
     (tmp_path / "y.tsv").write_bytes(b"index\n\xff\n")
     with pytest.raises(ValueError, match=r"y\.tsv is not UTF-8"):
         list(read_table(tmp_path / "y.tsv", ("index",)))

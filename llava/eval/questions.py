@@ -134,6 +134,8 @@ def read_table(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, 
         rows = csv.DictReader(file, delimiter="\t")
         try:
             for row in rows:
+                if None in row:
+                    raise ValueError(f"{path}, line {rows.line_num}: more cells than the table has columns")
                 missing = [name for name in columns if not row.get(name)]
                 if missing:
                     raise ValueError(f"{path}, line {rows.line_num}: no {', '.join(missing)}; a row needs {needed}")
