@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+MISSING = "-"
+"""The cell of what is not known; empty in CSV."""
 FORMATS = ("table", "csv", "markdown")
 WIDEST = 1000  # characters: a table keeps its width, for a cell that is cut off is worse than a line that wraps
 
@@ -70,7 +72,7 @@ def _as_csv(sheet: Sheet) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(sheet.columns)
-    writer.writerows(sheet.rows)
+    writer.writerows([["" if cell == MISSING else cell for cell in row] for row in sheet.rows])
     return text.getvalue()
 
 

@@ -85,30 +85,38 @@ def comparison_sheet(paper: Paper, comparisons: Sequence[Comparison], notes: Not
         paper: of the figures.
         comparisons: in order.
         notes: on tasks, and on tasks of runs; those on neither are keyed by the run.
-        programs: write each row's notes into it.
+        programs: write the source of a copied figure, and each row's notes, into it.
     """
-    rows = []
-    for c in comparisons:
-        subjects = (c.result.task, f"{c.run.name}/{c.result.task}", c.run.name)
-        note = ("; ".join(text for subject in subjects for text in notes.get(subject, ())),) if programs else ()
-        rows.append((c.benchmark, c.run.name, c.run.method, *_published(c), *_measured(c), *note))
+    title = f"{paper.name}: measured beside published"
+    rows = [(c.benchmark, c.run.name, c.run.method, *_published(c, programs), *_measured(c)) for c in comparisons]
+    if programs:
+        more = [(_source(c.figure), _note(c, notes)) for c in comparisons]
+        rows = [(*row, *extra) for row, extra in zip(rows, more, strict=True)]
+        return Sheet((*COMPARISON_COLUMNS, "copied from", "note"), rows, title, joined(notes))
     what = [
         "difference is measured less published; within says whether the published figure lies in the measured score's "
         "95 % interval, which counts the choice of questions alone",
         *_sources([c.figure for c in comparisons if c.figure]),
     ]
-    title = f"{paper.name}: measured beside published"
-    columns = (*COMPARISON_COLUMNS, "note") if programs else COMPARISON_COLUMNS
-    return Sheet(columns, rows, title, [*joined(notes), *what], words=6, grouped=True)
+    return Sheet(COMPARISON_COLUMNS, rows, title, [*joined(notes), *what], words=6, grouped=True)
 
 
-def _published(comparison: Comparison) -> tuple[str, ...]:
+def _source(figure: Figure | None) -> str:
+    return (figure.copied_from if figure else None) or "-"
+
+
+def _note(comparison: Comparison, notes: Notes) -> str:
+    run, task = comparison.run.name, comparison.result.task
+    return "; ".join(text for subject in (task, f"{run}/{task}", run) for text in notes.get(subject, ()))
+
+
+def _published(comparison: Comparison, programs: bool) -> tuple[str, ...]:
     figure = comparison.figure
     if figure is None:
         return ("-",) * 5
     model = f"{figure.model}, {figure.resolution}" if "patches" in figure.resolution else figure.model
     trained = {True: "yes", False: "no", None: "-"}[figure.trained]
-    mark = COPIED if figure.copied_from else ""
+    mark = COPIED if figure.copied_from and not programs else ""
     return ", ".join(comparison.tables), model, trained, number(figure.tokens, "g"), figure.printed + mark
 
 
@@ -156,14 +164,13 @@ def run_sheet(runs: Sequence[Run], baselines: Mapping[str, Run], programs: bool)
 def _run_cells(run: Run, tasks: Sequence[str], baseline: Run | None) -> tuple[str, ...]:
     """From the metric on: of one task, or means over several."""
     results = [run.results[task] for task in tasks]
-    if len(tasks) > 1:
-        metric, value, interval = "% of full score", mean_score(run, tasks), None
-    else:
-        metric, value = results[0].main or "scored by its server", score(run, tasks[0])
-        interval = results[0].interval(results[0].main) if results[0].main else None
     relative = number(relative_score(run, baseline, tasks))
-    asked = str(sum(result.questions for result in results))
-    return metric, number(value, ".2f"), *bounds(interval), relative, *_cost_cells(results), asked
+    costs = (*_cost_cells(results), str(sum(result.questions for result in results)))
+    if len(tasks) > 1:
+        return "% of full score", number(mean_score(run, tasks), ".2f"), "-", "-", relative, *costs
+    main = results[0].main
+    ends = bounds(results[0].interval(main)) if main else bounds(None)
+    return main or "scored by its server", number(score(run, tasks[0]), ".2f"), *ends, relative, *costs
 
 
 def _cost_cells(results: Sequence[Result]) -> tuple[str, str, str]:
