@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
+
+from llava.eval.tasks.base import Grade
 
 LEVEL = 0.95
 RESAMPLES = 1000
 
-Grade = dict[str, Any]
 Summarize = Callable[[Sequence[Grade]], Mapping[str, float]]
 """From grades to metrics: `llava.eval.tasks.Task.summarize`."""
 
@@ -43,7 +43,8 @@ def wilson(right: int, asked: int) -> Interval:
     center = share + z * z / (2 * asked)
     reach = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
     scale = 100 / (1 + z * z / asked)
-    return Interval(max(0.0, scale * (center - reach)), min(100.0, scale * (center + reach)))
+    low, high = scale * (center - reach), scale * (center + reach)
+    return Interval(low if right else 0.0, high if right < asked else 100.0)  # the ends are exact
 
 
 def bootstrap(

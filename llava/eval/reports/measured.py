@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llava.eval.questions import read_jsonl
-from llava.eval.reports.intervals import Grade, Interval, Summarize, bootstrap, wilson
+from llava.eval.reports.intervals import Interval, Summarize, bootstrap, wilson
 from llava.eval.reports.published import UNREDUCED
+from llava.eval.results import GRADES_FILE, RESULT_FILE, read_grades, read_result
 from llava.eval.tasks import TASKS
+from llava.eval.tasks.base import Grade
 
-RESULT_FILE = "result.json"
-GRADES_FILE = "grades.jsonl"
-FORMAT = 1
 NEEDED = {"task": str, "metrics": dict, "published": dict, "questions": int, "checkpoint": dict, "settings": dict}
 # Our names of the methods, as the papers write them; the others are written alike.
 METHOD_NAMES = {
@@ -97,12 +94,12 @@ class Result:
 
     @cached_property
     def _graded(self) -> tuple[list[Grade], list[Any]]:
-        file = self.folder / GRADES_FILE
-        rows = list(read_jsonl(file)) if file.is_file() else []
-        for number, row in rows:
+        rows = read_grades(self.folder)
+        for number, row in enumerate(rows, start=1):
             if not isinstance(row.get("grade"), dict):
-                raise ValueError(f"{file}, line {number}: 'grade' should be an object, as `llava eval` writes it")
-        return [row["grade"] for _, row in rows], [row.get("group") for _, row in rows]
+                file = self.folder / GRADES_FILE
+                raise ValueError(f"{file}, question {number}: 'grade' should be an object; evaluate the task again")
+        return [row["grade"] for row in rows], [row.get("group") for row in rows]
 
     @cached_property
     def _bootstrap(self) -> dict[str, Interval]:
@@ -181,7 +178,7 @@ def _load_run(name: str, folder: Path) -> Run:
     if not files:
         inside = "; name the folder above it" if (folder / RESULT_FILE).is_file() else ""
         raise ValueError(f"{folder} holds no result of `llava eval` (TASK/{RESULT_FILE}){inside}")
-    results = [_load_result(file) for file in files]
+    results = [_load_result(file.parent) for file in files]
     for what, of in {"reduction": _reduction, "checkpoint": _checkpoint}.items():
         if any(of(result) != of(results[0]) for result in results):
             raise ValueError(f"{folder}: the tasks' results differ in their {what}; give each a folder of its own")
@@ -196,14 +193,9 @@ def _checkpoint(result: Result) -> object:
     return [result.content["checkpoint"].get(key) for key in ("model", "sha256")]
 
 
-def _load_result(file: Path) -> Result:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{file}: expected a result of format {FORMAT}, as this version of `llava eval` writes it")
+def _load_result(folder: Path) -> Result:
+    content = read_result(folder)
     for key, kind in NEEDED.items():
         if not isinstance(content.get(key), kind):
-            raise ValueError(f"{file}: '{key}' is missing or of another type; evaluate the task again")
-    return Result(file.parent, content)
+            raise ValueError(f"{folder / RESULT_FILE}: '{key}' is missing or of another type; evaluate the task again")
+    return Result(folder, content)

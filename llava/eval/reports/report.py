@@ -13,7 +13,7 @@ from llava.eval.reports.comparison import Comparison, Notes, baselines, caveats,
 from llava.eval.reports.findings import measured_findings, published_findings
 from llava.eval.reports.measured import Run, load_runs
 from llava.eval.reports.plotting import plot
-from llava.eval.reports.published import Figure, Paper, load_paper
+from llava.eval.reports.published import UNREDUCED, Figure, Paper, load_paper
 from llava.eval.reports.rendering import FORMATS, Sheet, render
 from llava.eval.reports.sheets import comparison_sheet, figure_sheet, finding_sheet, run_sheet, table_sheet
 from llava.files import atomic_folder
@@ -33,7 +33,7 @@ class ReportOptions:
         form: one of `rendering.FORMATS`; None: what the output's suffix says, otherwise a table.
         findings: compute what the papers claim beyond accuracy, in place of the tables.
         baseline: name or folder of the run that relative performance refers to.
-        model, method: of the paper, where the runs' own names should not count.
+        model, method: of the paper, where the runs' own names should not count; a run without reduction has no method.
         output: file for the report; None: standard output.
         plot: file for a picture of the runs.
     """
@@ -109,7 +109,8 @@ def _compare(
     found: list[Comparison] = []
     notes: Notes = {}
     for run in runs:
-        model, method = options.model or run.model, options.method or run.method
+        model = options.model or run.model
+        method = options.method if options.method and run.method != UNREDUCED else run.method
         own = compare(run, figures, model=model, method=method)
         found += own
         if model is None:

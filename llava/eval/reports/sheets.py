@@ -88,10 +88,11 @@ def comparison_sheet(paper: Paper, comparisons: Sequence[Comparison], notes: Not
         programs: write the source of a copied figure, and each row's notes, into it.
     """
     title = f"{paper.name}: measured beside published"
-    rows = [(c.benchmark, c.run.name, c.run.method, *_published(c, programs), *_measured(c)) for c in comparisons]
+    rows = []
+    for c in comparisons:
+        more = (_source(c.figure), _note(c, notes)) if programs else ()
+        rows.append((c.benchmark, c.run.name, c.run.method, *_published(c, programs), *_measured(c), *more))
     if programs:
-        more = [(_source(c.figure), _note(c, notes)) for c in comparisons]
-        rows = [(*row, *extra) for row, extra in zip(rows, more, strict=True)]
         return Sheet((*COMPARISON_COLUMNS, "copied from", "note"), rows, title, joined(notes))
     what = [
         "difference is measured less published; within says whether the published figure lies in the measured score's "
@@ -142,7 +143,7 @@ def run_sheet(runs: Sequence[Run], baselines: Mapping[str, Run], programs: bool)
     """
     differences = differing_settings(runs)
     shared = common_tasks(runs)
-    blocks = {task: (task,) for task in tasks_of(runs)}
+    blocks: dict[str, tuple[str, ...]] = {task: (task,) for task in tasks_of(runs)}
     if len(shared) > 1:
         blocks[f"mean over {len(shared)}"] = tuple(shared)
     rows = []
