@@ -19,6 +19,7 @@ AXES: dict[str, Callable[[Result], float | None]] = {
     "visual tokens of an image": lambda result: result.tokens,
     "TFLOPs of a question": lambda result: None if result.flops is None else result.flops / 1e12,
 }
+MARKERS = "oD^vP*Xpd"
 
 
 def plot(runs: Sequence[Run], file: Path, notes: Sequence[str] = ()) -> None:
@@ -45,11 +46,12 @@ def plot(runs: Sequence[Run], file: Path, notes: Sequence[str] = ()) -> None:
     if not costs:
         raise ValueError("--plot: no result holds visual tokens or FLOPs; evaluate the runs again")
     scores = [mean_score(run, tasks) for run in runs]
-    figure = Figure(figsize=(5.5 * len(costs), 4.5), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(costs) + 2.5, 4.5), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for panel, (name, values) in zip(panels, costs.items(), strict=True):
         _draw(panel, runs, values, scores)
         panel.set_xlabel(name)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     panels[0].set_ylabel(f"{tasks[0]}, % of full score" if len(tasks) == 1 else f"mean over {len(tasks)} tasks, %")
     if notes:
         figure.supxlabel("\n".join(notes), fontsize="x-small", color="tab:red", wrap=True)
@@ -58,18 +60,14 @@ def plot(runs: Sequence[Run], file: Path, notes: Sequence[str] = ()) -> None:
 
 
 def _draw(panel: Axes, runs: Sequence[Run], costs: Sequence[float | None], scores: Sequence[float]) -> None:
-    middle = max(cost for cost in costs if cost is not None) / 2
-    for run, cost, value in zip(runs, costs, scores, strict=True):
-        if cost is None:
-            continue
+    """A point for each run that has the cost; full models are black, with a line at their score."""
+    for place, (run, cost, value) in enumerate(zip(runs, costs, scores, strict=True)):
         full = run.method == UNREDUCED
-        panel.plot(cost, value, marker="s" if full else "o", color="black" if full else "tab:blue", linestyle="")
+        color, shape = ("black", "s") if full else (f"C{place % 10}", MARKERS[place % len(MARKERS)])
+        # One without the cost is drawn as nothing, for the panels share their legend.
+        panel.plot([] if cost is None else [cost], [] if cost is None else [value], shape, color=color, label=run.name)
         if full:
             panel.axhline(value, color="gray", linewidth=0.8, linestyle="--", zorder=0)
-        side, align = (6, "left") if cost <= middle else (-6, "right")
-        panel.annotate(
-            run.name, (cost, value), xytext=(side, 5), textcoords="offset points", ha=align, fontsize="small"
-        )
     panel.set_xlim(left=0)
     panel.margins(x=0.1, y=0.15)
     panel.grid(alpha=0.3)
