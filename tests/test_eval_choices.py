@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from llava.eval.questions import Question, read_json, read_json_list, read_table
+from llava.eval.reports.published import BENCHMARKS
 from llava.eval.scoring.choices import inferred_letter, likeliest_letter, stated_letter
 from llava.eval.tasks import get_task
 from llava.eval.tasks.base import Task
@@ -134,6 +135,7 @@ def test_pictures_open_and_metrics_are_named(name: str, data: Path) -> None:
             Image.open(io.BytesIO(picture)).verify()
     metrics = scores(task, questions, ["Yes"] * len(questions))
     assert {task.main, *task.published.values()} <= metrics.keys()
+    assert task.published.keys() <= set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", STANDINS)
@@ -268,6 +270,7 @@ def test_seed(data: Path) -> None:
     assert [found[f"accuracy_{name}"] for name in types] == [50.0, 50.0, 50.0]
     shutil.rmtree(data / "seed_bench/SEED-Bench-video-image")
     assert get_task("seed_img").questions(data) == questions[:4]
+    assert questions[0].group == "SEED-Bench-image/0"  # SEED-Bench has several questions about a picture
     with pytest.raises(ValueError, match="SEED-Bench-video-image"):
         task.questions(data)
     (data / "seed_bench/SEED-Bench.json").write_text('{"questions": [{}], "question_type": {}}')

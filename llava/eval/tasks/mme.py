@@ -109,7 +109,7 @@ TASKS = (
         folder="MME",
         needs=(Needed(QUESTIONS, "LLaVA's eval.zip"), Needed(RELEASE, _MME)),
         main="perception",
-        published={"MME": "perception", "MME-sum": "total"},
+        published={"MME": "perception", "MME-cognition": "cognition", "MME-sum": "total"},
         images=RELEASE,
     ),
 )

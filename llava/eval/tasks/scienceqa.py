@@ -97,7 +97,7 @@ TASKS = (
             Needed("images/test", f"{_REPOSITORY}: its download.sh"),
         ),
         main="accuracy_image",
-        published={"ScienceQA-IMG": "accuracy_image", "ScienceQA": "accuracy"},
+        published={"ScienceQA-IMG": "accuracy_image"},
         images="images/test",
         max_new_tokens=1024,
     ),

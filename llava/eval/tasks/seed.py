@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ class Seed(Task):
                     f"{folder / QUESTIONS}: question {question.question_id!r} is not in {folder / ANSWERS}; use files "
                     "of one release"
                 )
-            questions.append(question.with_facts(**truths[str(question.question_id)]))
+            known = question.with_facts(**truths[str(question.question_id)])
+            questions.append(replace(known, group=" ".join(question.images)))
         return [question for question in questions if question.facts["kind"] in self.kinds]
 
     def grade(self, question: Question, answer: str, judge: Judge | None = None) -> Grade:
