@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.eval.questions import Question
 from llava.eval.scoring.anls import anls
@@ -24,8 +24,8 @@ CHALLENGE = "https://rrc.cvc.uab.es/?ch=17&com=downloads"  # an account is neede
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocVqa(Task):
-    """ANLS, the mean similarity to the nearest right answer.
+class Documents(Task):
+    """A set of the challenge's questions.
 
     Attributes:
         file: the official questions.
@@ -36,17 +36,23 @@ class DocVqa(Task):
     image_key: str = "image"
 
     def read(self, folder: Path) -> list[Question]:
-        """Of the official file; of the test set without answers."""
-        file = folder / self.file
-        rows = read_rows(file, "data", questionId=int, question=str, **{self.image_key: str})
-        if self.main is None:
-            return [self._question(row) for row in rows]
-        kinds = {"answers": list}
-        rows = [checked(row, f"{file}, question {row['questionId']}", **kinds) for row in rows]
-        return [self._question(row).with_facts(answers=[str(text) for text in row["answers"]]) for row in rows]
+        """Of the official file."""
+        rows = read_rows(folder / self.file, "data", questionId=int, question=str, **{self.image_key: str})
+        return [self.question(row, folder / self.file) for row in rows]
 
-    def _question(self, row: dict) -> Question:
+    def question(self, row: dict[str, Any], file: Path) -> Question:
+        """The question of an entry of the file."""
         return short_question(row["questionId"], row["question"], Path(row[self.image_key]).name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredDocuments(Documents):
+    """A set with answers. Main metric: ANLS, the mean similarity to the nearest right answer."""
+
+    def question(self, row: dict[str, Any], file: Path) -> Question:
+        """The question of an entry, with its right answers."""
+        checked(row, f"{file}, question {row['questionId']}", answers=list)
+        return super().question(row, file).with_facts(answers=[str(text) for text in row["answers"]])
 
     def grade(self, question: Question, answer: str, judge: Judge | None = None) -> Grade:
         """`score`: ANLS, 0 to 1."""
@@ -56,10 +62,13 @@ class DocVqa(Task):
         """ANLS in percent."""
         return {"anls": percent(grade["score"] for grade in grades)}
 
+
+@dataclass(frozen=True, kw_only=True)
+class SubmittedDocuments(Documents):
+    """A set whose answers only the server has."""
+
     def write_submission(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> list[Path]:
-        """For the test set: a list of {questionId, answer}."""
-        if self.main is not None:
-            return []
+        """A list of {questionId, answer}."""
         pairs = zip(questions, answers, strict=True)
         return write_json(folder / f"{self.name}.json", ({"questionId": q.question_id, "answer": a} for q, a in pairs))
 
@@ -73,7 +82,7 @@ def _needs(file: str) -> tuple[Needed, ...]:
 
 _VAL, _TEST = "val_v1.0_withQT.json", "test_v1.0.json"
 TASKS = (
-    DocVqa(
+    AnsweredDocuments(
         name="docvqa",
         title="DocVQA (val)",
         folder="docvqa",
@@ -83,7 +92,7 @@ TASKS = (
         images="spdocvqa_images",
         file=_VAL,
     ),
-    DocVqa(
+    SubmittedDocuments(
         name="docvqa_test",
         title="DocVQA (test)",
         folder="docvqa",

@@ -6,7 +6,7 @@ Paper: https://arxiv.org/abs/2104.12756
 from __future__ import annotations
 
 from llava.eval.tasks.base import Needed
-from llava.eval.tasks.short_answer.docvqa import CHALLENGE, DocVqa
+from llava.eval.tasks.short_answer.docvqa import CHALLENGE, AnsweredDocuments, SubmittedDocuments
 
 _VAL, _TEST = "infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_test_v1.0.json"
 
@@ -19,7 +19,7 @@ def _needs(file: str) -> tuple[Needed, ...]:
 
 
 TASKS = (
-    DocVqa(
+    AnsweredDocuments(
         name="infovqa",
         title="InfoVQA (val)",
         folder="infovqa",
@@ -30,7 +30,7 @@ TASKS = (
         file=_VAL,
         image_key="image_local_name",
     ),
-    DocVqa(
+    SubmittedDocuments(
         name="infovqa_test",
         title="InfoVQA (test)",
         folder="infovqa",
