@@ -156,17 +156,18 @@ def evaluate(
     if question_file is not None and answers_file is not None:
         model_vqa.evaluate(model_path, question_file, answers_file, options=options, overwrite=overwrite, **opening)
         return
+    output = output or running.default_output(model_path, reduction)
     evaluation = running.Evaluation(
         source=Source(model_path=model_path, **opening),
         tasks=[name.strip() for name in (task or "").split(",") if name.strip()],
-        output=output or running.default_output(model_path, reduction),
+        output=output,
         data=data,
         options=options,
         conv_mode=conv_mode,
         max_new_tokens=max_new_tokens,
         limit=limit,
         devices=running.default_devices(num_gpus),
-        judge=None if judge_model is None else Judge(model=judge_model, url=judge_url),
+        judge=None if judge_model is None else Judge(model=judge_model, url=judge_url, cache=output / ".verdicts"),
         overwrite=overwrite,
     )
     Console().print(running.results_table(running.run_tasks(evaluation)))

@@ -11,12 +11,15 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from tqdm import tqdm
 
 from llava.eval.answering import Answer, VqaOptions, check_images
 from llava.eval.judge import Judge
@@ -52,6 +55,7 @@ DATA = Path("playground/data/eval")
 # The template of a checkpoint by its language model, where none is named.
 TEMPLATES = {"mistral": "mistral_instruct", "qwen": "qwen_1_5"}
 DEFAULT_TEMPLATE = "vicuna_v1"
+JUDGED_AT_ONCE = 8  # questions
 SIZES = {(4096, 32): "7B", (5120, 40): "13B"}  # of Vicuna, by width and layers
 
 
@@ -302,7 +306,11 @@ def _grade(task: Task, questions: Sequence[Question], answers: Sequence[str], ju
     if task.judged and judge is None:
         logger.warning("%s: a model grades its answers, and none is named (--judge-model): no score yet", task.name)
         return []
-    return [task.grade(question, answer, judge) for question, answer in zip(questions, answers, strict=True)]
+    if not task.judged:
+        return [task.grade(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    with ThreadPoolExecutor(JUDGED_AT_ONCE) as pool:
+        judged = pool.map(task.grade, questions, answers, repeat(judge))
+        return list(tqdm(judged, total=len(questions), desc=f"{task.name}: judge", disable=None))
 
 
 def _write_answers(path: Path, questions: Sequence[Question], rows: Sequence[Mapping[str, Any]], model_id: str) -> None:

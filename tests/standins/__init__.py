@@ -1,25 +1,18 @@
-"""Small stand-ins of the benchmarks' data, in the layout of docs/evaluation.md: a few questions, tiny pictures."""
+"""Tiny but complete stand-ins of the benchmarks' files, in LLaVA's layout."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 
-STANDINS: dict[str, Callable[[Path], None]] = {
-    name: function
-    for module in iter_modules(__path__)
-    for name, function in getattr(import_module(f"{__name__}.{module.name}"), "STANDINS", {}).items()
-}
-"""By task, what writes its files; each module of this folder may have some."""
+STANDINS: dict[str, Callable[[Path], None]] = {}
+"""For each task, what writes its files into a data folder."""
+for _module in pkgutil.iter_modules(__path__):
+    STANDINS |= importlib.import_module(f"{__name__}.{_module.name}").STANDINS
 
 
 def make(name: str, root: Path) -> None:
-    """Write the stand-in of a task.
-
-    Args:
-        name: of the task.
-        root: the data folder, as `playground/data/eval`.
-    """
+    """Write the files of a task into the data folder `root`."""
     STANDINS[name](root)
