@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def wide(digits: str) -> str:
 
 def lmms(module: str, function: str) -> Any:
     """A function of lmms-eval."""
-    return getattr(pytest.importorskip(f"lmms_eval.{module}", reason="lmms-eval is not installed"), function)
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+    return getattr(import_module(f"lmms_eval.{module}"), function)
 
 
 def asked(name: str, root: Path) -> list[Question]:
@@ -351,6 +353,14 @@ def test_a_bad_entry_is_named(name: str, file: str, change: Any, message: str, t
     with pytest.raises(ValueError, match=message) as caught:
         get_task(name).questions(tmp_path)
     assert Path(file).name in str(caught.value)
+
+
+def test_the_test_set_must_hold_test_dev(tmp_path: Path) -> None:
+    make("vqav2", tmp_path)
+    file = tmp_path / "vqav2/llava_vqav2_mscoco_test2015.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=r"test2015\.jsonl: lacks question 1007 of"):
+        get_task("vqav2").questions(tmp_path)
 
 
 def test_torn_and_foreign_files_are_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.eval.questions import Question, read_jsonl, read_questions
 from llava.eval.scoring.vqa import agreement, normalize, official_form
@@ -40,8 +40,11 @@ class VqaV2TestDev(Task):
 
     def read(self, folder: Path) -> list[Question]:
         """Of LLaVA's file."""
+        questions = read_questions(folder / TEST_DEV)
         whole = tuple(row.get("question_id") for _, row in read_jsonl(folder / TEST))
-        return [question.with_facts(whole=whole) for question in read_questions(folder / TEST_DEV)]
+        if strange := {question.question_id for question in questions} - set(whole):
+            raise ValueError(f"{folder / TEST}: lacks question {min(strange)} of {TEST_DEV}; use files of one release")
+        return [question.with_facts(whole=whole) for question in questions]
 
     def write_submission(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> list[Path]:
         """A list of {question_id, answer} for the whole test set, as LLaVA's conversion writes it."""
@@ -52,11 +55,11 @@ class VqaV2TestDev(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class VqaV2Val(Task):
-    """Scored as the server would score what LLaVA would submit: VQA accuracy, in total and by type of answer.
+    """VQA accuracy of what LLaVA would submit, in total and by type of answer.
 
-    Answers of the model and of the annotators get the official form, in all questions. (The program that visualqa.org
-    offers leaves annotators' number words and articles alone, and changes nothing where all ten agree; lmms-eval and
-    VQA's paper do as here.)
+    Answers of the model and of the annotators get the official form, in all questions, as in lmms-eval. (The program
+    that visualqa.org offers leaves number words and articles of annotators alone, and all that they say where the ten
+    agree.)
     """
 
     def read(self, folder: Path) -> list[Question]:
@@ -80,7 +83,7 @@ class VqaV2Val(Task):
         return super().summarize(grades) | accuracy_by(grades, "type")
 
 
-def _val_question(row: dict, annotation: dict, file: Path) -> Question:
+def _val_question(row: dict[str, Any], annotation: dict[str, Any], file: Path) -> Question:
     answers = texts_of(annotation["answers"], f"{file}, question {row['question_id']}")
     image = VAL_IMAGE.format(row["image_id"])
     return short_question(row["question_id"], row["question"], image, answers=answers, type=annotation["answer_type"])
