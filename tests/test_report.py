@@ -228,12 +228,12 @@ def test_a_run_takes_the_interval_that_fits(runs: list[Path], tmp_path: Path) ->
     f1 = pope.interval("f1")
     assert f1 is not None and f1.low < pope.metric("f1") < f1.high  # type: ignore[operator]
     soft = [{"score": 0.3 * (n % 4)} for n in range(100)]
-    write_result(tmp_path / "soft", "gqa", soft)  # no shares of right and wrong
+    write_result(tmp_path / "soft", "textvqa", soft)  # no shares of right and wrong
     (run,) = load_runs([tmp_path / "soft"])
-    assert run.results["gqa"].interval("accuracy") != wilson(45, 100)
-    (tmp_path / "soft" / "gqa" / "grades.jsonl").unlink()
+    assert run.results["textvqa"].interval("accuracy") != wilson(45, 100)
+    (tmp_path / "soft" / "textvqa" / "grades.jsonl").unlink()
     (run,) = load_runs([tmp_path / "soft"])
-    assert run.results["gqa"].interval("accuracy") is None
+    assert run.results["textvqa"].interval("accuracy") is None
 
 
 # Runs beside figures ---------------------------------------------------------------------------------------------
