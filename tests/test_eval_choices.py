@@ -339,13 +339,18 @@ def test_mmbench_submission_is_that_of_llavas_program(data: Path) -> None:
 
 
 def test_files_that_can_not_be_read_are_named(tmp_path: Path) -> None:
-    for read in (read_json, lambda path, what: list(read_json_list(path, what))):
+    for read in (lambda path, what: read_json(path, list, what), lambda path, what: list(read_json_list(path, what))):
         with pytest.raises(ValueError, match=r"x\.json does not exist; it should be a list"):
             read(tmp_path / "x.json", "a list")
         (tmp_path / "y.json").write_text("[\n{]")
         with pytest.raises(ValueError, match=r"y\.json, line 2: not valid JSON"):
             read(tmp_path / "y.json", "a list")
-    for content, message in (("{}", "expected a list, with one entry"), ("[1]", "entry 0: expected a JSON object")):
+    wrong = {
+        "{}": "expected a JSON list, got dict; it should be a list",
+        "[]": "empty",
+        "[1]": "expected a JSON object",
+    }
+    for content, message in wrong.items():
         (tmp_path / "y.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             list(read_json_list(tmp_path / "y.json", "a list"))

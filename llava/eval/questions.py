@@ -57,6 +57,10 @@ class Question:
         """The same question with more facts."""
         return replace(self, facts={**self.facts, **facts})
 
+    def in_image_group(self) -> Question:
+        """The same question in the group of its first image; alone without one."""
+        return replace(self, group=next(iter(self.images), None))
+
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number, from 1, and object of every line that is not blank.
@@ -81,35 +85,40 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def read_json(path: str | Path, what: str) -> Any:
+def read_json(path: str | Path, kind: type, what: str | None = None) -> Any:
     """Content of a JSON file.
 
     Args:
         path: the file.
-        what: it should be, for the message.
+        kind: list or dict.
+        what: it should be, for the messages.
 
     Raises:
-        ValueError: the file is missing or no JSON; file and line are named.
+        ValueError: the file is missing, no JSON or of another kind; file and line are named.
     """
+    what = what or f"a JSON {kind.__name__}"
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; it should be {what}")
     try:
-        return decode_json(Path(path).read_bytes().decode("utf-8-sig"))
+        content = decode_json(Path(path).read_bytes().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); it should be {what}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; it should be {what}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as JSON ({error}); it should be {what}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}; it should be {what}")
+    return content
 
 
 def read_json_list(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place (file and entry, for messages) and entry of a JSON list of objects.
 
     Raises:
-        ValueError: as `read_json`, and where it is no such list or an empty one.
+        ValueError: as `read_json`, or the list is empty or has other entries.
     """
-    rows = read_json(path, what)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected {what}, with one entry at least")
+    rows = read_json(path, list, what)
+    if not rows:
+        raise ValueError(f"{path} holds an empty list; it should be {what}")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, entry {index}: expected a JSON object, got {type(row).__name__}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.eval.questions import Question, read_questions
-from llava.eval.tasks.base import SHORT_ANSWER, Grade, Needed, Task, grouped, percent
+from llava.eval.tasks.base import SHORT_ANSWER, Grade, Needed, Task, accuracy_by, grouped, percent
 
 if TYPE_CHECKING:
     from llava.eval.judge import Judge
@@ -53,12 +53,11 @@ class Mme(Task):
     def summarize(self, grades: Sequence[Grade]) -> dict[str, float]:
         """`perception`, `cognition`, `total`, and accuracy of questions and of pairs by category."""
         parts = grouped(grades, "category")
-        single = {name: percent(grade["score"] for grade in part) for name, part in parts.items()}
-        pairs = {name: percent(_both_right(part)) for name, part in parts.items()}
-        sums = [sum(single[name] + pairs[name] for name in names if name in parts) for names in (PERCEPTION, COGNITION)]
-        details = {f"accuracy_{name}": single[name] for name in parts}
-        details |= {f"accuracy_plus_{name}": pairs[name] for name in parts}
-        return {"perception": sums[0], "cognition": sums[1], "total": sum(sums), **details}
+        single = accuracy_by(grades, "category")
+        pairs = {f"accuracy_plus_{name}": percent(_both_right(part)) for name, part in parts.items()}
+        scores = {name: single[f"accuracy_{name}"] + pairs[f"accuracy_plus_{name}"] for name in parts}
+        sums = [sum(scores.get(name, 0.0) for name in names) for names in (PERCEPTION, COGNITION)]
+        return {"perception": sums[0], "cognition": sums[1], "total": sum(sums), **single, **pairs}
 
 
 def _both_right(grades: Iterable[Grade]) -> list[float]:

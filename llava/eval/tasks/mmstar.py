@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava.data.records import read_records
 from llava.eval.questions import LETTER_ONLY, Question
 from llava.eval.scoring.choices import likeliest_letter
-from llava.eval.tasks.base import Grade, Needed, Task, grouped, percent
+from llava.eval.tasks.base import Grade, Needed, Task, accuracy_by
 
 if TYPE_CHECKING:
     from llava.eval.judge import Judge
@@ -40,9 +40,7 @@ class MMStar(Task):
 
     def summarize(self, grades: Sequence[Grade]) -> dict[str, float]:
         """`accuracy`, and that of each category."""
-        parts = grouped(grades, "category")
-        details = {f"accuracy_{name}": percent(grade["score"] for grade in part) for name, part in parts.items()}
-        return {**super().summarize(grades), **details}
+        return {**super().summarize(grades), **accuracy_by(grades, "category")}
 
 
 def _question(row: Any, where: str) -> Question:

@@ -6,7 +6,7 @@ Paper: https://arxiv.org/abs/2305.10355
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ class Pope(Task):
                     f"the next one of that category in {folder / LABELS.format('*')}; use files of one release"
                 )
             named = question.with_facts(true=row["label"] == "yes", category=question.category)
-            questions.append(replace(named, group=" ".join(question.images)))
+            questions.append(named.in_image_group())
         unasked = [name for name, rows in waiting.items() if next(rows, None) is not None]
         if unasked:
             raise ValueError(

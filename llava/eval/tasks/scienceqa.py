@@ -54,9 +54,9 @@ class ScienceQA(Task):
     def read(self, folder: Path) -> list[Question]:
         """LLaVA's file asks the questions of the test split; the right answers are in ScienceQA's own file."""
         questions = read_science_questions(folder / QUESTIONS, letter_only=True)
-        problems = read_json(folder / PROBLEMS, "ScienceQA's problems by id")
-        split = read_json(folder / SPLITS, "ScienceQA's ids by split")
-        expected = split.get(SPLIT) if isinstance(split, dict) else None
+        problems = read_json(folder / PROBLEMS, dict, "ScienceQA's problems by id")
+        split = read_json(folder / SPLITS, dict, "ScienceQA's ids by split")
+        expected = split.get(SPLIT)
         if not isinstance(expected, list) or {question.question_id for question in questions} != set(expected):
             raise ValueError(
                 f"{folder / QUESTIONS} asks other questions than those of {SPLIT!r} in {folder / SPLITS}; "

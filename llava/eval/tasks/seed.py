@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.eval.questions import Question, read_json, read_questions
-from llava.eval.tasks.base import Grade, Needed, Task, grouped, percent
+from llava.eval.tasks.base import Grade, Needed, Task, accuracy_by
 
 if TYPE_CHECKING:
     from llava.eval.judge import Judge
@@ -42,7 +42,7 @@ class Seed(Task):
                     "of one release"
                 )
             known = question.with_facts(**truths[str(question.question_id)])
-            questions.append(replace(known, group=" ".join(question.images)))
+            questions.append(known.in_image_group())
         return [question for question in questions if question.facts["kind"] in self.kinds]
 
     def grade(self, question: Question, answer: str, judge: Judge | None = None) -> Grade:
@@ -52,9 +52,7 @@ class Seed(Task):
 
     def summarize(self, grades: Sequence[Grade]) -> dict[str, float]:
         """`accuracy` on all, by kind, and by type of question."""
-        parts = {**grouped(grades, "kind"), **grouped(grades, "type")}
-        details = {f"accuracy_{name}": percent(grade["score"] for grade in part) for name, part in parts.items()}
-        return {**super().summarize(grades), **details}
+        return {**super().summarize(grades), **accuracy_by(grades, "kind"), **accuracy_by(grades, "type")}
 
     def write_submission(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> list[Path]:
         """Lines of `question_id` and `prediction`."""
@@ -69,7 +67,7 @@ class Seed(Task):
 
 def _read_truths(file: Path) -> dict[str, dict[str, Any]]:
     """Id, right answer, kind and type of SEED-Bench's questions by id."""
-    content = read_json(file, "SEED-Bench's questions and their types")
+    content = read_json(file, dict, "SEED-Bench's questions and their types")
     try:
         types = {number: name for name, number in content["question_type"].items()}
         return {
