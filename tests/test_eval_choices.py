@@ -6,12 +6,12 @@ import importlib
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava.eval.questions import Question, read_json, read_json_list, read_table
 from llava.eval.reports.published import BENCHMARKS
@@ -434,10 +434,12 @@ def test_mme_as_its_own_program() -> None:
 
 
 @pytest.fixture(scope="module")
-def lmms() -> Any:
+def lmms() -> Iterator[Any]:
     """A function that opens a module of lmms-eval's tasks by its name."""
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (pip install --no-deps lmms-eval)")
-    return lambda name: importlib.import_module(f"lmms_eval.tasks.{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # which lmms-eval sets for the whole process
+        yield lambda name: importlib.import_module(f"lmms_eval.tasks.{name}")
 
 
 def test_mmbench_as_lmms_eval(lmms: Any) -> None:
