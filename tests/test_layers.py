@@ -15,6 +15,7 @@ LAYERS = (
     {"conversation", "files", "messages", "mm_utils"},
     {"data", "reduction"},
     {"model"},
+    {"cost"},
     {"train", "eval"},
     {"cli"},
 )
