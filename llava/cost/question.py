@@ -138,9 +138,9 @@ def question_cost(model: Any, reduction: Any = None, scenario: Scenario | None =
     return QuestionCost(
         works={
             "vision": vision_works(sizes, depth_run(model, reducers), tiles, scenario.fused),
-            "reducer": reduced,
+            "reducer": [*reduced, *ranking_works(sizes, reducers.decoder, lengths, scenario.batch)],
             "projector": [linear(layer, rows) for layer, rows in passes],
-            "prefill": prefill_works(sizes, reducers.decoder, lengths, scenario),
+            "prefill": prefill_works(sizes, lengths, scenario),
             "decoding": decoding_works(sizes, lengths, scenario),
         },
         image_tokens=sum(images),
@@ -245,12 +245,9 @@ def _text_works(text: ClipText, scenario: Any) -> list[Work]:
     return [*repeat(one, len(layers)), linear(last, scenario.batch)]
 
 
-def prefill_works(
-    sizes: Sizes, reducer: DecoderReducer | None, lengths: Sequence[int], scenario: Scenario
-) -> list[Work]:
-    """Layers, rankings and the head on the last token of each row."""
+def prefill_works(sizes: Sizes, lengths: Sequence[int], scenario: Scenario) -> list[Work]:
+    """Layers, and the head on the last token of each row."""
     works = layer_works(sizes, [(n, n) for n in lengths], scenario.batch, scenario.fused)
-    works += ranking_works(sizes, reducer, lengths, scenario.batch)
     return [*works, linear(sizes.head, scenario.batch)]
 
 

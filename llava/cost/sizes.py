@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from llava.cost.formulas import Linear, Widths
 from llava.cost.presets import ALIASES, MODELS, TOWERS
 from llava.model.builder import read_llava_config
 from llava.model.weights import read_json
+from llava.reduction.config import ReductionConfig
 
 Layers = tuple[tuple[Linear, ...], ...]
 
@@ -127,6 +129,12 @@ def open_model(model: Any = "llava-1.5-7b", vision_tower: str | None = None) -> 
     for key, known in TOWERS.get(raw["mm_vision_tower"], {}).items():
         raw[key] = raw.get(key) or known
     return _build(_Content(raw, origin))
+
+
+def reduction_of(model: Any) -> dict[str, Any]:
+    """The methods that a checkpoint's config.json asks for; `model` as for `open_model`."""
+    raw, _ = _read(model)
+    return ReductionConfig.of_model(SimpleNamespace(**raw)).to_dict()
 
 
 @dataclass(frozen=True)

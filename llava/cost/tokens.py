@@ -29,7 +29,7 @@ from llava.reduction.options import values_of
 # What stands for a method whose images say themselves how many patches they keep: its option `ratio`, and whence.
 TYPICAL = {
     "prumerge": (0.055, "32 of 576 tokens on average over six tasks (arXiv 2403.15388, section 4.1)"),
-    "prumerge_plus": (0.125, "a quarter of the tokens (arXiv 2403.15388, Table 1)"),
+    "prumerge_plus": (0.125, "a quarter of the tokens (arXiv 2403.15388, Table 7)"),
     "trim": (0.212, "123 of 576 tokens (arXiv 2409.10994, section 5.1)"),
 }
 
