@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llava.cost import table
@@ -55,15 +56,24 @@ def report(
     chosen: list[Any] = [*methods] or ([own] if own else [])
     if "all" in chosen:
         chosen = [BUDGETS.get(name, name) for names in available().values() for name in names]
-    said = _conventions(model, scenario, operations)
     labels = ["baseline", *(method if isinstance(method, str) else json.dumps(method) for method in chosen)]
-    if isinstance(scenario, Scenario):
-        costs = [question_cost(opened, method, scenario) for method in (None, *chosen)]
-        rows = [table.question_row(*pair, costs[0], operations) for pair in zip(labels, costs, strict=True)]
-    else:
-        steps = [training_cost(opened, method, scenario) for method in (None, *chosen)]
-        rows = [table.training_row(*pair, steps[0], operations) for pair in zip(labels, steps, strict=True)]
-    return table.render(rows, said, form)
+    rows = _rows(opened, [None, *chosen], labels, scenario, operations)
+    return table.render(rows, _conventions(model, scenario, operations), form)
+
+
+def _rows(
+    model: Any, methods: Sequence[Any], labels: Sequence[str], scenario: Scenario | TrainingRun, operations: int
+) -> list[table.Row]:
+    """A row for each method; the first is what the others are compared with."""
+    # A given number of image tokens is what a method leaves.
+    cases: list[Any] = [replace(scenario, image_tokens=None), *[scenario] * (len(methods) - 1)]
+    if isinstance(scenario, TrainingRun):
+        steps = [training_cost(model, method, case) for method, case in zip(methods, cases, strict=True)]
+        return [
+            table.training_row(label, cost, steps[0], operations) for label, cost in zip(labels, steps, strict=True)
+        ]
+    costs = [question_cost(model, method, case) for method, case in zip(methods, cases, strict=True)]
+    return [table.question_row(label, cost, costs[0], operations) for label, cost in zip(labels, costs, strict=True)]
 
 
 def _conventions(model: str, scenario: Scenario | TrainingRun, operations: int) -> dict[str, Any]:

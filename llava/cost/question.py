@@ -129,11 +129,11 @@ def question_cost(model: Any, reduction: Any = None, scenario: Scenario | None =
     """
     scenario = scenario or Scenario()
     sizes = Sizes.of(model)
-    reducers, note = methods(reduction)
+    tiles, share = tiles_of(model, scenario)
+    reducers, note = methods(reduction, share)
     precision = find_precision(scenario.dtype, find_device(scenario.device))
     images = entering_tokens(model, reducers, scenario)
     lengths = layer_lengths(reducers.decoder, len(sizes.layers), images, scenario.text_tokens)
-    tiles = scenario.batch * scenario.images * (scenario.tiles or tile_count(model, scenario.image_size))
     reduced, passes = reducing(model, sizes, reducers, tiles, scenario)
     return QuestionCost(
         works={
@@ -145,21 +145,29 @@ def question_cost(model: Any, reduction: Any = None, scenario: Scenario | None =
         },
         image_tokens=sum(images),
         lengths=lengths,
-        weights=weight_bytes(weights_with(model, sizes, reducers, passes), precision),
+        weights=weight_bytes(weights_with(model, sizes, reducers), precision),
         cache=cache_bytes(
             sizes.widths, [n + scenario.new_tokens - 1 for n in lengths], precision.value, scenario.batch
         ),
         activations=_live(sizes, tiles, lengths[0], precision, scenario),
         scenario=scenario,
-        note=note if scenario.image_tokens is None else "",
+        note=note,
     )
 
 
-def methods(reduction: Any) -> tuple[Reducers, str]:
-    """New reducers of a reduction, an adaptive one with a typical budget, and the note that says so."""
+def methods(reduction: Any, share: float | None = None) -> tuple[Reducers, str]:
+    """New reducers of a reduction, an adaptive one with a budget, and a note; `share` as for `with_budget`."""
     reducers = ReductionConfig.parse(reduction).build_all()
-    encoder, note = with_budget(reducers.encoder)
+    encoder, note = with_budget(reducers.encoder, share)
     return replace(reducers, encoder=encoder), note
+
+
+def tiles_of(model: Any, scenario: Any) -> tuple[int, float | None]:
+    """Tiles of all rows, and the fraction of their patches that enters the language model, where it is given."""
+    each = scenario.images * (scenario.tiles or tile_count(model, scenario.image_size))
+    if not scenario.image_tokens or not each:
+        return scenario.batch * each, None
+    return scenario.batch * each, scenario.image_tokens / (each * patches_read(model.get_model().get_vision_tower()))
 
 
 def entering_tokens(model: Any, reducers: Reducers, scenario: Any) -> list[int]:
@@ -177,6 +185,8 @@ def reducing(
     model: Any, sizes: Sizes, reducers: Reducers, tiles: int, scenario: Any
 ) -> tuple[list[Work], list[tuple[Linear, float]]]:
     """The encoder method's own work on so many tiles, and the projector's linear layers with the rows of each."""
+    if not tiles:
+        return [], []
     reduced, kept = _reducer_works(model, sizes, reducers.encoder, tiles, scenario)
     entered, passes = projector_passes(model, reducers.projector)
     rows = tiles if kept is None else tiles * kept / entered  # it sees what the method before it kept
@@ -194,6 +204,8 @@ def depth_run(model: Any, reducers: Reducers) -> int:
 
 def vision_works(sizes: Sizes, depth: int, tiles: float, fused: bool = True) -> list[Work]:
     """The first `depth` blocks of the vision tower on so many tiles."""
+    if not tiles:
+        return []
     one = block(sizes.tower_widths, sizes.blocks[0], sizes.tower_tokens, batch=tiles, fused=fused)
     return [linear(sizes.patch_embedding, tiles * sizes.patches), *repeat(one, depth)]
 
@@ -281,10 +293,9 @@ def ranking_works(
 # Bytes -----------------------------------------------------------------------------------------------------------
 
 
-def weights_with(
-    model: Any, sizes: Sizes, reducers: Reducers, passes: Sequence[tuple[Linear, float]]
-) -> dict[str, int]:
+def weights_with(model: Any, sizes: Sizes, reducers: Reducers) -> dict[str, int]:
     """Elements of all parameters by part, with the projector and the text tower that the methods need."""
+    _, passes = projector_passes(model, reducers.projector)
     projector = sum(layer.weights + layer.outputs for layer, _ in passes)
     text = sum(p.numel() for p in text_tower(model).parameters()) if reducers.read_text else 0
     return {**sizes.weights, "projector": projector, "text tower": text}
@@ -321,7 +332,8 @@ def flops_per_question(
 
     Args:
         config: what `open_model` reads: a known name, a folder, a configuration or its content; or a LLaVA model.
-        reduction: the method, in any form that `ReductionConfig.parse` reads; a decoder method's budget says how many
+        reduction: the method, in any form that `ReductionConfig.parse` reads; None: no method, whatever a checkpoint's
+            own config says. A decoder method's budget says how many
             image tokens each layer sees.
         image_tokens: visual tokens of the question's images together that enter the language model, a mean over
             questions say, as counted. None: what the method's budget says, for an adaptive method a typical count. Over

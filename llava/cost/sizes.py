@@ -38,7 +38,7 @@ class Sizes:
         patch_embedding: from the pixels of a patch to C.
         patches: P.
         tower_tokens: tokens of a tile within the tower, P and CLS.
-        weights: elements by part: layers, head, embeddings, tower, projector.
+        weights: elements by part: layers, head, embeddings (and the last norm), tower, projector (and newline).
     """
 
     widths: Widths
@@ -106,7 +106,10 @@ def _weights(model: Any) -> dict[str, int]:
         "tower": inner.vision_tower,
         "projector": inner.mm_projector,
     }
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    weights = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    newline = getattr(inner, "image_newline", None)
+    weights["embeddings"] += sum(p.numel() for p in inner.norm.parameters())
+    return weights if newline is None else {**weights, "projector": weights["projector"] + newline.numel()}
 
 
 def open_model(model: Any = "llava-1.5-7b", vision_tower: str | None = None) -> Any:

@@ -34,14 +34,20 @@ TYPICAL = {
 }
 
 
-def with_budget(reducer: EncoderReducer | None) -> tuple[EncoderReducer | None, str]:
-    """The method itself, or where it is adaptive, the same one with a typical budget; and a note that says so.
+def with_budget(reducer: EncoderReducer | None, share: float | None = None) -> tuple[EncoderReducer | None, str]:
+    """The method itself, or where it is adaptive, the same one with a budget; and a note that says so.
+
+    Args:
+        reducer: a method after the tower.
+        share: the fraction of the patches that it was seen to keep; None: a typical one.
 
     Raises:
         ValueError: an adaptive method without a typical count.
     """
     if reducer is None or not getattr(reducer, "is_adaptive", False):
         return reducer, ""
+    if share is not None:
+        return type(reducer)(**{**values_of(reducer), "ratio": min(1.0, share)}), ""
     if reducer.method not in TYPICAL:
         raise reducer.mistake("each image says how many tokens it keeps; give a budget, tokens=64 say, to count with")
     ratio, source = TYPICAL[reducer.method]

@@ -39,11 +39,12 @@ from llava.cost.question import (
     methods,
     ranking_works,
     reducing,
+    tiles_of,
     vision_works,
     weights_with,
 )
 from llava.cost.sizes import Sizes, open_model
-from llava.cost.tokens import layer_lengths, tile_count
+from llava.cost.tokens import layer_lengths
 
 GIB = 2**30
 TRAINS = ("all", "lora", "projector")
@@ -172,10 +173,10 @@ def training_cost(model: Any, reduction: Any = None, run: TrainingRun | None = N
     """
     run = run or TrainingRun()
     sizes = Sizes.of(model).with_training(run.trains, run.lora_rank, run.trains_tower)
-    reducers, note = methods(reduction)
+    tiles, share = tiles_of(model, run)
+    reducers, note = methods(reduction, share)
     images = entering_tokens(model, reducers, run)
     lengths = layer_lengths(reducers.decoder, len(sizes.layers), images, run.text_tokens)
-    tiles = run.batch * run.images * (run.tiles or tile_count(model, run.image_size))
     b, rows = run.batch, lengths[-1] if run.head_rows is None else run.head_rows
     reduced, passes = reducing(model, sizes, reducers, tiles, run)
     ranked = ranking_works(sizes, reducers.decoder, lengths, b, run.answers)
@@ -187,7 +188,7 @@ def training_cost(model: Any, reduction: Any = None, run: TrainingRun | None = N
         "head": b * rows * step_macs(sizes.head, passes_back=True),
         "recomputation": _recomputed(sizes, lengths, b) if run.checkpointing else 0,
     }
-    weights = weights_with(model, sizes, reducers, passes)
+    weights = weights_with(model, sizes, reducers)
     memory = _memory(sizes, weights, [b * n for n in lengths], b * rows, run)
     return TrainingCost(macs, sum(images), lengths, memory, run, note)
 
@@ -226,6 +227,8 @@ def projector_step_macs(passes: Sequence[tuple[Linear, float]], trained: bool = 
         trained: whether it learns.
         after: whether what comes before it learns too.
     """
+    if not passes:
+        return 0
     first, *others = passes
     macs = first[1] * step_macs(replace(first[0], trained=trained), passes_back=after)
     return macs + sum(rows * step_macs(replace(layer, trained=trained), trained or after) for layer, rows in others)
