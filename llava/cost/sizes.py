@@ -38,7 +38,7 @@ class Sizes:
         patch_embedding: from the pixels of a patch to C.
         patches: P.
         tower_tokens: tokens of a tile within the tower, P and CLS.
-        weights: elements by part: layers, head, embeddings (and the last norm), tower, projector (and newline).
+        weights: elements by part: layers, head, embeddings (with newline and last norm), tower, projector.
     """
 
     widths: Widths
@@ -108,8 +108,10 @@ def _weights(model: Any) -> dict[str, int]:
     }
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     newline = getattr(inner, "image_newline", None)
-    weights["embeddings"] += sum(p.numel() for p in inner.norm.parameters())
-    return weights if newline is None else {**weights, "projector": weights["projector"] + newline.numel()}
+    weights["embeddings"] += sum(p.numel() for p in inner.norm.parameters()) + (
+        0 if newline is None else newline.numel()
+    )
+    return weights
 
 
 def open_model(model: Any = "llava-1.5-7b", vision_tower: str | None = None) -> Any:
