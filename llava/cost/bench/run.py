@@ -18,7 +18,6 @@ from llava.cost.question import PARTS, Scenario, question_cost
 from llava.cost.training import TrainingRun, training_cost
 from llava.provenance import git_state, versions
 from llava.reduction.config import ReductionConfig
-from llava.reduction.registry import available
 
 BASELINE = "none"
 PREFILL_PARTS = tuple(part for part in PARTS if part != "decoding")
@@ -89,11 +88,6 @@ class Row:
     def work(self) -> float:
         """FLOPs of what `time` is the time of."""
         return sum(value for part, value in self.flops.items() if part != "decoding")
-
-
-def all_methods() -> dict[str, str]:
-    """Every registered method by name, with its defaults."""
-    return {name: name for names in available().values() for name in names}
 
 
 def run(plan: Plan) -> dict[str, Any]:
