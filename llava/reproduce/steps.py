@@ -13,6 +13,7 @@ import typer
 from llava.cli import app
 from llava.cost import Scenario, gpu_hours, open_model, question_cost
 from llava.cost.presets import CLIP
+from llava.cost.question import methods, weights_with
 from llava.cost.sizes import Sizes, reduction_of
 from llava.eval.judge import Judge
 from llava.eval.reports.published import load_paper
@@ -198,9 +199,7 @@ def _model_to_train(arguments: Arguments) -> Model:
     return Model({"mm_vision_tower": arguments.model.vision_tower, **raw, **vision, **data}, own)
 
 
-def _training_hours(
-    data: TrainingData | None, arguments: Arguments, model: Model, trains: str, device: str
-) -> float:
+def _training_hours(data: TrainingData | None, arguments: Arguments, model: Model, trains: str, device: str) -> float:
     if data is None or model.sizes is None:
         return 0.0
     return gpu_hours(
@@ -220,12 +219,14 @@ def _result_size(model: Model, trains: str, rank: int) -> float:
     """GB of what a run leaves, two bytes a weight."""
     if model.sizes is None:
         return 0.0
-    sizes = Sizes.of(open_model(model.sizes)).with_training(trains, rank, False)
+    opened = open_model(model.sizes)
+    sizes = Sizes.of(opened).with_training(trains, rank, False)
+    weights = weights_with(opened, sizes, methods(model.reduction)[0])
     adapters = sum(layer.weights for layers in sizes.layers for layer in layers if layer.trained)
     parts = {
-        "projector": sizes.weights["projector"],
-        "lora": sizes.weights["projector"] + adapters,
-        "all": sum(sizes.weights.values()),
+        "projector": weights["projector"],
+        "lora": weights["projector"] + adapters,
+        "all": sum(weights.values()),
     }
     return 2 * parts[trains] / 1e9
 
