@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.families import llava_class_for
 from llava.reduction.registry import available, method_class
-from tests.ranks import free_port
+from tests.ranks import free_port, redirect_output
 from tests.tiny_world import PATCH, ROOT, SIDE, make_readable, make_tiny_world
 
 pytest.importorskip("lmms_eval", reason="bash scripts/setup_env.sh train,dev,lmms-eval")
@@ -404,29 +404,31 @@ def test_every_option_of_a_method_is_an_argument() -> None:
             assert not taken & {option.name for option in dataclasses.fields(method_class(name))}
 
 
-# What `accelerate launch --cpu` sets.
-ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run_rank(checkpoint: str, tasks: str, out: str) -> None:
+def run_rank(world: World, log: Path, out: Path, environment: dict[str, str]) -> None:
     """One of several processes; the first writes what lmms-eval returns to it."""
-    world = World(Path(checkpoint), Path(tasks))
+    redirect_output(str(log))
+    os.environ.update(environment, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
     results = run(world, "llava_reduced", "colors_chat", batch_size=2, simple=False, **PRUMERGE)
     if results is not None:
-        Path(out).write_text(json.dumps({"answers": answers(results), "visual_tokens": visual_tokens(results)}))
+        out.write_text(json.dumps({"answers": answers(results), "visual_tokens": visual_tokens(results)}))
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_questions(world: World, tmp_path: Path) -> None:
-    out, port = tmp_path / "out.json", free_port()
-    code = "import sys; from tests.test_lmms_eval import run_rank; run_rank(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(world.checkpoint), str(world.tasks), str(out)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.extension", "tests.preload"])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()} | ON_CPU
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+        environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = (world, tmp_path / "log", tmp_path / "out.json", environment)
+        processes.append(context.Process(target=run_rank, args=arguments, daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(timeout=200)
+    log = (tmp_path / "log").read_text()
+    assert [process.exitcode for process in processes] == [0, 0], log[-3000:]
     alone = run(world, "llava_reduced", "colors_chat", simple=False, **PRUMERGE)
     expected = {"answers": answers(alone), "visual_tokens": visual_tokens(alone)}
-    assert json.loads(out.read_text()) == json.loads(json.dumps(expected))
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(expected))
+    assert re.search("Model Responding: 100%.* 4/4 ", log)  # of 7
