@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import re
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -21,7 +20,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from transformers import AutoTokenizer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
@@ -29,10 +27,10 @@ from llava.eval.lmms.prompts import read_context, read_messages
 from llava.eval.lmms.reduction import parse_reduction
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model.families import llava_class_for
 from llava.reduction.registry import available, method_class
 from tests.ranks import free_port, redirect_output
-from tests.tiny_world import PATCH, ROOT, SIDE, make_readable, make_tiny_world
+from tests.tiny_llava import save_tiny_llava
+from tests.tiny_world import PATCH, SIDE, make_readable, make_tiny_world
 
 pytest.importorskip("lmms_eval", reason="bash scripts/setup_env.sh train,dev,lmms-eval")
 
@@ -111,18 +109,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model")
     clip = make_tiny_world(root / "tiny").clip
     make_readable(clip)
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "playground" / "toy" / "models" / "vicuna")
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    cls = llava_class_for("llama")
-    model = cls(cls.config_class(vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.2, **small))
-    vision = {"vision_tower": str(clip), "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
-    more = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "flat", "pretrain_mm_mlp_adapter": None}
-    model.get_model().initialize_vision_modules(types.SimpleNamespace(**vision, **more))
-    model.config.image_aspect_ratio = "pad"
-    model.save_pretrained(root / "llava-tiny")
-    tokenizer.save_pretrained(root / "llava-tiny")
-    return root / "llava-tiny"
+    return save_tiny_llava(root, clip, reduction=None, initializer_range=0.2)  # by which its answers differ
 
 
 def picture(color: str) -> Image.Image:

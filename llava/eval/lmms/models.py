@@ -140,8 +140,8 @@ class LlavaReduced(lmms):
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """For each request, as `text`: the mean loss of its continuation, and whether greedy decoding would give it.
 
-        A loss, as in all models of lmms-eval 0.7, whose tasks with options choose the smallest. Not a bare pair, of which
-        its evaluator would make a string.
+        A loss, as in all models of lmms-eval 0.7, whose tasks with options choose the smallest. Of a bare pair its
+        evaluator would make a string.
         """
         results: list[Any] = [None] * len(requests)
         for places in self._batches(requests):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from llava.eval.tasks import pope
+from llava.eval.tasks import llavabench, mmvet, pope
 from llava.eval.tasks.base import Task
 
-_FILES = (pope,)
+_FILES = (pope, llavabench, mmvet)
 TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in file.TASKS}
 """All tasks by name."""
 
