@@ -174,6 +174,39 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders that `llava eval --task` wrote.")] = None,
+    paper: Annotated[
+        str | None, typer.Option(help="prumerge, prumerge_v1, trim, stf or pyramiddrop: its tables; runs beside them.")
+    ] = None,
+    table: Annotated[str | None, typer.Option(help="One of the paper's tables, by number.")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="table, csv or markdown.")] = None,
+    findings: Annotated[bool, typer.Option("--findings", help="Tokens, relative performance, means, cost.")] = False,
+    baseline: Annotated[str | None, typer.Option(help="Run that relative performance refers to.")] = None,
+    model: Annotated[str | None, typer.Option(help="The paper's name of the runs' model.")] = None,
+    method: Annotated[str | None, typer.Option(help="The paper's name of the runs' method.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the report; .csv and .md say the format.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture: score against visual tokens and FLOPs.")] = None,
+) -> None:
+    """Show the papers' tables, and results of `llava eval` beside them or among themselves."""
+    from llava.eval.reports.report import ReportOptions
+    from llava.eval.reports.report import report as write_report
+
+    options = ReportOptions(
+        paper=paper,
+        table=table,
+        form=form,
+        findings=findings,
+        baseline=baseline,
+        model=model,
+        method=method,
+        output=output,
+        plot=plot,
+    )
+    write_report(runs or [], options)
+
+
+@app.command()
 def merge(
     model_path: Annotated[str, typer.Argument(help="LoRA or projector-only folder.")],
     output: Annotated[Path, typer.Argument(help="Folder for the full checkpoint.")],

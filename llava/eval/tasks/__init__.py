@@ -6,8 +6,9 @@ from difflib import get_close_matches
 
 from llava.eval.tasks import llavabench, mmvet, pope
 from llava.eval.tasks.base import Task
+from llava.eval.tasks.short_answer import chartqa, docvqa, gqa, infovqa, ocrvqa, textvqa, vizwiz, vqav2
 
-_FILES = (pope, llavabench, mmvet)
+_FILES = (vqav2, gqa, vizwiz, textvqa, pope, docvqa, infovqa, chartqa, ocrvqa, llavabench, mmvet)
 TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in file.TASKS}
 """All tasks by name."""
 
