@@ -6,7 +6,6 @@ Shapes: B requests, S tokens a row of ids, K tokens from the first scored one on
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger  # lmms-eval's log
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -30,8 +30,6 @@ from llava.eval.lmms.reduction import parse_reduction
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.reduction.config import ReductionConfig
-
-logger = logging.getLogger(__name__)
 
 # Generation settings of tasks that mean something here.
 GENERATION = ("until", "max_new_tokens", "temperature", "do_sample", "top_p", "num_beams")
@@ -111,7 +109,7 @@ class LlavaReduced(lmms):
         self.device = self.model.device
         self._ignored: set[str] = set()
         used = ReductionConfig.of_model(self.model.config).to_dict()
-        logger.info("%s on %s, reduction: %s", pretrained, self.device, json.dumps(used) if used else "none")
+        logger.info("{} on {}, reduction: {}", pretrained, self.device, json.dumps(used) if used else "none")
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """An answer to each request, with its tokens; their mean over all images goes to lmms-eval's `throughput`."""
@@ -244,7 +242,7 @@ class LlavaReduced(lmms):
         ignored = set(generation) - set(GENERATION) - self._ignored
         self._ignored |= ignored
         if ignored:
-            logger.warning("generation settings of the task that have no effect: %s", ", ".join(sorted(ignored)))
+            logger.warning("generation settings of the task that have no effect: {}", ", ".join(sorted(ignored)))
 
 
 class LlavaReducedChat(LlavaReduced):
