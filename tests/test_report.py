@@ -26,7 +26,7 @@ from llava.eval.reports.published import COLUMNS, PAPERS, Figure, in_percent, lo
 from llava.eval.reports.report import ReportOptions, report
 from llava.eval.running import Evaluation, run_tasks
 from llava.eval.sharding import Source
-from llava.eval.tasks import get_task
+from llava.eval.tasks import TASKS, get_task
 from tests.conftest import ROOT
 from tests.standins import make
 from tests.tiny_llava import save_tiny_llava
@@ -158,6 +158,11 @@ def test_figures_are_as_printed() -> None:
     assert printed("pyramiddrop", "5", "LLaVA-NeXT-7B", "FastV", "DocVQA", trained=False) == "62.1"
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_and_papers_spell_benchmarks_alike(name: str) -> None:
+    assert set(get_task(name).published) <= set(published.BENCHMARKS)
+
+
 def test_copied_figures_say_from_where() -> None:
     sources = {(f.paper, f.model, f.method, f.benchmark): f.copied_from for p in PAPERS for f in all_figures(p)}
     assert sources["trim", "BLIP-2", "none", "VQAv2"] == COPIED_FROM_LLAVA
@@ -227,13 +232,23 @@ def test_a_run_takes_the_interval_that_fits(runs: list[Path], tmp_path: Path) ->
     pope = full.results["pope"]
     f1 = pope.interval("f1")
     assert f1 is not None and f1.low < pope.metric("f1") < f1.high  # type: ignore[operator]
-    soft = [{"score": 0.3 * (n % 4)} for n in range(100)]
-    write_result(tmp_path / "soft", "gqa", soft)  # no shares of right and wrong
+    write_result(tmp_path / "soft", "textvqa", [{"score": 0.3 * (n % 4)} for n in range(100)])
     (run,) = load_runs([tmp_path / "soft"])
-    assert run.results["gqa"].interval("accuracy") != wilson(45, 100)
-    (tmp_path / "soft" / "gqa" / "grades.jsonl").unlink()
+    found = run.results["textvqa"].interval("accuracy")
+    assert found is not None and found.holds(45) and found != wilson(45, 100)
+    (tmp_path / "soft" / "textvqa" / "grades.jsonl").unlink()
     (run,) = load_runs([tmp_path / "soft"])
-    assert run.results["gqa"].interval("accuracy") is None
+    assert run.results["textvqa"].interval("accuracy") is None
+
+
+def test_grades_that_the_task_cannot_read_are_named(runs: list[Path]) -> None:
+    file = runs[0] / "pope" / "grades.jsonl"
+    file.write_text('{"question_id": 1, "group": null, "grade": {"said": true}}\n')
+    with pytest.raises(ValueError, match=r"grades\.jsonl is not what task pope reads \('category'\); evaluate"):
+        load_runs(runs)[0].results["pope"].interval("f1")
+    file.write_text('{"question_id": 1, "group": null, "grade": 1}\n')
+    with pytest.raises(ValueError, match=r"grades\.jsonl, question 1: 'grade' should be an object"):
+        load_runs(runs)[0].results["pope"].interval("f1")
 
 
 # Runs beside figures ---------------------------------------------------------------------------------------------
@@ -381,14 +396,14 @@ def test_folders_that_are_no_runs_are_refused(runs: list[Path], tmp_path: Path) 
 
 def test_what_llava_eval_wrote_is_read(tmp_path: Path) -> None:
     checkpoint = save_tiny_llava(tmp_path / "llava-tiny")
-    make("pope", tmp_path / "data")
+    make("textvqa", tmp_path / "data")
     options = VqaOptions(temperature=0.0, count_visual_tokens=True)
     for name in ("none", "prumerge"):
         source = Source(model_path=str(checkpoint), reduction=name)
         run_tasks(
             Evaluation(
                 source=source,
-                tasks=["pope"],
+                tasks=["textvqa"],
                 output=tmp_path / name,
                 data=tmp_path / "data",
                 options=options,
@@ -399,12 +414,12 @@ def test_what_llava_eval_wrote_is_read(tmp_path: Path) -> None:
     full, reduced_run = load_runs(runs)
     assert (full.method, reduced_run.method) == ("none", "PruMerge")
     assert differing_settings([full, reduced_run]) == {}
-    assert reduced_run.results["pope"].interval("f1") is not None
+    assert reduced_run.results["textvqa"].interval("accuracy") is not None
     rows = rows_of(shown("--paper", "prumerge", *runs, "--model", "LLaVA-1.5-7B", "--format", "csv"))
     assert {(row["run"], row["published"]) for row in rows} == {
-        ("none", "85.9"),
-        ("prumerge", "76.3"),
-        ("prumerge", "76.2"),
+        ("none", "58.2"),
+        ("prumerge", "56.0"),
+        ("prumerge", "54.00"),
     }
     shown(*runs, "--plot", tmp_path / "runs.svg")
     assert "visual tokens of an image" in (tmp_path / "runs.svg").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llava.eval.reports.intervals import Interval, Summarize, bootstrap, wilson
+from llava.eval.reports.intervals import Interval, bootstrap, wilson
 from llava.eval.reports.published import UNREDUCED
 from llava.eval.results import GRADES_FILE, RESULT_FILE, read_grades, read_result
 from llava.eval.tasks import TASKS
@@ -103,11 +103,13 @@ class Result:
 
     @cached_property
     def _bootstrap(self) -> dict[str, Interval]:
-        return bootstrap(*self._graded, self._summarize) if self._summarize else {}
-
-    @property
-    def _summarize(self) -> Summarize | None:
-        return TASKS[self.task].summarize if self.task in TASKS else None
+        if self.task not in TASKS:
+            return {}
+        try:
+            return bootstrap(*self._graded, TASKS[self.task].summarize)
+        except (KeyError, TypeError) as error:
+            file = self.folder / GRADES_FILE
+            raise ValueError(f"{file} is not what task {self.task} reads ({error}); evaluate the task again") from error
 
     def interval(self, metric: str) -> Interval | None:
         """Of a metric: Wilson's for an accuracy of independent questions, otherwise by bootstrap; None without grades.
