@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,7 +20,7 @@ import filelock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
@@ -94,13 +95,22 @@ class World:
     tasks: Path
 
 
+# What lmms-eval changes in other libraries, for the whole process.
+CHANGED = (
+    (ImageFile, "LOAD_TRUNCATED_IMAGES"),
+    (type(filelock.FileLock), "__call__"),
+    (ssl.SSLContext, "__reduce__"),
+    (torch.distributed.distributed_c10d, "default_pg_timeout"),
+)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _other_libraries_as_they_were() -> Iterator[None]:
-    """lmms-eval's evaluator changes how all of filelock works, and accelerate keeps one state a process."""
-    kind = type(filelock.FileLock)
-    before = kind.__call__
-    yield
-    kind.__call__ = before  # type: ignore[method-assign]
+    """For the tests after these."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in CHANGED:
+            patch.setattr(owner, name, getattr(owner, name))
+        yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
