@@ -26,10 +26,10 @@ PAPERS = ("prumerge", "trim", "stf", "pyramiddrop")
 
 
 def start(paper: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A paper's script, whose `python` copies the list of steps to `folder`/steps in place of running them."""
+    """A paper's script, whose `python` writes the list of steps to `folder`/steps in place of running them."""
     binaries = folder / "bin"
     binaries.mkdir(parents=True, exist_ok=True)
-    (binaries / "python").write_text(f'#!/bin/sh\ncp "$3" "{folder}/steps"\n')
+    (binaries / "python").write_text(f'#!/bin/sh\ncat > "{folder}/steps"\n')
     (binaries / "python").chmod(0o755)
     environment = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": "x", **variables}
     command = ["bash", str(SCRIPTS / f"{paper}.sh")]
@@ -40,7 +40,7 @@ def plan_of(paper: str, folder: Path, *only: str, **variables: str) -> Plan:
     result = start(paper, folder, **variables)
     assert result.returncode == 0, result.stderr
     kinds = {"only": only} if only else {}
-    return Plan.read(folder / "steps", folder / "done", "A100", **kinds)
+    return Plan.read((folder / "steps").read_text().splitlines(), folder / "done", "A100", **kinds)
 
 
 @pytest.fixture(scope="module")

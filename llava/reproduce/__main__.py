@@ -1,4 +1,4 @@
-"""`python -m llava.reproduce STEPS`: what scripts/reproduce/common.sh calls with the steps that a script has listed."""
+"""`python -m llava.reproduce`: what scripts/reproduce/common.sh calls; standard input lists the steps, see `Plan.read`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from llava.reproduce.steps import KINDS
 def main() -> int:
     """Show the plan, or run it."""
     parser = argparse.ArgumentParser(description="Show or run the steps of a reproduction.")
-    parser.add_argument("steps", type=Path, help="a line for each: kind, row and the words of a command, between tabs")
     parser.add_argument("--marks", type=Path, required=True, help="folder in which finished steps leave their command")
     parser.add_argument("--device", default="A100", help="that GPU hours are counted for")
     parser.add_argument("--only", default=",".join(KINDS), help="kinds of steps, between commas")
@@ -29,7 +28,7 @@ def main() -> int:
 
     try:
         device = find_device(flags.device).name
-        plan = Plan.read(flags.steps, flags.marks, device, flags.only.split(","))
+        plan = Plan.read(sys.stdin, flags.marks, device, flags.only.split(","))
         if not flags.dry_run:
             return plan.run(write)
         plan.show(write, device)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llava.files import atomic_folder
 from llava.reproduce.downloads import Download
 from llava.reproduce.steps import KINDS, Model, Step, resolve
 from llava.train.launching.supervise import supervise
-
-logger = logging.getLogger(__name__)
 
 Print = Callable[[str], None]
 
@@ -35,11 +32,11 @@ class Plan:
         self.steps, self._marks, self._left_out = list(steps), marks, left_out
 
     @classmethod
-    def read(cls, file: Path, marks: Path, device: str, only: Sequence[str] = KINDS) -> Plan:
-        """The steps of a file with a line for each: kind, row and the command's words, between tabs.
+    def read(cls, lines: Iterable[str], marks: Path, device: str, only: Sequence[str] = KINDS) -> Plan:
+        """The steps of lines that hold one each: kind, row and the command's words, between tabs.
 
         Args:
-            file: of the steps.
+            lines: of the steps; empty ones are passed over.
             marks: see `Plan`.
             device: that hours are counted for.
             only: kinds of steps that are asked for.
@@ -49,8 +46,10 @@ class Plan:
         """
         made: dict[str, Model] = {}
         steps = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            kind, row, *words = line.split("\t")
+        for line in lines:
+            if not line.strip():
+                continue
+            kind, row, *words = line.rstrip("\n").split("\t")
             step = resolve(kind, row, words, made, device)
             if step.model is not None:
                 made[str(step.makes.parent)] = step.model

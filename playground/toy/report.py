@@ -96,6 +96,8 @@ def main() -> None:
     for name in ("base", "vision-tower", "pretrained", "lora", "data", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     flags = parser.parse_args()
+    if flags.data.name != "toy":
+        parser.error(f"--data {flags.data}: the folder of the toy's data is called toy")
     set_up_messages(logging.WARNING)
     scores: dict[str, Score] = {}
     for stage, rows in STAGES.items():

@@ -70,8 +70,7 @@ for flag in DRY_RUN PRETRAIN; do
 done
 [[ "${NUM_GPUS:-1}" =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS=$NUM_GPUS: expected a whole number from 1"
 
-STEPS="$(mktemp)"
-trap 'rm -f "$STEPS"' EXIT
+STEPS=""
 RUNS=()
 METHOD_NAMES=()
 PRETRAINED=""
@@ -79,7 +78,7 @@ PRETRAINED=""
 # step KIND ROW COMMAND...: one more step.
 step() {
     local IFS=$'\t'
-    echo "$*" >>"$STEPS"
+    STEPS+="$*"$'\n'
 }
 
 # train KIND ROW CONFIG MODEL [key=value...]: train into OUTPUT/checkpoints/ROW, or ROW-pretrain.
@@ -152,5 +151,5 @@ report_and_run() {
     fi
     local flags=(--marks "$OUTPUT/done" --device "${GPU:-A100}" --only "$ONLY")
     if [[ "${DRY_RUN:-0}" == 1 ]]; then flags+=(--dry-run); fi
-    python -m llava.reproduce "$STEPS" "${flags[@]}"
+    exec python -m llava.reproduce "${flags[@]}" <<<"$STEPS" # in its place, so that signals reach the run
 }
