@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from llava.eval.reports.published import load_paper
 from llava.eval.tasks import TASKS
+from llava.eval.tasks.choices import mmbench
 from llava.reproduce.downloads import QUESTIONS
 from llava.reproduce.plan import Plan
 from llava.reproduce.steps import Step, parse_command, resolve
@@ -29,7 +31,7 @@ def start(paper: str, folder: Path, **variables: str) -> subprocess.CompletedPro
     """A paper's script, whose `python` writes the list of steps to `folder`/steps in place of running them."""
     binaries = folder / "bin"
     binaries.mkdir(parents=True, exist_ok=True)
-    (binaries / "python").write_text(f'#!/bin/sh\ncat > "{folder}/steps"\n')
+    (binaries / "python").write_text(f'#!/bin/sh\ncat > "{folder}/steps"\necho "$@" $HF_HUB_OFFLINE\n')
     (binaries / "python").chmod(0o755)
     environment = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": "x", **variables}
     command = ["bash", str(SCRIPTS / f"{paper}.sh")]
@@ -108,6 +110,23 @@ def test_the_main_rows_are_the_default(tmp_path: Path, all_rows: Callable[[str],
     assert rows[:2] == ["finetune-7b-trim", "eval-7b-trim"]  # ONLY is the program's to read: it knows what makes what
 
 
+def test_what_the_program_is_told(tmp_path: Path) -> None:
+    words = "-m llava.reproduce --marks outputs/reproduce/trim/done --device {} --only {} 1"
+    assert start("trim", tmp_path).stdout.strip() == words.format("A100", "pretrain,finetune,eval,report")
+    told = start("trim", tmp_path, DRY_RUN="1", GPU="H100", ONLY="eval", ROWS="7b").stdout.strip()
+    assert told == words.format("H100", "eval --dry-run")
+
+
+def test_what_a_task_lacks_is_named_before_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("mmbench", tmp_path / "data" / "eval")
+    words = ["llava", "eval", str(tmp_path), "--task", "mmbench", "--output", str(tmp_path / "out")]
+    step = resolve("eval", "x", [*words, "--data", str(tmp_path / "data" / "eval")], {}, "A100")
+    Plan([step], tmp_path / "done").check()
+    monkeypatch.setattr(mmbench, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="task mmbench: its server reads Excel"):
+        Plan([step], tmp_path / "done").check()
+
+
 def test_a_dry_run_says_what_is_needed(tmp_path: Path) -> None:
     text = shown(plan_of("prumerge", tmp_path, ROWS="7b-prumerge"))
     assert "# finetune, 7b-prumerge: " in text and "GPU hours (A100)" in text
@@ -153,6 +172,7 @@ def test_wrong_variables_are_named(variables: dict[str, str], message: str, tmp_
     [
         ({"TASKS": "pop"}, "no task 'pop' .did you mean pope"),
         ({"EVAL_ARGS": "--limits 3"}, "No such option: --limits"),
+        ({"EVAL_ARGS": "--limit few"}, "Invalid value for '--limit'"),
         ({"TRAIN_ARGS": "learning_rates=1"}, "unknown key: 'learning_rates'"),
         ({"TRAIN_ARGS": "learning_rate=fast"}, "learning_rate"),
     ],
@@ -181,6 +201,25 @@ def test_a_step_is_done_again_after_what_it_reads(tmp_path: Path) -> None:
     (marks / "pretrain-x").write_text(steps[0].command)
     (tmp_path / "c").unlink()
     assert Plan(steps, marks).todo() == steps[2:]
+
+
+def test_a_run_that_fails_goes_on_where_it_ended(tmp_path: Path) -> None:
+    first, second, marks = tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "done"
+    one = Step(kind="pretrain", row="x", words=["cp", __file__, str(first)], reads={__file__: None}, makes=first)
+    copy = ["cp", str(first), str(second)]
+    two = Step(kind="finetune", row="x", words=copy, reads={str(first): None}, makes=second)
+    first.parent.mkdir()
+    lines: list[str] = []
+    assert Plan([one, two], marks).run(lines.append) == 1  # the folder b is missing
+    assert lines[-1] == "finetune-x ended with exit code 1; the same command goes on from here"
+    assert [step.name for step in Plan([one, two], marks).todo()] == ["finetune-x"]
+    second.parent.mkdir()
+    assert Plan([one, two], marks).run(lines.append) == 0 and Plan([one, two], marks).todo() == []
+    # The first is made anew, and the second ends early: its old result counts no more.
+    (marks / one.name).unlink()
+    assert Plan([one, replace(two, words=["false"])], marks).run(lines.append) == 1
+    assert second.exists()
+    assert [step.name for step in Plan([one, two], marks).todo()] == ["finetune-x"]
 
 
 def test_every_tasks_number_of_questions_is_known() -> None:

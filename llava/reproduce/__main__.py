@@ -1,4 +1,4 @@
-"""`python -m llava.reproduce`: what scripts/reproduce/common.sh calls; standard input lists the steps, see `Plan.read`."""
+"""`python -m llava.reproduce`, called by scripts/reproduce/common.sh; standard input lists the steps (`Plan.read`)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -85,12 +84,14 @@ class Plan:
         return Download(f"the step {maker.kind} of row {maker.row} makes it") if maker else None
 
     def check(self) -> None:
-        """Raise a ValueError that names all that is missing, with its source, and a full disk."""
+        """Raise a ValueError that names all that is missing, with its source, or what a step lacks, or a full disk."""
         open_ones = self.todo()
         missing = {path: download for path, download in self.outside(open_ones).items() if not is_there(path)}
         if missing:
             lines = [f"  {path}  ({_origin(download)})" for path, download in missing.items()]
             raise ValueError("\n".join(["nothing was started, because these are missing:", *lines]))
+        for step in open_ones:
+            step.check()
         need = sum(step.disk for step in open_ones)
         free = shutil.disk_usage(_existing(self._marks)).free / 1e9
         if need > free:
@@ -121,9 +122,11 @@ class Plan:
         open_ones = self.todo()
         if not open_ones:
             write("all steps are done")
-        for step in open_ones:
-            write(f"\n[{open_ones.index(step) + 1}/{len(open_ones)}] {step.kind}, {step.row}\n{step.command}")
-            code = supervise([_program(step.words[0]), *step.words[1:]], {**os.environ, "HF_HUB_OFFLINE": "1"})
+        for step in open_ones:  # whatever ends this run, one that reads what is made anew now is not done
+            (self._marks / step.name).unlink(missing_ok=True)
+        for number, step in enumerate(open_ones, start=1):
+            write(f"\n[{number}/{len(open_ones)}] {step.kind}, {step.row}\n{step.command}")
+            code = supervise([_program(step.words[0]), *step.words[1:]])
             if code:
                 write(f"{step.name} ended with exit code {code}; the same command goes on from here")
                 return code
@@ -133,8 +136,8 @@ class Plan:
 
 
 def makes(step: Step, path: str) -> bool:
-    """Whether a step makes this file, or something in this folder."""
-    return Path(path) in (step.makes, *step.makes.parents)
+    """Whether a step makes this file, a file of this checkpoint, or a result of this run."""
+    return Path(path) in (step.makes, *list(step.makes.parents)[:2])
 
 
 def is_there(path: str) -> bool:

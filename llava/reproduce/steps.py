@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ UTILIZATION = 0.3
 """Part of a device's peak that training and answering are planned with."""
 LATER = ("data_path", "image_folder", "pretrain_mm_mlp_adapter")
 """Paths of a training run that are looked for when the steps start, not when they are planned."""
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""UsageError of click, or of newer typers' own copy of it."""
 ANSWER_TOKENS = 10
 BATCH = 8
 
@@ -71,6 +73,7 @@ class Step:
         disk: GB that it writes.
         hours: of one device.
         model: what it trains.
+        check: raises a ValueError where it could not run, though its files are there.
     """
 
     kind: str
@@ -81,6 +84,7 @@ class Step:
     disk: float = 0.0
     hours: float = 0.0
     model: Model | None = field(default=None, repr=False)
+    check: Callable[[], None] = field(default=lambda: None, repr=False)
 
     @property
     def name(self) -> str:
@@ -104,11 +108,8 @@ def parse_command(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{shlex.join(words)}: expected a command of llava")
     try:
         context = group.commands[words[1]].make_context(f"llava {words[1]}", list(words[2:]))
-    except Exception as error:  # click's and typer's own classes have no common base here
-        message = getattr(error, "message", None)
-        if message is None:
-            raise
-        raise ValueError(f"{shlex.join(words)}: {message}") from error
+    except USAGE_ERROR as error:
+        raise ValueError(f"{shlex.join(words)}: {error.format_message()}") from error
     return words[1], context.params
 
 
@@ -255,8 +256,12 @@ def _resolve_evaluation(values: dict[str, Any], made: Mapping[str, Model], devic
     if model.sizes is not None:
         count = sum(min(QUESTIONS.get(name, 0), values["limit"] or 10**9) for name in names)
         hours = count * _seconds(model.sizes, asked, device) / 3600
-    makes = values["output"] / names[-1] / "result.json"
-    return {"reads": reads, "makes": makes, "disk": 0.0, "hours": hours}
+
+    def check() -> None:
+        for task in tasks:
+            task.check_files(values["data"])
+
+    return {"reads": reads, "makes": values["output"] / names[-1] / "result.json", "hours": hours, "check": check}
 
 
 def _opened(path: str) -> Model:

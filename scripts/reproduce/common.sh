@@ -33,6 +33,8 @@ if [[ -z "${VIRTUAL_ENV:-}" && ! -x "${CONDA_PREFIX:-}/bin/llava" && -f .venv/bi
     source .venv/bin/activate
 fi
 
+export HF_HUB_OFFLINE=1 # models come from folders or the hub's copies that are here
+
 OUTPUT="${OUTPUT:-outputs/reproduce/$PAPER}"
 DATA="${DATA:-playground/data}"
 PRETRAIN_DATA="${PRETRAIN_DATA:-$DATA/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}"
