@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.cost.presets import CLIP
 from llava.eval.reports.published import load_paper
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.choices import mmbench
@@ -75,6 +76,7 @@ def test_every_command_of_every_row_resolves(paper: str, all_rows: Callable[[str
     for step in asking:
         opened = parse_command(step.words)[1]["model_path"]
         assert opened in outputs or opened.startswith("liuhaotian/"), step.command
+        assert CLIP in step.reads
     assert {str(step.makes.parent.parent) for step in asking} == {*reported(steps)}
 
 

@@ -59,6 +59,11 @@ class Model:
     sizes: Any
     reduction: Any = None
 
+    @property
+    def is_preset(self) -> bool:
+        """Whether the cost model knows it by name; its vision tower is then CLIP's large one."""
+        return self.sizes in (*PRESETS.values(), *TILED.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -238,19 +243,19 @@ def _result_size(model: Model, trains: str, rank: int) -> float:
 def _resolve_evaluation(values: dict[str, Any], made: Mapping[str, Model], device: str) -> dict[str, Any]:
     if not values["task"] or values["output"] is None:
         raise ValueError("a step that evaluates names --task and --output")
-    names = values["task"].split(",")
+    names = [name.strip() for name in values["task"].split(",") if name.strip()]
     tasks = [get_task(name) for name in names]
     if values["judge_model"]:
         Judge(model=values["judge_model"], url=values["judge_url"], cache=values["output"] / ".verdicts")
     path, base = values["model_path"], values["model_base"]
-    tower = values["vision_tower"] or (CLIP if path in PRESETS else None)
+    model = made.get(path) or _opened(path)
+    tower = values["vision_tower"] or (CLIP if model.is_preset else None)
     models = [name for name in (path, base, tower) if name is not None]
     reads: dict[str, Download | None] = {name: None if name in made else _model(name) for name in models}
     for task in tasks:
         for need in task.needs:
             place = str(values["data"] / task.folder / need.path)
             reads[place] = Download(need.source, EVALUATION.get(need.path))
-    model = made.get(path) or _opened(path)
     asked = model.reduction if values["reduction"] is None else values["reduction"]
     hours = 0.0
     if model.sizes is not None:
