@@ -286,11 +286,12 @@ class LlavaMetaForCausalLM:
         """Forward for the loss, without logits; arguments as of the language model's own forward."""
         passed = {key: value for key, value in inputs.items() if key != "logits_to_keep"}
         output = self.get_model()(**{**passed, "return_dict": True}, staged=staged)
-        labels = labels if staged is None else staged.kept_labels()
+        kept = labels if staged is None else staged.kept_labels()
+        assert kept is not None
         loss = head_loss(
             self.get_output_embeddings(),  # type: ignore[attr-defined]
             output.last_hidden_state,
-            labels,
+            kept,
             self.loss_function,  # type: ignore[attr-defined]
             inputs.get("num_items_in_batch"),
         )

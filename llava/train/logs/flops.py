@@ -7,6 +7,7 @@ Counted are the products that the step needs, at two operations a multiply-add, 
   as much for that of its weights. Frozen layers before the first trained weight have no backward pass.
 - Attention over n tokens costs 4 n^2 D forward (no saving for the causal mask), and twice that backward.
 - After a decoder reducer's drop, the layers see as many image tokens as it keeps by its configuration.
+- The head runs on the tokens that predict an answer.
 - The vision tower runs up to the last block that is read.
 """
 
@@ -107,8 +108,7 @@ class FlopsModel:
             squares = totals.squares * (tokens / max(totals.tokens, 1)) ** 2
             result += tokens * self.layer.flops(passes_back=True) / self.layers
             result += 3 * 4 * squares * self.attention_width
-        reach_end = text + totals.image_tokens * self.kept[-1]
-        return result + reach_end * self.head.flops(passes_back=True)
+        return result + totals.answer_tokens * self.head.flops(passes_back=True)
 
 
 def _linear(module: nn.Module) -> Linear:

@@ -10,7 +10,8 @@ float32), in bytes:
 - optimizer: T x (8 for Adam's moments + 4 for DeepSpeed's float32 copy); / W with ZeRO-1 to 3
 - activations of a layer: b L (e (8 D + 2 K + 4 F) + 4 D for the norms' float32 copies where e is 2), for flash
   attention or sdpa; all layers at once, or with gradient checkpointing one layer and the inputs of all, b L e D each
-- logits: b L (e V + 8 V), for a copy and a gradient in float32
+- logits: b L (e V + 8 V) / 16, for a copy and a gradient in float32, where all tokens are learnt: one chunk of 16 is
+  there at a time
 
 What DeepSpeed's config offloads to the host is not counted, nor are the activations of a vision tower that is trained.
 Not known here: the allocator's gaps, communication buffers, the CUDA context.
@@ -28,6 +29,7 @@ import psutil
 import torch
 from transformers.trainer_utils import SaveStrategy
 
+from llava.model.language_model.head_loss import CHUNKS
 from llava.train.checkpoints.saving import RunKind, part_of
 from llava.train.logs.flops import head_dim
 from llava.train.modeling import compute_dtype, loading_dtype, run_kind
@@ -137,7 +139,7 @@ def activation_bytes(model: Any, training: Any, length: int) -> tuple[float, flo
     layers = config.num_hidden_layers
     checkpointed = training.gradient_checkpointing or getattr(training, "activation_checkpointing", None)
     stored = layers * inputs + layer if checkpointed else layers * layer
-    return float(stored), float(tokens * config.vocab_size * (size + 8))
+    return float(stored), float(tokens * config.vocab_size * (size + 8) / CHUNKS)
 
 
 def check_memory(report: Report, need: MemoryEstimate, device_bytes: int | None) -> None:
