@@ -4,8 +4,9 @@
     python -m benchmarks.head_loss --width 4096 --intermediate 11008 --heads 32 --layers 8 --scale 1 --device cuda
 
 The samples are those of `benchmarks/packing.py`, of whose text the last half is learnt; the vocabulary is Llama's. Both
-ways take the same batches, by turns, in one run; the fastest turn counts, which other programs disturbed least. Memory is the most that a step takes on top of the weights: on a GPU
-what torch allocates, on the CPU what the process has resident (Linux with glibc).
+ways take the same batches, by turns, in one run; the fastest turn counts, which other programs disturbed least. Memory
+is the most that a step takes on top of the weights: on a GPU what torch allocates, on the CPU what the process has
+resident (Linux with glibc).
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import types
 from pathlib import Path
 
 import fsspec
@@ -13,38 +12,20 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, LlamaConfig
 
 from llava.eval import accuracy, model_vqa
+from llava.eval.answering import Answer, Answerer, Batch, VqaOptions
 from llava.eval.questions import Question, get_chunk, read_questions
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model.families import llava_class_for
+from tests.tiny_llava import save_tiny_llava
 
-TOKENIZER = Path(__file__).resolve().parent.parent / "playground" / "toy" / "models" / "vicuna"
 PATCHES = 16
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA of 4 x 4 patches that reduces with PruMerge, in a folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("llava-tiny")
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    clip = CLIPConfig(text_config=small | {"vocab_size": 64}, vision_config=small | {"image_size": 32, "patch_size": 8})
-    CLIPModel(clip).save_pretrained(folder / "clip")
-    square = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder / "clip")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    cls = llava_class_for("llama")
-    model = cls(cls.config_class(**LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **small).to_diff_dict()))
-    vision = {"vision_tower": str(folder / "clip"), "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
-    more = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "flat", "pretrain_mm_mlp_adapter": None}
-    model.get_model().initialize_vision_modules(types.SimpleNamespace(**vision, **more))
-    model.set_reduction("prumerge")
-    model.config.image_aspect_ratio = "pad"
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return folder / "model"
+    return save_tiny_llava(tmp_path_factory.mktemp("llava-tiny"))
 
 
 @pytest.fixture
@@ -80,7 +61,7 @@ def ask(checkpoint: Path, questions: Path, name: str, *more: str) -> list[dict]:
 def test_a_link_to_the_answers_stays_one(checkpoint: Path, questions: Path, tmp_path: Path) -> None:
     link = tmp_path / "answers.jsonl"
     link.symlink_to(tmp_path / "elsewhere.jsonl")
-    options = model_vqa.VqaOptions(image_folder=str(questions.parent), conv_mode="v1", max_new_tokens=1)
+    options = VqaOptions(image_folder=str(questions.parent), conv_mode="v1", max_new_tokens=1)
     model_vqa.evaluate(str(checkpoint), questions, link, options=options, device="cpu")
     assert link.is_symlink()
     assert link.read_text().count("question_id") == len(questions.read_text().splitlines())
@@ -124,17 +105,18 @@ def test_reduction_can_be_switched_off(checkpoint: Path, questions: Path) -> Non
 
 def test_an_interrupted_run_goes_on(checkpoint: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, model, processor, _ = load_pretrained_model(checkpoint, dtype=torch.float32)
-    options = model_vqa.VqaOptions(image_folder=str(questions.parent), batch_size=2, max_new_tokens=3)
-    answerer = model_vqa.Answerer(tokenizer, model, processor, options)
+    options = VqaOptions(image_folder=str(questions.parent), batch_size=2, max_new_tokens=3)
+    answerer = Answerer(tokenizer, model, processor, options)
     target, asked, calls = questions.parent / "answers.jsonl", read_questions(questions), []
 
-    def answer(batch: list[Question]) -> list[tuple[str, None]]:
-        calls.append([q.question_id for q in batch])
+    def answer(batch: Batch) -> list[Answer]:
+        numbers = [int(text[-1]) for text in batch.texts]
+        calls.append(numbers)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return [(f"answer {q.question_id}", None) for q in batch]
+        return [Answer(f"answer {number}") for number in numbers]
 
-    monkeypatch.setattr(answerer, "answer", answer)
+    monkeypatch.setattr(answerer, "answer_batch", answer)
     with pytest.raises(KeyboardInterrupt):
         model_vqa.answer_questions(answerer, asked, target, "tiny", "run")
     assert not target.exists()
@@ -238,7 +220,7 @@ def test_an_impossible_chunk_is_an_error(chunks: int, index: int) -> None:
 )
 def test_impossible_options_are_errors(wrong: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
-        model_vqa.VqaOptions(**wrong)
+        VqaOptions(**wrong)
 
 
 QUESTIONS = [

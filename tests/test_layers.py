@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 # From the bottom: a room imports from its own and from those before it.
 LAYERS = (
     {"constants", "lock", "utils", "yaml_text"},
-    {"conversation", "files", "messages", "mm_utils"},
+    {"conversation", "files", "messages", "mm_utils", "provenance"},
     {"data", "reduction"},
     {"model"},
     {"train", "eval"},

@@ -24,12 +24,12 @@ from llava.model.language_model import head_loss
 from llava.model.language_model.batch_counts import LlavaOutput, Totals, count_batch
 from llava.model.language_model.staged import StagedPass
 from llava.model.splice import Spliced
+from llava.provenance import git_state
 from llava.train.logs import batch_meter
 from llava.train.logs.batch_meter import BatchMeter, Stopwatch, describe
 from llava.train.logs.flops import FlopsModel, peak_flops, utilization
 from llava.train.logs.metrics_file import drop_later_lines
 from llava.train.logs.progress import TrainingBar
-from llava.train.logs.run_info import git_state
 from llava.train.settings import parsing
 from llava.train.settings.parsing import parse_args
 from llava.train.train import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,9 @@ class Question:
         category: the question's type, where the file has it.
         pictures: images as the contents of their files, where the question's own file holds them; after `images`.
         row: keys of the answer's row besides the usual ones, or in place of them.
+        facts: what the grading of its answer needs.
+        group: questions of one group are not independent (two of one picture, one in several orders); intervals
+            resample whole groups. None: it stands alone.
     """
 
     question_id: int | str
@@ -44,6 +47,12 @@ class Question:
     category: str | None = None
     pictures: tuple[bytes, ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    group: str | None = None
+
+    def with_facts(self, **facts: Any) -> Question:
+        """The same question with more facts."""
+        return replace(self, facts={**self.facts, **facts})
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

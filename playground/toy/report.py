@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.eval.accuracy import Score, accuracy_table, score_files
-from llava.eval.model_vqa import Answerer, VqaOptions, answer_questions
+from llava.eval.answering import Answerer, VqaOptions
+from llava.eval.model_vqa import answer_questions
 from llava.eval.questions import read_questions
 from llava.messages import set_up_messages
 from llava.model.builder import load_pretrained_model

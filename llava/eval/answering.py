@@ -1,0 +1,282 @@
+"""Answer questions about images with a model, in batches that a loader prepares while the device works."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from llava.conversation import get_template
+from llava.data.images import IMAGE_ACCESS, check_image_exists, load_image, locate_image, open_image
+from llava.data.preprocessing import build_prompt_ids
+from llava.eval.questions import Question
+from llava.mm_utils import process_images
+from llava.model.image_inputs import tile_counts
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaOptions:
+    """How questions are put and answers are drawn; LLaVA's flags of the same names.
+
+    Attributes:
+        image_folder: where the questions' image names start from: a folder or URL.
+        image_access: where they may lead; see `llava.data.images.IMAGE_ACCESS`.
+        conv_mode: name of the prompt template.
+        temperature: 0 takes the likeliest token each time; above 0 it samples.
+        top_p: sample from the likeliest tokens of this total probability; None: from all.
+        num_beams: width of the beam search; 1: none.
+        max_new_tokens: longest answer in tokens.
+        batch_size: questions that are answered at once.
+        no_images: leave the images out: what the language model guesses from the question alone.
+        count_visual_tokens: write the images' visual tokens, before and after reduction, into `metadata`.
+        num_workers: processes that read images ahead of the device; None: four beside a GPU, none on the CPU.
+    """
+
+    image_folder: str = ""
+    image_access: str = IMAGE_ACCESS[0]
+    conv_mode: str = "vicuna_v1"
+    temperature: float = 0.2
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    no_images: bool = False
+    count_visual_tokens: bool = False
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        get_template(self.conv_mode)
+        if self.image_access not in IMAGE_ACCESS:
+            raise ValueError(f"image_access={self.image_access!r}: choose {', '.join(IMAGE_ACCESS)}")
+        for name in ("batch_size", "num_beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers}: must be 0 (none) or above")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or above")
+
+    def locations(self, question: Question) -> list[str]:
+        """Paths or URLs of a question's images, without `no_images`.
+
+        Raises:
+            ValueError: one leads where `image_access` does not allow; the question is named.
+        """
+        names = () if self.no_images else question.images
+        return [_of_question(question, locate_image, self.image_folder, name, self.image_access) for name in names]
+
+
+def _of_question(question: Question, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function for a question, which its ValueErrors then name."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"question {question.question_id!r:.100}: {error}") from error
+
+
+def check_images(questions: Sequence[Question], options: VqaOptions) -> None:
+    """Look for all images, so that a missing one is found before the model is opened.
+
+    Raises:
+        ValueError: the first one that is not there, with its question.
+    """
+    for question in questions:
+        for location in options.locations(question):
+            _of_question(question, check_image_exists, location)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to a question.
+
+    Attributes:
+        text: the answer.
+        visual_tokens: of each of the question's images, before and after the reduction; None where not counted.
+    """
+
+    text: str
+    visual_tokens: list[tuple[int, int]] | None = None
+
+
+@dataclass
+class Batch:
+    """Questions, ready for the model.
+
+    Attributes:
+        ids, mask: [B, S] int64, padded on the left.
+        images: of all questions in order, [3, H, W] or [tiles, 3, H, W] each.
+        sizes: their widths and heights in pixels.
+        texts: B questions, for methods that read them.
+        counts: images of each question.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    images: list[Tensor] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """In memory from which a GPU copies without waiting; the data loader calls it."""
+        self.ids, self.mask = self.ids.pin_memory(), self.mask.pin_memory()
+        self.images = [image.pin_memory() for image in self.images]
+        return self
+
+
+class Preparer:
+    """Makes batches of questions, on the host: reads images, renders prompts.
+
+    Args:
+        tokenizer, image_processor: of `load_pretrained_model`.
+        config: the model's.
+        options: see `VqaOptions`.
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, options: VqaOptions) -> None:
+        self.tokenizer, self.image_processor, self.config, self.options = tokenizer, image_processor, config, options
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def prepare(self, questions: Sequence[Question]) -> Batch:
+        """A batch of these questions.
+
+        Raises:
+            ValueError: an image can't be read; the question is named.
+        """
+        groups = [self._pictures(question) for question in questions]
+        counts = [len(group) for group in groups]
+        ids, mask = self._prompts(questions, counts)
+        pictures = [picture for group in groups for picture in group]
+        images = list(process_images(pictures, self.image_processor, self.config)) if pictures else []
+        texts = [question.text for question in questions]
+        return Batch(ids, mask, images, [picture.size for picture in pictures], texts, counts)
+
+    def _pictures(self, question: Question) -> list[Image.Image]:
+        """A question's images, those of files first; none with `no_images`."""
+        files = [_of_question(question, open_image, place) for place in self.options.locations(question)]
+        own = () if self.options.no_images else question.pictures
+        return files + [_of_question(question, load_image, io.BytesIO(content), "in its row") for content in own]
+
+    def _prompts(self, questions: Sequence[Question], image_counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask, [B, S]."""
+        marked = bool(getattr(self.config, "mm_use_im_start_end", False))
+        rows = [
+            build_prompt_ids(q.text, self.tokenizer, self.options.conv_mode, count, mm_use_im_start_end=marked)
+            for q, count in zip(questions, image_counts, strict=True)
+        ]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        return ids, mask
+
+
+class Answerer:
+    """A model with what it takes to answer a batch of questions.
+
+    Args:
+        tokenizer, model, image_processor: of `load_pretrained_model`.
+        options: see `VqaOptions`.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, image_processor: Any, options: VqaOptions) -> None:
+        self.tokenizer, self.model, self.options = tokenizer, model, options
+        self.preparer = Preparer(tokenizer, image_processor, model.config, options)
+        self._stop = get_template(options.conv_mode).stop
+        stop_id = tokenizer.convert_tokens_to_ids(self._stop)
+        self._eos = sorted({tokenizer.eos_token_id, stop_id} - {None, tokenizer.unk_token_id})
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """An answer to each question."""
+        return self.answer_batch(self.preparer.prepare(questions))
+
+    def answer_all(self, batches: Sequence[Sequence[Question]]) -> Iterator[list[Answer]]:
+        """Answers to batches of questions in their order; the next ones are prepared meanwhile.
+
+        Raises:
+            ValueError: an image can't be read; the question is named.
+        """
+        for prepared in _load_ahead(self.preparer, batches, self.options, self.model.device.type == "cuda"):
+            yield self.answer_batch(prepared)
+
+    @torch.no_grad()
+    def answer_batch(self, batch: Batch) -> list[Answer]:
+        """An answer to each question of a batch."""
+        device = self.model.device
+        images = [image.to(device, non_blocking=True) for image in batch.images]
+        ids, mask = batch.ids.to(device, non_blocking=True), batch.mask.to(device, non_blocking=True)
+        spliced = self.model.splice_images(ids, mask, None, images, batch.sizes, batch.texts, left=True)
+        new = self.model.generate(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.attention_mask,
+            image_index=spliced.image_index,
+            **self._generation(),
+        )
+        answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
+        return [Answer(*pair) for pair in zip(answers, self._count(spliced.image_index, batch), strict=True)]
+
+    def _generation(self) -> dict[str, Any]:
+        options = self.options
+        sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
+        return {
+            "do_sample": options.temperature > 0,
+            "num_beams": options.num_beams,
+            "max_new_tokens": options.max_new_tokens,
+            "eos_token_id": self._eos,
+            "pad_token_id": self.preparer.pad,
+            **sampling,
+        }
+
+    def _decode(self, new: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    def _count(self, image_index: Tensor, batch: Batch) -> Sequence[list[tuple[int, int]] | None]:
+        """The visual tokens of each question's images, or None for each."""
+        if not self.options.count_visual_tokens:
+            return [None] * len(batch.counts)
+        if not batch.images:
+            return [[] for _ in batch.counts]
+        after = torch.bincount(image_index[image_index >= 0], minlength=len(batch.images)).tolist()
+        before = self.model.get_model().layout_lengths(None, tile_counts(batch.images), batch.sizes)
+        pairs = iter(zip(before, after, strict=True))
+        return [[next(pairs) for _ in range(count)] for count in batch.counts]
+
+
+class _Prepared(Dataset):
+    """Batches by their number, prepared when they are asked for; or the error, for the main process to raise."""
+
+    def __init__(self, preparer: Preparer, batches: Sequence[Sequence[Question]]) -> None:
+        self._preparer, self._batches = preparer, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> Batch | ValueError:
+        try:
+            return self._preparer.prepare(self._batches[number])
+        except ValueError as error:
+            return error
+
+
+def _load_ahead(
+    preparer: Preparer, batches: Sequence[Sequence[Question]], options: VqaOptions, on_gpu: bool
+) -> Iterator[Batch]:
+    workers = options.num_workers
+    if workers is None:
+        workers = min(4, os.cpu_count() or 1) if on_gpu else 0
+    loader: Iterable[Batch | ValueError] = DataLoader(
+        _Prepared(preparer, batches), batch_size=None, num_workers=workers, pin_memory=on_gpu
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch

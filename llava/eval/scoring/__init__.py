@@ -1,0 +1,1 @@
+"""How answers are compared with right ones: functions that several tasks share."""

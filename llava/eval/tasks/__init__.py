@@ -1,0 +1,26 @@
+"""The benchmarks: a file each, which says how to read its questions, how to ask and how to score."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from llava.eval.tasks import llavabench, mmvet, pope
+from llava.eval.tasks.base import Task
+from llava.eval.tasks.short_answer import chartqa, docvqa, gqa, infovqa, ocrvqa, textvqa, vizwiz, vqav2
+
+_FILES = (vqav2, gqa, vizwiz, textvqa, pope, docvqa, infovqa, chartqa, ocrvqa, llavabench, mmvet)
+TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in file.TASKS}
+"""All tasks by name."""
+
+
+def get_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ValueError: there is none; the known ones are listed.
+    """
+    if name not in TASKS:
+        near = get_close_matches(name, TASKS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"no task {name!r}{hint}; known: {', '.join(TASKS)}")
+    return TASKS[name]
