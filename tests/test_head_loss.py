@@ -14,9 +14,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model.head_loss import CHUNKS
+from llava.model import llava_arch
+from llava.model.language_model.head_loss import CHUNKS, head_loss
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.train.settings.parsing import parse_args
 from llava.train.train import train
@@ -196,7 +198,7 @@ def test_no_matrix_of_tokens_and_words(way: str) -> None:
         with Largest() as largest:
             model(**batch, skip_logits=skip).loss.backward()
         rows[skip] = largest.rows
-    learnt = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    learnt = int((batch["labels"] != IGNORE_INDEX).sum())
     assert rows[True] <= -(-learnt // CHUNKS) < learnt < rows[False]
 
 
@@ -237,6 +239,29 @@ def test_a_batch_without_labels(count: int | None, way: str) -> None:
     assert loss.isnan() if count is None else loss == 0
     assert got.keys() == expected.keys()
     assert not any(gradient.count_nonzero() for gradient in got.values())
+
+
+@pytest.mark.parametrize("most", [None, 4, 5, 40])
+def test_more_places_than_answers(most: int | None) -> None:
+    head, hidden = nn.Linear(4, 7, bias=False), torch.randn(2, 5, 4)
+    labels = torch.tensor([[1, 2, -100, 3, 4], [-100, -100, -100, 0, -100]])
+    expected = ForCausalLMLoss(head(hidden), labels, 7)
+    torch.testing.assert_close(head_loss(head, hidden, labels, ForCausalLMLoss, most=most), expected)
+
+
+@pytest.mark.parametrize("way", ["staged", "packed", "packed-staged"])
+def test_the_plan_of_the_batch_says_how_many_answers_there_are(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the host does not wait for the device to count them."""
+    given = []
+
+    def spy(*args: Any) -> Tensor:
+        given.append(args[-1])
+        return head_loss(*args)
+
+    monkeypatch.setattr(llava_arch, "head_loss", spy)
+    batch = batch_of(way)
+    head_model(way=way)(**batch)
+    assert given == [int((batch["labels"] != IGNORE_INDEX).sum())]
 
 
 @pytest.mark.parametrize("way", ["plain", "encoder", "staged"])

@@ -294,6 +294,7 @@ class LlavaMetaForCausalLM:
             kept,
             self.loss_function,  # type: ignore[attr-defined]
             inputs.get("num_items_in_batch"),
+            None if staged is None else staged.answers,
         )
         return CausalLMOutputWithPast(
             loss=loss,

@@ -28,6 +28,7 @@ def head_loss(
     labels: Tensor,
     loss_function: Callable[..., Tensor],
     num_items_in_batch: Tensor | int | None = None,
+    most: int | None = None,
 ) -> Tensor:
     """The loss that the head's logits of all tokens would have.
 
@@ -38,21 +39,25 @@ def head_loss(
         labels: [B, L] int64, -100 where nothing is learnt. Each is predicted from the token before it in its row.
         loss_function: transformers' `ForCausalLMLoss`, or what takes the same arguments and sums over tokens.
         num_items_in_batch: what the sum over the answers is divided by; None: A, and NaN where that is 0.
+        most: A or more, known on the host; None: the host waits for the device to count them.
 
     Returns:
         float32 scalar.
     """
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    index = (targets != IGNORE_INDEX).nonzero()[:, 0]
+    learnt = targets != IGNORE_INDEX
+    count = learnt.sum() if num_items_in_batch is None else num_items_in_batch
+    most = int(learnt.sum()) if most is None else most
+    # Where there are fewer, the last place of all fills up, which predicts nothing.
+    index = torch.nonzero_static(learnt, size=most, fill_value=len(targets) - 1)[:, 0]
     rows = hidden.flatten(0, 1).index_select(0, index.to(hidden.device))
-    count = targets.new_tensor(len(index)) if num_items_in_batch is None else num_items_in_batch
 
     def loss_of(rows: Tensor, targets: Tensor) -> Tensor:
         logits = head(rows)
         shared: dict[str, Any] = {"vocab_size": logits.shape[-1], "num_items_in_batch": count}
         return loss_function(logits=logits, labels=None, shift_labels=targets, **shared)
 
-    sizes = [(len(index) + i) // CHUNKS for i in range(CHUNKS)]
+    sizes = [(most + i) // CHUNKS for i in range(CHUNKS)]
     *earlier, last = zip(rows.split(sizes), targets[index].split(sizes), strict=True)
     losses = [checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in earlier]
     # The backward pass begins with the last chunk, whose logits may wait for it.
