@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from llava.eval.tasks import llavabench, mmvet, pope
+from llava.eval.tasks import llavabench, mmbench, mme, mmstar, mmvet, pope, qbench, scienceqa, seed
 from llava.eval.tasks.base import Task
 from llava.eval.tasks.short_answer import chartqa, docvqa, gqa, infovqa, ocrvqa, textvqa, vizwiz, vqav2
 
-_FILES = (vqav2, gqa, vizwiz, textvqa, pope, docvqa, infovqa, chartqa, ocrvqa, llavabench, mmvet)
+_FILES = (
+    *(vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, seed, llavabench, mmvet),
+    *(mmstar, docvqa, infovqa, chartqa, ocrvqa, qbench),
+)
 TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in file.TASKS}
 """All tasks by name."""
 

@@ -19,7 +19,7 @@ from llava.constants import IGNORE_INDEX
 
 # All ranks must call the head equally often, whatever their batches hold: where it is sharded (ZeRO-3), each call
 # gathers it from all of them.
-CHUNKS = 16
+CHUNKS = 8
 
 
 def head_loss(

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.eval.questions import Question, read_questions
-from llava.eval.tasks.base import Grade, Needed, Task
+from llava.eval.questions import Question, read_json, read_questions
+from llava.eval.tasks.base import Grade, Needed, Task, accuracy_by
 from llava.eval.tasks.short_answer.official import (
     LLAVA_FILES,
-    accuracy_by,
     checked,
-    in_image_group,
-    read_json,
     write_json,
 )
 
@@ -42,7 +39,7 @@ class Gqa(Task):
         file = folder / ANNOTATIONS
         annotations = read_json(file, dict)
         return [
-            in_image_group(question, **_facts(annotations.get(str(question.question_id)), question, file))
+            question.with_facts(**_facts(annotations.get(str(question.question_id)), question, file)).in_image_group()
             for question in read_questions(folder / QUESTIONS)
         ]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.eval.accuracy import normalize
-from llava.eval.questions import Question
+from llava.eval.questions import Question, read_json
 from llava.eval.tasks.base import Grade, Needed, Task
-from llava.eval.tasks.short_answer.official import checked, read_json, short_question
+from llava.eval.tasks.short_answer.official import checked, short_question
 
 if TYPE_CHECKING:
     from llava.eval.judge import Judge

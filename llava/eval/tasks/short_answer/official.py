@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.preprocessing import is_unicode
-from llava.eval.questions import Question
-from llava.eval.tasks.base import SHORT_ANSWER, Grade, grouped, percent
+from llava.eval.questions import Question, read_json
+from llava.eval.tasks.base import SHORT_ANSWER
 
 LLAVA_FILES = "LLaVA's eval.zip"
-
-
-def read_json(file: Path, kind: type) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        file: which exists.
-        kind: list or dict.
-
-    Raises:
-        ValueError: it is no JSON or of another kind; the file is named.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); download it again") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} can't be read as JSON ({error}); download it again") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{file}: expected a JSON {kind.__name__}, got {type(content).__name__}")
-    return content
 
 
 def read_rows(file: Path, key: str | None = None, **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
@@ -88,17 +66,6 @@ def short_question(question_id: int | str, text: str, image: str, hint: str = ""
     """
     lines = [text.replace(DEFAULT_IMAGE_TOKEN, "").strip(), hint, SHORT_ANSWER]
     return Question(question_id, "\n".join(line for line in lines if line), (image,), facts=facts, group=image)
-
-
-def in_image_group(question: Question, **facts: Any) -> Question:
-    """A question of LLaVA's file with facts for its grading, in the group of its image."""
-    return replace(question, group=next(iter(question.images), None), facts=facts)
-
-
-def accuracy_by(grades: Sequence[Grade], key: str) -> dict[str, float]:
-    """Mean of the grades' `score`, in percent, for each value that they have under a key, as `accuracy_VALUE`."""
-    parts = grouped(grades, key)
-    return {f"accuracy_{name}": percent(grade["score"] for grade in part) for name, part in parts.items()}
 
 
 def write_json(file: Path, rows: Iterable[Mapping[str, Any]]) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llava.eval.questions import Question, read_questions
 from llava.eval.scoring.vqa import agreement, normalize
 from llava.eval.tasks.base import SHORT_ANSWER, Grade, Needed, Task
-from llava.eval.tasks.short_answer.official import LLAVA_FILES, in_image_group, read_rows
+from llava.eval.tasks.short_answer.official import LLAVA_FILES, read_rows
 
 if TYPE_CHECKING:
     from llava.eval.judge import Judge
@@ -70,7 +70,7 @@ class TextVqa(Task):
         if known is None or not all(isinstance(answer, str) for answer in known):
             raise ValueError(f"{where}: {ANNOTATIONS} beside it has no answers to {text!r}; use files of v0.5.1")
         asked = question if self.with_ocr else replace(question, text=f"{text}\n{SHORT_ANSWER}")
-        return in_image_group(asked, answers=known)
+        return asked.with_facts(answers=known).in_image_group()
 
     def grade(self, question: Question, answer: str, judge: Judge | None = None) -> Grade:
         """`score`: VQA accuracy, 0 to 1."""

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from llava.eval.questions import Question, read_questions
 from llava.eval.scoring.vqa import agreement, normalize
-from llava.eval.tasks.base import Grade, Needed, Task
+from llava.eval.tasks.base import Grade, Needed, Task, accuracy_by
 from llava.eval.tasks.short_answer.official import (
     LLAVA_FILES,
-    accuracy_by,
     read_rows,
     short_question,
     texts_of,

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from llava.eval.questions import Question, read_jsonl, read_questions
 from llava.eval.scoring.vqa import agreement, normalize, official_form
-from llava.eval.tasks.base import Grade, Needed, Task
+from llava.eval.tasks.base import Grade, Needed, Task, accuracy_by
 from llava.eval.tasks.short_answer.official import (
     LLAVA_FILES,
-    accuracy_by,
     read_rows,
     short_question,
     texts_of,
