@@ -153,6 +153,53 @@ def flops(
     typer.echo(text, nl=False)
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint; or 7b, 13b, another known name or a config.json, for random weights.")
+    ] = "7b",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method's name, JSON or YAML; several may be given; all: every one. Default: all."),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Requests at once, such as 1,8,32.")] = "1,8,32",
+    images: Annotated[int, typer.Option(help="Images of a request.")] = 1,
+    tiles: Annotated[int, typer.Option(help="Tiles of an image, as anyres cuts them.")] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Beside the images.")] = 60,
+    new_tokens: Annotated[int, typer.Option(help="Of the answer.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Turns that count, after one that warms up.")] = 5,
+    train: Annotated[str | None, typer.Option(help="lora or all: time a training step in place of an answer.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: the GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="Default: bfloat16 on a GPU, float32 on the CPU.")] = "auto",
+    attention: Annotated[str | None, typer.Option(help="eager, sdpa or flash_attention_2.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="In place of the config's mm_vision_tower.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Folder for timelines, which ui.perfetto.dev shows.")] = None,
+    form: Annotated[str, typer.Option("--format", help="markdown or json.")] = "markdown",
+    output: Annotated[Path | None, typer.Option(help="File in place of the terminal.")] = None,
+) -> None:
+    """Time methods beside the baseline, by turns in one run: what FLOPs promise, and what the clock says."""
+    from llava.cost.bench import command
+
+    text = command.bench(
+        model,
+        method or ["all"],
+        batch=batch,
+        shape={"images": images, "tiles": tiles, "text_tokens": text_tokens, "new_tokens": new_tokens},
+        form=form,
+        device=device,
+        dtype=dtype,
+        rounds=rounds,
+        trains=train,
+        attention=attention,
+        vision_tower=vision_tower,
+        trace=trace,
+    )
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
 @app.command("eval")
 def evaluate(
     model_path: Annotated[str, typer.Argument(help="Checkpoint of any layout: a folder or hub name.")],

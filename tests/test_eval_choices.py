@@ -18,9 +18,9 @@ from llava.eval.reports.published import BENCHMARKS
 from llava.eval.scoring.choices import inferred_letter, likeliest_letter, stated_letter
 from llava.eval.tasks import get_task
 from llava.eval.tasks.base import Task
-from llava.eval.tasks.mme import COGNITION, PERCEPTION, said
-from llava.eval.tasks.pope import CATEGORIES, binary_metrics, says_yes
-from llava.eval.tasks.qbench import read_qbench_questions
+from llava.eval.tasks.choices.mme import COGNITION, PERCEPTION, said
+from llava.eval.tasks.choices.pope import CATEGORIES, binary_metrics, says_yes
+from llava.eval.tasks.choices.qbench import read_qbench_questions
 from tests.standins import make
 from tests.standins.choices import STANDINS
 
@@ -254,7 +254,7 @@ def test_mmbench_names_a_table_without_answers(data: Path) -> None:
 
 def test_mmbench_names_the_extra_before_it_asks(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("mmbench", data)
-    monkeypatch.setattr("llava.eval.tasks.mmbench.find_spec", lambda name: None)
+    monkeypatch.setattr("llava.eval.tasks.choices.mmbench.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'llava\[eval\]'"):
         get_task("mmbench").questions(data)
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from llava.eval.model_vqa import build_parser, eval_model
 from llava.eval.questions import LETTER_ONLY
-from llava.eval.tasks.mmbench import read_mmbench_questions
+from llava.eval.tasks.choices.mmbench import read_mmbench_questions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

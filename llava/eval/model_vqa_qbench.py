@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from llava.eval.model_vqa import build_parser, eval_model
-from llava.eval.tasks.qbench import INTRODUCTION, read_qbench_questions
+from llava.eval.tasks.choices.qbench import INTRODUCTION, read_qbench_questions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

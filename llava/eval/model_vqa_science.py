@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from llava.eval.model_vqa import build_parser, eval_model
-from llava.eval.tasks.scienceqa import read_science_questions
+from llava.eval.tasks.choices.scienceqa import read_science_questions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

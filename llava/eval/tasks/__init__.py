@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from llava.eval.tasks import llavabench, mmbench, mme, mmstar, mmvet, pope, qbench, scienceqa, seed
 from llava.eval.tasks.base import Task
+from llava.eval.tasks.choices import mmbench, mme, mmstar, pope, qbench, scienceqa, seed
+from llava.eval.tasks.judged import llavabench, mmvet
 from llava.eval.tasks.short_answer import chartqa, docvqa, gqa, infovqa, ocrvqa, textvqa, vizwiz, vqav2
 
 _FILES = (
