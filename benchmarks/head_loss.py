@@ -1,17 +1,20 @@
 """Samples a second and memory of training with the logits of all tokens, and with those that are learnt, in chunks.
 
-    python -m benchmarks.head_loss [--samples 16] [--batch 8] [--repeats 5] [--scale 0.25]
+    OMP_NUM_THREADS=1 python -m benchmarks.head_loss [--samples 16] [--batch 8] [--repeats 5] [--scale 0.25]
     python -m benchmarks.head_loss --width 4096 --intermediate 11008 --heads 32 --layers 8 --scale 1 --device cuda
 
 The samples are those of `benchmarks/packing.py`, of whose text the last half is learnt; the vocabulary is Llama's. Both
-ways take the same batches, by turns, in one run; the fastest turn counts, which other programs disturbed least. Memory
-is the most that a step takes on top of the weights: on a GPU what torch allocates, on the CPU what the process has
-resident (Linux with glibc).
+ways take the same batches, by turns, in one run. Time is the wall's on a GPU, and on the CPU what the processor spent
+on this program, which others on the machine disturb least. Memory is the most that a step takes on top of the weights:
+on a GPU what torch allocates, on the CPU what the process has resident (Linux with glibc).
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.packing import draw_samples, make_batch
-from benchmarks.projectors import peak_bytes, seconds
+from benchmarks.projectors import peak_bytes
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.families import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.packed import PACKED_SDPA
@@ -49,6 +52,16 @@ def step(model: Any, batches: list[dict[str, Tensor]], packed: bool, skip_logits
     for batch in batches:
         model(**batch, packed=packed, skip_logits=skip_logits).loss.backward()
         model.zero_grad(set_to_none=True)
+
+
+def seconds(run: Callable[[], None], device: str) -> float:
+    """Time of one call, over all threads on the CPU."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def main() -> None:
@@ -86,9 +99,10 @@ def main() -> None:
             for skip, run in runs.items():
                 times[skip].append(seconds(run, args.device))
         for skip, values in times.items():
+            ratio = statistics.median(a / b for a, b in zip(times[False], values, strict=True))
             print(
                 f"{'packed' if packed else 'padded'}, logits of {'what is learnt' if skip else 'all tokens':14s}"
-                f"{args.samples / min(values):8.2f} samples/s {min(times[False]) / min(values):6.2f} x"
+                f"{args.samples / statistics.median(values):8.2f} samples/s {ratio:6.2f} x"
                 f"{peaks[skip] / 2**20:8.0f} MiB"
             )
 

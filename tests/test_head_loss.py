@@ -281,7 +281,6 @@ def test_logits_are_there_unless_it_trains() -> None:
     assert model(**batch).logits is None
     assert model(**batch).counts is not None
     assert model(**batch, skip_logits=False).logits is not None
-    assert model(**batch, return_dict=False)[1].shape[-1] == VOCAB
     labels = batch.pop("labels")
     assert model(**batch).logits is not None
     assert model(**batch, skip_logits=True).logits is not None  # there is nothing else to return
@@ -294,6 +293,13 @@ def test_logits_are_there_unless_it_trains() -> None:
         short = model(**batch, labels=labels, skip_logits=True)
     assert short.logits is None
     torch.testing.assert_close(short.loss, whole.loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tuple_begins_with_loss_and_logits(way: str) -> None:
+    loss, logits, *_ = head_model(way=way)(**batch_of(way), return_dict=False)
+    assert loss.ndim == 0
+    assert logits.shape[-1] == VOCAB
 
 
 def test_hidden_states_are_returned_as_before() -> None:

@@ -308,12 +308,13 @@ class LlavaMetaForCausalLM:
         as_tuple = inputs.pop("return_dict", None) is False
         output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
         if staged.labels is not None:
-            output.loss = self.loss_function(  # type: ignore[attr-defined]
+            loss = self.loss_function(  # type: ignore[attr-defined]
                 logits=output.logits,
                 labels=staged.kept_labels(),
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=inputs.get("num_items_in_batch"),
             )
+            output = type(output)(**{**output, "loss": loss})  # made anew, so that the loss comes first in a tuple
         return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
