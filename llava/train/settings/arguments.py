@@ -47,6 +47,7 @@ EXTRA_OF = {
     "wandb": "train",
 }
 PROJECTOR_TYPE = re.compile(r"linear|identity|mlp[1-9]\d{0,2}x_gelu")
+FEATURE_DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -186,6 +187,10 @@ class DataArguments:
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
     )
+    feature_cache: str | None = flag(
+        None, "Folder of what the frozen vision tower made of the images (llava cache-features), read in place of them."
+    )
+    feature_cache_dtype: str = flag("bfloat16", "Type of the features there: bfloat16, float16 or float32.")
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -198,6 +203,7 @@ class DataArguments:
         problems.check(check_choice, "image_access", self.image_access, IMAGE_ACCESS)
         problems.check(check_choice, "on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         check_numbers(vars(self), problems)
+        problems.check(check_choice, "feature_cache_dtype", self.feature_cache_dtype, FEATURE_DTYPES)
         problems.check(check_choice, "image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         problems.check(parse_pinpoints, self.image_grid_pinpoints)
         problems.raise_all()
