@@ -44,7 +44,7 @@ from llava.train.settings.arguments import runs_on_cpu
 from llava.train.settings.parsing import Arguments, check_args
 
 GIB = 2**30
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llava.train.cache_features")  # also where a launcher runs this file
 
 
 def main(argv: list[str]) -> None:
