@@ -214,6 +214,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """How it is trained: transformers' arguments with LLaVA's additions and defaults."""
 
     if TYPE_CHECKING:  # inherited
+        accelerator_config: Any
         activation_checkpointing: bool | None
         activation_checkpointing_kwargs: Any
         deepspeed: Any
@@ -285,6 +286,8 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.fp16:
                 raise ValueError("--fp16 True needs a GPU, and this run has none: use --bf16 True, or neither")
             self._prepare_cpu()
+        if self.accelerator_config is None:  # the next batch is copied while the device computes
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
         self._keep_to_one_gpu()
 
