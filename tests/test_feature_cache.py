@@ -125,6 +125,18 @@ def test_losses_are_those_from_pixels(name: str, world: TinyWorld, tmp_path: Pat
     assert losses(world, tmp_path / "run", **settings) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_run_goes_on_from_its_checkpoint_and_another_from_its_result(world: TinyWorld, tmp_path: Path) -> None:
+    """The result holds the tower's weights itself: they are the same."""
+    make_cache(world, tmp_path / "whole")
+    saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    expected = losses(world, tmp_path / "whole", max_steps=4, lr_scheduler_type="constant")
+    assert losses(world, tmp_path / "run", **saves, max_steps=2) == pytest.approx(expected[:2], abs=1e-6)
+    assert losses(world, tmp_path / "run", **saves, max_steps=4) == pytest.approx(expected, abs=1e-6)
+    keys = load_file(tmp_path / "whole" / "model.safetensors")
+    assert any("vision_tower" in key for key in keys)
+    assert losses(world, tmp_path / "next", model_name_or_path=tmp_path / "whole", vision_tower=None, max_steps=1)
+
+
 @pytest.mark.parametrize("anyres", [False, True], ids=["one tile", "anyres"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_tokens_enter_the_language_model(method: str, anyres: bool) -> None:
@@ -370,6 +382,17 @@ def test_stored_features_go_to_the_device_and_to_pinned_memory_as_one_tensor(mon
     assert moved.tokens.device.type == "meta" and moved.lengths == [1, 2]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
     assert pin_memory({"images": stored})["images"].tokens.sum() == 6
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_batches_are_copied_to_a_gpu_without_waiting(
+    on_cpu: bool, world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.train.settings.arguments.runs_on_cpu", lambda args: on_cpu)
+    training = parse_args(world.flags(tmp_path)).training
+    assert training.accelerator_config.non_blocking == training.dataloader_pin_memory == (not on_cpu)
+    asked = parse_args(world.flags(tmp_path, accelerator_config='{"non_blocking": false}')).training
+    assert not asked.accelerator_config.non_blocking
 
 
 def test_stored_features_must_match_the_markers() -> None:

@@ -13,8 +13,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava.data.dataset import LazySupervisedDataset
-from llava.data.feature_cache import MANIFEST, FeatureCache, Manifest, ShardWriter, features_bytes
+from llava.data.feature_cache import FeatureCache, Manifest, ShardWriter, features_bytes
 from llava.data.stored_features import StoredFeatures
 from llava.files import check_writable, remove_leftovers
 from llava.lock import lock
@@ -44,6 +45,8 @@ from llava.train.settings.arguments import runs_on_cpu
 from llava.train.settings.parsing import Arguments, check_args
 
 GIB = 2**30
+PATIENCE = timedelta(days=7)
+"""How long processes wait for one another at the end."""
 logger = logging.getLogger("llava.train.cache_features")  # also where a launcher runs this file
 
 
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> None:
     if not arguments.data.feature_cache:
         raise ValueError("where to? Name a folder for the features with feature_cache=FOLDER (--feature_cache)")
     if world_size > 1:
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", timeout=PATIENCE)
     _Run(arguments, rank, world_size).build()
 
 
@@ -117,6 +120,8 @@ class _Run:
         self.dataset = dataset
         self.key = feature_key(self.encoder.model, arguments, self.dataset.maker.image_processor)
         self.pictures = list_pictures(self.dataset)
+        if not self.pictures:
+            raise ValueError("the data has no images: leave out --feature_cache")
 
     def build(self) -> None:
         """Encode what the cache lacks."""
@@ -126,8 +131,6 @@ class _Run:
                 distributed.broadcast_object_list(problem)
             if problem[0] is not None:
                 raise ValueError(problem[0])
-            if not (self.folder / MANIFEST).is_file():
-                return  # there was nothing to store
             cache = FeatureCache(self.folder)
             lacking = self._lacking(cache)
             self._wait()  # all have looked before one writes
@@ -182,21 +185,19 @@ class _Run:
             one = some[index]
             if one.pixels is None:
                 continue
-            again = some[index].pixels
-            if not parts and (again is None or not torch.equal(one.pixels, again)):
+            if not parts and not torch.equal(one.pixels, cast(Tensor, some[index].pixels)):
                 raise ValueError(
                     "--feature_cache: the image processor makes other pixels of a picture each time (augmentation), so "
                     "its features can't be stored: leave it out"
                 )
             parts += self.encoder.encode([one.pixels])
-        if not parts:
+        if cache is None and not parts:
             raise ValueError(f"none of {len(some)} pictures that were looked at can be read: see llava doctor")
-        if cache is None:
+        if parts:
             manifest = Manifest(self.key, tuple(parts[0].tokens.shape[1:]), parts[0].grid)
             check_disk(self.folder, len(lacking), parts, manifest.dtype)
-            manifest.write(self.folder)
-        else:
-            check_disk(self.folder, len(lacking), parts, cache.manifest.dtype)
+            if cache is None:
+                manifest.write(self.folder)
 
     def _encode_share(self, cache: FeatureCache, share: Sequence[Picture]) -> None:
         training, writer = self.arguments.training, ShardWriter(self.folder, cache.empty())
@@ -211,13 +212,13 @@ class _Run:
             for batch in loader:
                 good = [one for one in batch if one.pixels is not None]
                 features = self.encoder.encode([one.pixels for one in good]) if good else []
-                for one, stored in zip(good, features, strict=True):
-                    written += writer.add(one.picture.key, one.size, stored)
                 for one in batch:
                     if one.pixels is None:
                         writer.add_unreadable(one.picture.key, one.problem)
+                new = sum(writer.add(one.picture.key, one.size, f) for one, f in zip(good, features, strict=True))
                 progress.update(len(batch))
-                if written:
+                written += new
+                if new:
                     logger.info("%d of %d pictures are written", written, len(share))
         written += writer.flush()
         if written:
