@@ -5,9 +5,8 @@
         --attention flash_attention_2 --batch 8
 
 A Llama with random weights and a small vocabulary, so that the layers are what is timed. The baseline and each method
-run by turns in one run; the time ratio is the median over the turns, to be compared with the ratio of FLOPs
-(PyramidDrop, equation 4: a layer of n tokens costs 4nd^2 + 2n^2d + 3ndm). A training step is a forward and a backward
-pass.
+run by turns in one run; the time ratio is the median over the turns, to be compared with the ratio of FLOPs of the
+layers (`llava.cost`). A training step is a forward and a backward pass.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 
 from llava.constants import IGNORE_INDEX
+from llava.cost.formulas import Widths, block, cache_bytes, flops
+from llava.cost.sizes import linears_of
 from llava.model.language_model.families import LlavaLlamaConfig, LlavaLlamaForCausalLM
 
 METHODS = {"pyramiddrop": {"name": "pyramiddrop"}, "fastv": {"name": "fastv"}}
@@ -70,16 +71,17 @@ def layer_lengths(model: Any, image_tokens: int) -> list[int]:
     return [int(image_tokens * kept) + TEXT_BEFORE + TEXT_AFTER for kept in fractions]
 
 
-def layer_flops(n: int, d: int, m: int) -> int:
-    """Equation 4 of the PyramidDrop paper."""
-    return 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
+def layer_flops(model: Any, lengths: list[int]) -> float:
+    """Of all layers, which see so many tokens."""
+    widths, layers = Widths.of(model.config), model.get_model().layers
+    return flops(work for n, layer in zip(lengths, layers, strict=True) for work in block(widths, linears_of(layer), n))
 
 
 def step(model: Any, batch: dict[str, torch.Tensor], train: bool) -> int | None:
     """One prefill, whose cache's bytes are returned, or one training step."""
     if not train:
         with torch.no_grad():
-            return cache_bytes(model(**batch, use_cache=True, logits_to_keep=1).past_key_values)
+            return bytes_of(model(**batch, use_cache=True, logits_to_keep=1).past_key_values)
     model(**batch, use_cache=False).loss.backward()
     model.zero_grad(set_to_none=True)
     return None
@@ -94,7 +96,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def cache_bytes(cache: Any) -> int:
+def bytes_of(cache: Any) -> int:
     """Bytes of all keys and values."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
@@ -124,16 +126,14 @@ def compare(args: argparse.Namespace, model: Any, image_tokens: int) -> None:
         model.set_reduction(method)
         lengths = layer_lengths(model, image_tokens)
         if name != "none":
-            flops = sum(layer_flops(n, args.width, args.intermediate) for n in lengths)
-            full = args.layers * layer_flops(image_tokens + TEXT_BEFORE + TEXT_AFTER, args.width, args.intermediate)
+            share = layer_flops(model, lengths) / layer_flops(model, lengths[:1] * len(lengths))
             ratio = statistics.median(a / b for a, b in zip(times[name], times["none"], strict=True))
             print(
                 f"  {name:12s} {statistics.median(times[name]) * 1e3:9.1f} ms   time ratio {ratio:.3f}   FLOP ratio "
-                f"{flops / full:.3f}   time / FLOP {ratio * full / flops:.3f}"
+                f"{share:.3f}   time / FLOP {ratio / share:.3f}"
             )
         if caches[name] is not None:
-            heads, width = args.kv_heads or args.heads, args.width // args.heads
-            formula = sum(lengths) * args.batch * 2 * heads * width * model.dtype.itemsize
+            formula = int(cache_bytes(Widths.of(model.config), lengths, model.dtype.itemsize, args.batch))
             got = caches[name]
             print(
                 f"  {'':12s} KV cache {got:,} bytes; by the formula {formula:,}{'' if got == formula else '  DIFFERS'}"

@@ -40,7 +40,7 @@ def recipe(world: TinyWorld, folder: Path, **settings: object) -> Path:
 def test_the_help_lists_commands_that_exist() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("train", "eval", "merge", "convert"):
+    for command in ("train", "eval", "report", "merge", "convert"):
         assert command in result.output
         assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llava.eval.judge import Judge, Verdict
-from llava.eval.tasks import get_task, llavabench, mmvet
+from llava.eval.tasks import get_task
+from llava.eval.tasks.judged import llavabench, mmvet
 from tests.endpoint import make_endpoints
 from tests.standins.judged import STANDINS
 

@@ -15,6 +15,7 @@ LAYERS = (
     {"conversation", "files", "messages", "mm_utils", "provenance"},
     {"data", "reduction"},
     {"model"},
+    {"cost"},
     {"train", "eval"},
     {"cli"},
 )

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, TextStreamer
 from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates, default_conversation
-from llava.eval import model_vqa_loader, model_vqa_mmbench, model_vqa_science
+from llava.eval import model_vqa_loader, model_vqa_mmbench, model_vqa_qbench, model_vqa_science
 from llava.eval.run_llava import conv_mode_of, eval_model, place_markers
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
@@ -71,6 +71,7 @@ IMPORTS: dict[str, dict[str, str]] = {
         **EVALUATION,
         "llava.mm_utils": EVALUATION["llava.mm_utils"] + " load_image_from_base64",
     },
+    "LLaVA llava/eval/model_vqa_qbench.py": EVALUATION | STOPPING,
     "LLaVA llava/eval/model_qa.py": {"llava.conversation": "default_conversation", "llava.utils": "disable_torch_init"},
     "LLaVA llava/serve/cli.py": EVALUATION,
     "LLaVA llava/train/train_mem.py": {"llava.train.train": "train"},
@@ -397,6 +398,18 @@ def test_model_vqa_mmbench(checkpoint: Path, world: TinyWorld, tmp_path: Path) -
     questions.write_text("index\tquestion\n1\tWhich?\n")
     with pytest.raises(ValueError, match="line 2: no image"):
         model_vqa_mmbench.main(flags_of(checkpoint, world, questions, "--overwrite"))
+
+
+def test_model_vqa_qbench(checkpoint: Path, world: TinyWorld, tmp_path: Path) -> None:
+    """With the flag of LLaVA's program for the questions; rows hold the entry, and the answer as `response` too."""
+    entry = {"img_path": "red.png", "question": "清楚吗?", "candidates": ["是", "否"], "correct_ans": "是"}
+    questions = tmp_path / "q.json"
+    questions.write_text(json.dumps([entry]))
+    flags = flags_of(checkpoint, world, questions, "--lang", "zh", "--max_new_tokens", "3")
+    model_vqa_qbench.main([flag.replace("--question-file", "--questions-file") for flag in flags])
+    (row,) = rows_of(tmp_path)
+    assert row["prompt"] == "清楚吗?\\在下列选项中选择一个:\nA. 是\nB. 否"
+    assert row["response"] == row["text"] and entry.items() <= row.items()
 
 
 # Training --------------------------------------------------------------------------------------------------------

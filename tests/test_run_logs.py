@@ -214,6 +214,7 @@ def test_the_watch_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         ("projector", "none"),
         ("all and tower", "none"),
         ("all", "{name: pyramiddrop, layers: [1], ratios: [0.5]}"),
+        ("projector", "{name: stf, mbtf: 2}"),
     ],
 )
 def test_flops_by_formula_are_those_that_torch_counts(trains: str, reduction: str) -> None:

@@ -102,6 +102,7 @@ def answer_row(question: Question, answer: Answer, model_id: str) -> dict[str, A
         "model_id": model_id,
         "metadata": {} if answer.visual_tokens is None else {"visual_tokens": answer.visual_tokens},
         **question.row,
+        **({} if question.answer_key is None else {question.answer_key: answer.text}),
     }
 
 
@@ -184,7 +185,7 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--pdrop_infer", action="store_true", help="for PyramidDrop's scripts; the lists say it")
     parser.add_argument("--image-folder", default="")
     parser.add_argument("--image-access", "--image_access", default=VqaOptions.image_access, choices=IMAGE_ACCESS)
-    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--question-file", "--questions-file", required=True)
     parser.add_argument("--answers-file", required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace an answers file that exists")
     parser.add_argument("--conv-mode", default="llava_v1")

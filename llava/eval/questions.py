@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ class Question:
         pictures: images as the contents of their files, where the question's own file holds them; after `images`.
         row: keys of the answer's row besides the usual ones, or in place of them.
         facts: what the grading of its answer needs.
+        answer_key: a further key under which the answer's row has the answer.
         group: questions of one group are not independent (two of one picture, one in several orders); intervals
             resample whole groups. None: it stands alone.
     """
@@ -47,12 +49,17 @@ class Question:
     category: str | None = None
     pictures: tuple[bytes, ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
+    answer_key: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     group: str | None = None
 
     def with_facts(self, **facts: Any) -> Question:
         """The same question with more facts."""
         return replace(self, facts={**self.facts, **facts})
+
+    def in_image_group(self) -> Question:
+        """The same question in the group of its first image; alone without one."""
+        return replace(self, group=next(iter(self.images), None))
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -76,6 +83,74 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
             yield number, row
+
+
+def read_json(path: str | Path, kind: type, what: str | None = None) -> Any:
+    """Content of a JSON file.
+
+    Args:
+        path: the file.
+        kind: list or dict.
+        what: it should be, for the messages.
+
+    Raises:
+        ValueError: the file is missing, no JSON or of another kind; file and line are named.
+    """
+    what = what or f"a JSON {kind.__name__}"
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; it should be {what}")
+    try:
+        content = decode_json(Path(path).read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); it should be {what}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as JSON ({error}); it should be {what}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}; it should be {what}")
+    return content
+
+
+def read_json_list(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place (file and entry, for messages) and entry of a JSON list of objects.
+
+    Raises:
+        ValueError: as `read_json`, or the list is empty or has other entries.
+    """
+    rows = read_json(path, list, what)
+    if not rows:
+        raise ValueError(f"{path} holds an empty list; it should be {what}")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, entry {index}: expected a JSON object, got {type(row).__name__}")
+        yield f"{path}, entry {index}", row
+
+
+def read_table(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Place (file and line, for messages) and cells of every row of a table with tabs.
+
+    Args:
+        path: the file; its first line names the columns.
+        columns: those in which every row must have something.
+
+    Raises:
+        ValueError: the file is missing, not UTF-8, or a row lacks something; the line is named.
+    """
+    needed = ", ".join(columns)
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; it should be a table with tabs and the columns {needed}")
+    csv.field_size_limit(2**31 - 1)  # images are long
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        try:
+            for row in rows:
+                if None in row:
+                    raise ValueError(f"{path}, line {rows.line_num}: more cells than the table has columns")
+                missing = [name for name in columns if not row.get(name)]
+                if missing:
+                    raise ValueError(f"{path}, line {rows.line_num}: no {', '.join(missing)}; a row needs {needed}")
+                yield f"{path}, line {rows.line_num}", row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}); convert it") from error
 
 
 def read_questions(path: str | Path) -> list[Question]:

@@ -132,3 +132,9 @@ def grouped(grades: Iterable[Grade], key: str) -> dict[str, list[Grade]]:
     for grade in grades:
         groups.setdefault(str(grade[key]), []).append(grade)
     return dict(sorted(groups.items()))
+
+
+def accuracy_by(grades: Sequence[Grade], key: str) -> dict[str, float]:
+    """Mean of the grades' `score`, in percent, for each value that they have under a key, as `accuracy_VALUE`."""
+    parts = grouped(grades, key)
+    return {f"accuracy_{name}": percent(grade["score"] for grade in part) for name, part in parts.items()}

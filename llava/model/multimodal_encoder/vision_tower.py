@@ -22,6 +22,7 @@ from llava.reduction.base import ProjectorReducer, VisionFeatures
 logger = logging.getLogger(__name__)
 
 SELECT_FEATURES = ("patch", "cls_patch")
+_ATTENTION = frozenset({"keys", "queries", "cls_query"})  # needs that are read off the last block
 
 
 def resolve_vision_config(name_or_path: str) -> PreTrainedConfig:
@@ -144,6 +145,11 @@ class VisionTower(nn.Module):
         named = () if reducer is None else reducer.blocks(self.depth, self.num_blocks)
         return named or (self.num_blocks,)
 
+    def depth_run(self, needs: Collection[str], read: Sequence[int]) -> int:
+        """How many blocks run for what a reducer `needs` and for the blocks that are `read`."""
+        attends = bool(_ATTENTION & set(needs))
+        return max(*(read or self.blocks_read()), self.depth - 1 if attends else 0)
+
     @property
     def num_patches(self) -> int:
         """Patches an image, P."""
@@ -239,14 +245,14 @@ class VisionTower(nn.Module):
         encoder = self.vision_tower
         blocks = encoder.encoder.layers
         last = len(blocks) - 1
-        attends = bool(needs & {"keys", "queries", "cls_query"})
+        attends = bool(needs & _ATTENTION)
         selected = (read or self.blocks_read())[0]
         wanted = {selected, *read, *([last] if attends else [])}
         hidden = encoder.embeddings(pixels)
         if hasattr(encoder, "pre_layrnorm"):  # CLIP has one, spelt so; SigLIP has none
             hidden = encoder.pre_layrnorm(hidden)
         states = {0: hidden} if 0 in wanted else {}
-        for i in range(max(wanted)):
+        for i in range(self.depth_run(needs, read)):
             hidden = blocks[i](hidden, None)
             if i + 1 in wanted:
                 states[i + 1] = hidden

@@ -1,26 +1,12 @@
-"""Memory of one device, and disk, that a run will need: an estimate from shapes.
-
-With P weights in all, T of them trained, W processes, b samples a device, L tokens a sample, D, F, V the language
-model's width, intermediate width and vocabulary, K the width of its keys, e bytes of an activation (2, or 4 in
-float32), in bytes:
-
-- weights: P x (2 or 4; bits / 8 of a quantized language model); / W with ZeRO-3. Without DeepSpeed, in 16 bits, 2 T
-  more for the copies that autocast makes
-- gradients: T x (2 with DeepSpeed in 16 bits, otherwise 4); / W with ZeRO-2 and 3
-- optimizer: T x (8 for Adam's moments + 4 for DeepSpeed's float32 copy); / W with ZeRO-1 to 3
-- activations of a layer: b L (e (8 D + 2 K + 4 F) + 4 D for the norms' float32 copies where e is 2), for flash
-  attention or sdpa; all layers at once, or with gradient checkpointing one layer and the inputs of all, b L e D each
-- logits: b L (e V + 8 V), for a copy and a gradient in float32
+"""Memory of one device, and disk, that a run will need: an estimate by the formulas of `llava.cost.training`.
 
 What DeepSpeed's config offloads to the host is not counted, nor are the activations of a vision tower that is trained.
-Not known here: the allocator's gaps, communication buffers, the CUDA context.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,41 +14,20 @@ import psutil
 import torch
 from transformers.trainer_utils import SaveStrategy
 
+from llava.cost import formulas
+from llava.cost.training import GIB, MemoryEstimate, state_bytes
 from llava.train.checkpoints.saving import RunKind, part_of
-from llava.train.logs.flops import head_dim
 from llava.train.modeling import compute_dtype, loading_dtype, run_kind
 from llava.train.preflight.findings import ERROR, NOTE, WARNING, Report
 from llava.train.settings.arguments import read_deepspeed_config, zero_stage
 from llava.train.settings.parsing import Arguments
 
-GIB = 2**30
 SLACK = 0.9
 """Part of a device's memory above which an estimate is a warning."""
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one device."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        """Sum of the parts."""
-        return float(sum(getattr(self, field.name) for field in fields(self)))
-
-    def describe(self) -> str:
-        """The total and its parts in GiB."""
-        parts = ", ".join(f"{field.name} {getattr(self, field.name) / GIB:.2f}" for field in fields(self))
-        return f"{self.total / GIB:.2f} GiB ({parts})"
-
-
 def estimate_memory(model: Any, arguments: Arguments, world_size: int, length: int) -> MemoryEstimate:
-    """Memory of one device in training; the formula stands at the top of this file.
+    """Memory of one device in training.
 
     Args:
         model: on any device, with `requires_grad` as in training.
@@ -79,21 +44,19 @@ def estimate_memory(model: Any, arguments: Arguments, world_size: int, length: i
     quantized = _count(model, lambda name, weight: not weight.requires_grad and part_of(name) == "language_model")
     trained_bytes = compute_dtype(training).itemsize if training.deepspeed else 4
     frozen_bytes = loading_dtype(arguments).itemsize
-    weights = float(frozen * frozen_bytes + trained * trained_bytes)
-    if not training.deepspeed:
-        weights += trained * (4 - compute_dtype(training).itemsize)
+    frozen_total = float(frozen * frozen_bytes)
     if training.bits != 16:
-        weights -= quantized * (frozen_bytes - training.bits / 8)
-    moments, copies = optimizer_bytes(training)
+        frozen_total -= quantized * (frozen_bytes - training.bits / 8)
+    copies = 0 if training.deepspeed else 4 - compute_dtype(training).itemsize
+    moments, masters = optimizer_bytes(training)
+    weights, gradients, optimizer = state_bytes(
+        trained, frozen_total, trained_bytes, moments + masters, stage, world_size, copies
+    )
     activations, logits = activation_bytes(model, training, length)
     return MemoryEstimate(
-        weights=0 if _offloaded(zero, "offload_param") else weights / (world_size if stage == 3 else 1),
-        gradients=trained * trained_bytes / (world_size if stage >= 2 else 1),
-        optimizer=(
-            0
-            if _offloaded(zero, "offload_optimizer")
-            else trained * (moments + copies) / (world_size if stage >= 1 else 1)
-        ),
+        weights=0 if _offloaded(zero, "offload_param") else weights,
+        gradients=gradients,
+        optimizer=0 if _offloaded(zero, "offload_optimizer") else optimizer,
         activations=activations,
         logits=logits,
     )
@@ -126,18 +89,12 @@ def activation_bytes(model: Any, training: Any, length: int) -> tuple[float, flo
         training: with the batch size, precision and gradient checkpointing of the run.
         length: tokens of a sample.
     """
-    config = model.config
-    size = compute_dtype(training).itemsize
-    heads = config.num_attention_heads
-    keys = head_dim(config) * (getattr(config, "num_key_value_heads", None) or heads)
+    config, size = model.config, compute_dtype(training).itemsize
     tokens = training.per_device_train_batch_size * length
-    inputs = tokens * size * config.hidden_size
-    layer = tokens * size * (8 * config.hidden_size + 2 * keys + 4 * config.intermediate_size)
-    layer += tokens * 4 * config.hidden_size * (size == 2)
-    layers = config.num_hidden_layers
-    checkpointed = training.gradient_checkpointing or getattr(training, "activation_checkpointing", None)
-    stored = layers * inputs + layer if checkpointed else layers * layer
-    return float(stored), float(tokens * config.vocab_size * (size + 8))
+    checkpointed = bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", None))
+    seen = [tokens] * config.num_hidden_layers
+    activations = formulas.activation_bytes(formulas.Widths.of(config), seen, size, checkpointed)
+    return activations, formulas.logit_bytes(tokens, config.vocab_size, size)
 
 
 def check_memory(report: Report, need: MemoryEstimate, device_bytes: int | None) -> None:

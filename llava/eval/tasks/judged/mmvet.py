@@ -10,9 +10,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llava.eval.questions import Question, read_questions
+from llava.eval.questions import Question, read_json, read_questions
 from llava.eval.tasks.base import Grade, Needed, Task, percent
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class MmVet(Task):
 
     def read(self, folder: Path) -> list[Question]:
         """LLaVA's questions with the right answers and abilities of the official file."""
-        known, prompt = _read_metadata(folder / METADATA), read_prompt(folder / EVALUATOR)
+        known = read_json(folder / METADATA, dict, "MM-Vet's questions, an object of v1_0, v1_1, ...")
+        prompt = read_prompt(folder / EVALUATOR)
         questions = []
         for question in read_questions(folder / QUESTIONS):
             row = known.get(_key(question))
@@ -100,16 +101,6 @@ def read_prompt(file: Path) -> str:
 def _key(question: Question) -> str:
     name = str(question.question_id)
     return name if name.startswith("v1_") else f"v1_{name}"
-
-
-def _read_metadata(file: Path) -> dict[str, Any]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(rows, dict):
-        raise ValueError(f"{file}: expected MM-Vet's questions, an object of v1_0, v1_1, ...")
-    return rows
 
 
 TASKS = (

@@ -57,7 +57,14 @@ class Pope(Task):
                     f"{folder / QUESTIONS}: question {question.question_id} of category {question.category!r} is not "
                     f"the next one of that category in {folder / LABELS.format('*')}; use files of one release"
                 )
-            questions.append(question.with_facts(true=row["label"] == "yes", category=question.category))
+            named = question.with_facts(true=row["label"] == "yes", category=question.category)
+            questions.append(named.in_image_group())
+        unasked = [name for name, rows in waiting.items() if next(rows, None) is not None]
+        if unasked:
+            raise ValueError(
+                f"{folder / QUESTIONS} asks fewer questions than {folder / LABELS.format(unasked[0])} has; use files "
+                "of one release"
+            )
         return questions
 
     def grade(self, question: Question, answer: str, judge: Judge | None = None) -> Grade:
@@ -78,7 +85,8 @@ def _read_labels(file: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-_POPE = "https://github.com/AoiDragon/POPE, folder output/coco"
+# Later releases have 90 more questions of the random category than LLaVA's file.
+_POPE = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
 TASKS = (
     Pope(
         name="pope",

@@ -1,0 +1,201 @@
+"""How many tokens there are at each place, by the methods' own code on stand-in features.
+
+Shapes: T tiles of all images of a sample, P patches, M kept tokens of a tile, C vision width, D language-model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava.cost.formulas import Linear
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.language_model.drop_plan import plan_pools
+from llava.model.multimodal_projector.builder import build_projector_modules
+from llava.reduction.base import (
+    DecoderReducer,
+    EncoderReducer,
+    ProjectorReducer,
+    Reducers,
+    VisionFeatures,
+    VisualTokens,
+)
+from llava.reduction.options import values_of
+
+# What stands for a method whose images say themselves how many patches they keep: its option `ratio`, and whence.
+TYPICAL = {
+    "prumerge": (0.055, "32 of 576 tokens on average over six tasks (arXiv 2403.15388, section 4.1)"),
+    "prumerge_plus": (0.125, "a quarter of the tokens (arXiv 2403.15388, Table 7)"),
+    "trim": (0.212, "123 of 576 tokens (arXiv 2409.10994, section 5.1)"),
+}
+
+
+def with_budget(reducer: EncoderReducer | None, share: float | None = None) -> tuple[EncoderReducer | None, str]:
+    """The method itself, or where it is adaptive, the same one with a budget; and a note that says so.
+
+    Args:
+        reducer: a method after the tower.
+        share: the fraction of the patches that it was seen to keep; None: a typical one.
+
+    Raises:
+        ValueError: an adaptive method without a typical count.
+    """
+    if reducer is None or not getattr(reducer, "is_adaptive", False):
+        return reducer, ""
+    if share is not None:
+        return type(reducer)(**{**values_of(reducer), "ratio": min(1.0, share)}), ""
+    if reducer.method not in TYPICAL:
+        raise reducer.mistake("each image says how many tokens it keeps; give a budget, tokens=64 say, to count with")
+    ratio, source = TYPICAL[reducer.method]
+    return type(reducer)(**{**values_of(reducer), "ratio": ratio}), f"adaptive; counted as {source}"
+
+
+def tile_count(model: Any, image_size: tuple[int, int] | None) -> int:
+    """Tiles of an image under the model's settings.
+
+    Args:
+        model: LLaVA's.
+        image_size: (width, height) in pixels; None: a square of twice the tower's side.
+    """
+    config, side = model.config, model.get_model().get_vision_tower().image_size
+    if getattr(config, "image_aspect_ratio", None) != "anyres":
+        return 1
+    columns, rows = get_anyres_image_grid_shape(image_size or (2 * side, 2 * side), config.image_grid_pinpoints, side)
+    return 1 + columns * rows
+
+
+def image_lengths(
+    model: Any, reducers: Reducers, images: int, tiles: int | None, image_size: tuple[int, int] | None
+) -> list[int]:
+    """Visual tokens that each image has in the language model.
+
+    Args:
+        model: LLaVA's.
+        reducers: without an adaptive one.
+        images: of the sample, all alike.
+        tiles: of an image, whose tokens all enter; None: as the model's settings lay out an image.
+        image_size: (width, height) in pixels.
+    """
+    count = tile_count(model, image_size) if tiles is None else tiles
+    tokens = reduced_tokens(model, reducers, count)
+    if tiles is not None:
+        return [int(tokens.counts.sum())] * images
+    side = model.get_model().get_vision_tower().image_size
+    sizes = [image_size or (2 * side, 2 * side)]
+    return model.get_model().layout_lengths(tokens, [count], sizes) * images
+
+
+def reduced_tokens(model: Any, reducers: Reducers, tiles: int) -> VisualTokens:
+    """What the methods at encoder and projector make of so many tiles; the features mean nothing."""
+    tower = model.get_model().get_vision_tower()
+    vision = stand_in(tower, tiles, width=4, heads=1)
+    if reducers.projector is not None:
+        projected, _ = projector_passes(model, reducers.projector)
+        cells = reducers.projector.reduced_grid(tower.grid)
+        return reducers.projector(vision, _Stub(projected // (cells[0] * cells[1])))
+    return VisualTokens(vision.features) if reducers.encoder is None else reducers.encoder(vision)
+
+
+class _Stub(nn.Module):
+    """In place of a projector: so many tokens for each that enters."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.new_zeros(*features.shape[:2], self.times, 1)
+
+
+def patches_read(tower: Any) -> int:
+    """Tokens of a tile that the tower hands on: P, and CLS where it is kept."""
+    return tower.num_patches + int(tower.has_cls and tower.select_feature == "cls_patch")
+
+
+def stand_in(tower: Any, tiles: int, width: int, heads: int, embeds: int = 2) -> VisionFeatures:
+    """Random features of a tower's shapes, on the CPU.
+
+    Args:
+        tower: for its grid and class token.
+        tiles: T.
+        width: of features, keys and queries.
+        heads: into which keys and queries are divided.
+        embeds: width of the space that CLIP shares between images and texts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    patches = patches_read(tower)
+    inside = tower.num_patches + int(tower.has_cls)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return VisionFeatures(
+        draw(tiles, patches, width),
+        grid=tower.grid,
+        keys=draw(tiles, inside, width),
+        queries=draw(tiles, inside, width),
+        num_heads=heads,
+        patch_embeds=draw(tiles, patches, embeds),
+        text=draw(tiles, embeds),
+    )
+
+
+def reducer_macs(model: Any, reducer: EncoderReducer, embeds: int) -> tuple[float, int]:
+    """Multiply-adds of a method after the tower on one tile, and M: torch counts them on the method itself."""
+    tower = model.get_model().get_vision_tower()
+    vision = stand_in(tower, 1, tower.hidden_size, tower.config.num_attention_heads, embeds)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tokens = reducer(vision)
+    return counter.get_total_flops() / 2, int(tokens.counts.sum())
+
+
+def projector_passes(model: Any, reducer: ProjectorReducer | None) -> tuple[int, list[tuple[Linear, int]]]:
+    """How many tokens come out of the projector for a tile, and its linear layers with the rows that each one sees.
+
+    The modules are made without weights and run on the meta device, with a method in the projector or without.
+    """
+    tower = model.get_model().get_vision_tower()
+    passes: list[tuple[Linear, int]] = []
+
+    def note(layer: nn.Module, entered: tuple[Tensor, ...], left: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        passes.append((Linear(layer.in_features, layer.out_features), left.shape[:-1].numel()))
+
+    with torch.device("meta"):
+        modules = build_projector_modules(model.config, tower, reducer)
+        for module in modules.values():
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.register_forward_hook(note)
+        features = torch.empty(1, patches_read(tower), tower.hidden_size)
+        if reducer is None:
+            return modules["mm_projector"](features).shape[1], passes
+        states = dict.fromkeys(tower.blocks_read(reducer), features)
+        vision = VisionFeatures(features, grid=tower.grid, hidden_states=states)
+        return reducer(vision, **modules).features.shape[1], passes
+
+
+def layer_lengths(reducer: DecoderReducer | None, layers: int, images: Sequence[int], text: int) -> list[int]:
+    """Tokens of a sample that each layer of the language model sees.
+
+    Args:
+        reducer: that drops some of them, if any.
+        layers: of the language model.
+        images: visual tokens of each image.
+        text: tokens that are of no image.
+    """
+    total = sum(images) + text
+    if reducer is None or not images:
+        return [total] * layers
+    index = torch.full((1, total), -1)
+    index[0, : sum(images)] = torch.arange(len(images)).repeat_interleave(torch.tensor(images))
+    pools = plan_pools(index, torch.ones_like(index, dtype=torch.bool), None, reducer.pool)
+    lengths, left = [total], {drop.after: drop.keep for drop in reducer.drops(layers)}
+    for layer in range(1, layers):
+        kept = left.get(layer)
+        lengths.append(lengths[-1] if kept is None else pools.row_lengths(pools.counts(kept))[0])
+    return lengths

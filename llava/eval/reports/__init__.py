@@ -1,0 +1,1 @@
+"""The papers' tables as data, and runs of `llava eval` beside them: `llava report`."""

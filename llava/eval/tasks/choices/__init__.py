@@ -1,0 +1,1 @@
+"""Benchmarks that ask for one of several options, or for yes or no."""

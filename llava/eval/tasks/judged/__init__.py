@@ -1,0 +1,1 @@
+"""Benchmarks with open questions, whose answers a model grades."""

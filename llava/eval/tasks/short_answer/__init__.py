@@ -1,0 +1,1 @@
+"""Benchmarks whose questions want a word or a phrase, compared with right answers."""
