@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.utils import send_to_device
@@ -152,6 +154,19 @@ def test_the_same_tokens_enter_the_language_model(method: str, anyres: bool) -> 
         tokens, counts = inner.encode_images(joined, sizes)
     assert counts.tolist() == lengths.tolist()
     torch.testing.assert_close(tokens, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_pictures_that_a_data_file_holds(world: TinyWorld, own_images: Path, tmp_path: Path, request: Any) -> None:
+    """They are known by their content: two rows of one picture have one entry."""
+    rows = json.loads(world.captions.read_text())
+    for row in rows:
+        row["image"] = {"bytes": (own_images / row["image"]).read_bytes(), "path": row["image"]}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    settings = {"data_path": tmp_path / "data.parquet", "image_folder": None, "max_steps": 2, "preflight_seconds": 0}
+    expected = losses(world, tmp_path / "pixels", feature_cache=None, **settings)
+    assert len(FeatureCache(make_cache(world, tmp_path / "run", **settings))) == len(COLORS) < len(rows)
+    request.getfixturevalue("no_pixels")
+    assert losses(world, tmp_path / "run", **settings) == pytest.approx(expected, abs=1e-5)
 
 
 def test_features_of_half_the_bytes_give_the_losses_to_their_rounding(world: TinyWorld, tmp_path: Path) -> None:
