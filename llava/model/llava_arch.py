@@ -19,7 +19,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.data.prompt_text import question_of_ids
-from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, tile_counts
+from llava.data.stored_features import StoredFeatures
+from llava.model.image_inputs import Images, ImageSizes, Pictures, image_list, match_images, tile_counts
 from llava.model.language_model.batch_counts import LlavaOutput, count_batch
 from llava.model.language_model.head_loss import head_loss
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
@@ -194,7 +195,8 @@ class LlavaMetaForCausalLM:
             attention_mask: [B, S], 1 at real tokens; padding on either side. Default: all real.
             labels: [B, S] int64, -100 where nothing is learnt.
             images: N images of the batch in order of their markers: [N, 3, H, W], [N, tiles, 3, H, W], or a list of
-                [3, H, W] or [tiles, 3, H, W]. LLaVA's own collator sends a blank image for a text-only sample; one
+                [3, H, W] or [tiles, 3, H, W]; or what is stored of them (`StoredFeatures`), made with the method of
+                this call. LLaVA's own collator sends a blank image for a text-only sample; one
                 for every such sample is understood, and left out.
             image_sizes: N pairs (width, height) in pixels, for anyres.
             texts: B texts for a reducer that reads them (trim). Without them the question is read off the prompt,
@@ -420,7 +422,8 @@ class LlavaMetaForCausalLM:
             text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
         spliced = splice(text_embeds, visual, None if labels is None else labels.to(here).long(), plan)
-        spliced.images, spliced.tiles = len(pictures), sum(tile_counts(pictures))
+        spliced.images = len(pictures)
+        spliced.tiles = 0 if isinstance(pictures, StoredFeatures) else sum(tile_counts(pictures))
         return spliced
 
     def _texts_of_images(
@@ -434,7 +437,7 @@ class LlavaMetaForCausalLM:
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(
-        self, pictures: list[Tensor], sizes: ImageSizes, texts: list[str] | None, reducers: Reducers
+        self, pictures: Pictures, sizes: ImageSizes, texts: list[str] | None, reducers: Reducers
     ) -> tuple[Tensor | None, Tensor]:
         if pictures:
             return self.get_model().encode_images(pictures, sizes, texts, reducers)
@@ -444,8 +447,11 @@ class LlavaMetaForCausalLM:
             return None, none
         # Every rank must run the same modules and have a gradient for the same weights, or ZeRO and DDP wait for
         # ever: a batch without images encodes a blank one, whose tokens are multiplied by zero.
-        blank = torch.zeros(3, tower.image_size, tower.image_size, device=self.device)
-        return self.get_model().encode_images([blank], texts=[""], reduction=reducers)[0], none
+        if isinstance(pictures, StoredFeatures):
+            blank: Pictures = pictures.blank(tower.num_patches)
+        else:
+            blank = [torch.zeros(3, tower.image_size, tower.image_size, device=self.device)]
+        return self.get_model().encode_images(blank, texts=[""], reduction=reducers)[0], none
 
     @torch.no_grad()
     def count_visual_tokens(
