@@ -128,7 +128,7 @@ def flops(
     trains: Annotated[str, typer.Option(help="all, lora or projector.")] = "all",
     lora_rank: Annotated[int, typer.Option(help="Of the adapters.")] = 128,
     trains_tower: Annotated[bool, typer.Option("--trains-tower", help="The vision tower learns too.")] = False,
-    head_rows: Annotated[int | None, typer.Option(help="Tokens of a sample that the head sees; default: all.")] = None,
+    head_rows: Annotated[int | None, typer.Option(help="Learnt tokens of a sample; default: all text.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Compute the layers again in the backward pass.")] = True,
     devices: Annotated[int, typer.Option(help="That share the states of training.")] = 8,
     zero_stage: Annotated[int, typer.Option(help="What they share.")] = 2,
