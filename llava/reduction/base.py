@@ -7,7 +7,7 @@ D language-model width, h x w the grid of patches (P = h * w).
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,25 +16,83 @@ from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 from llava.reduction.options import check_fields, values_of
+from llava.reduction.tower.tokens import BlockTokens, Regrouping
+
+
+Place = int | Literal["selected", "last"]
+"""A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
+`mm_vision_select_layer` selects, or the last one."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method after the tower reads besides `features`. The tower computes this and nothing else.
+
+    Attributes:
+        attention: blocks whose attention from CLS to the patches is read.
+        keys: the block whose keys are read.
+        queries: the block whose queries are read, all of them.
+        cls_query: the block whose query of CLS is read.
+        cls: whether the class token of the selected hidden state is read.
+        patch_embeds: whether the patches in CLIP's shared space are read.
+        projected: whether the projector's output for all patches is read. The method's tokens then are of that width,
+            and do not go through the projector again.
+        text: how the prompt's question is read, if it is: "pooled", one CLIP embedding of it, cut at the text tower's
+            length; "segments", one CLIP embedding for every stretch of that length; "words", the language model's
+            embedding of each token of the method's `phrases`.
+        padding: whether patches that only pad the picture are told from others.
+    """
+
+    attention: tuple[Place, ...] = ()
+    keys: Place | None = None
+    queries: Place | None = None
+    cls_query: Place | None = None
+    cls: bool = False
+    patch_embeds: bool = False
+    projected: bool = False
+    text: Literal["pooled", "segments", "words"] | None = None
+    padding: bool = False
+
+    @property
+    def places(self) -> set[Place]:
+        """Blocks whose attention or projections are read."""
+        named = (self.keys, self.queries, self.cls_query)
+        return {*self.attention, *(place for place in named if place is not None)}
+
+    @property
+    def clip_text(self) -> bool:
+        """Whether CLIP's text tower, or the projections beside it, must be there."""
+        return self.patch_embeds or self.text in ("pooled", "segments")
 
 
 @dataclass
 class VisionFeatures:
     """Output of the vision tower for N images.
 
-    Only `features` is always there. The rest is computed where the reducer names it in `needs`.
+    Only `features` is always there. The rest is computed where the reducer names it in `needs`. After a method in the
+    tower, P counts the tokens that it left.
 
     Attributes:
         features: [N, P, C], the selected hidden state without CLS; the first of `hidden_states`, if there are any.
-        grid: (h, w), rows and columns of the patches.
-        keys: [N, 1 + P, C], output of the last block's key projection, CLS first (no CLS row for a tower without it).
+        grid: (h, w), rows and columns of the patches; None where tokens do not lie on a grid.
+        keys: [N, 1 + P, C], output of a block's key projection, CLS first (no CLS row for a tower without it).
         queries: [N, 1 + P, C], the same for the queries; a reducer that needs `cls_query` reads row 0 only and
             may be handed [N, 1, C].
         num_heads: heads of the tower's attention, into which keys and queries are divided.
+        attention: by place as the reducer named it, [N, H, P] float32, the softmaxed attention that CLS pays the
+            patches, head by head, its own column left out after the softmax; in a tower without CLS, the mean of what
+            all patches pay.
+        cls: [N, C], the class token of the selected hidden state; None for a tower without it.
         hidden_states: block number -> [N, P, C], output of that many blocks, without CLS; in the order in which the
             reducer named the blocks.
         patch_embeds: [N, P, E], the patches in the space that CLIP shares between images and texts.
-        text: [N, E], the embedding there of the text that goes with each image.
+        projected: [N, P, D], what the projector makes of `features`.
+        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments or words.
+        text_mask: [N, S] bool, real segments or words, which come first; None: all are.
+        padding: [N, P] bool, patches that only pad the picture; None: there are none, or it is not known.
+        mask: [N, P] bool, real tokens, where a method in the tower left different numbers; None: all are.
+        source: [N, P] int64 after a method in the tower, as `VisualTokens` has it; None: token i is patch i.
+        assignment: [N, patches] int64 after a method in the tower, see `VisualTokens`.
     """
 
     features: Tensor
@@ -42,15 +100,45 @@ class VisionFeatures:
     keys: Tensor | None = None
     queries: Tensor | None = None
     num_heads: int = 1
+    attention: Mapping[Place, Tensor] = field(default_factory=dict)
+    cls: Tensor | None = None
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     patch_embeds: Tensor | None = None
+    projected: Tensor | None = None
     text: Tensor | None = None
+    text_mask: Tensor | None = None
+    padding: Tensor | None = None
+    mask: Tensor | None = None
+    source: Tensor | None = None
+    assignment: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is no tensor, or of a shape that does not go with `features`."""
-        n, p, _ = _float_shape("features", self.features, "[N, P, C]", (None, None, None))
+        n, p, c = _float_shape("features", self.features, "[N, P, C]", (None, None, None))
         if self.grid is not None and not _is_grid(self.grid, (p, p - 1)):  # with CLS, one more than the grid has
             raise ValueError(f"grid={self.grid!r}: expected (rows, columns) of the {p} patches in features")
+        self._check_projections(n, p)
+        if not isinstance(self.attention, Mapping):
+            raise ValueError(f"attention is {type(self.attention).__name__}: expected {{place: tensor}}")
+        for place, rows in self.attention.items():
+            _float_shape(f"attention[{place!r}]", rows, "[N, H, P]", (n, None, p))
+        if self.cls is not None:
+            _float_shape("cls", self.cls, "[N, C]", (n, c))
+        if not isinstance(self.hidden_states, Mapping):
+            raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
+        for block, state in self.hidden_states.items():
+            _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
+        if self.projected is not None:
+            _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
+        embeds = None
+        if self.patch_embeds is not None:
+            *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
+        if self.text is not None:
+            several = isinstance(self.text, Tensor) and self.text.ndim == 3
+            sizes = (n, None, embeds) if several else (n, embeds)
+            _float_shape("text", self.text, "[N, E] or [N, S, E]", sizes)
+
+    def _check_projections(self, n: int, p: int) -> None:
         width = None
         if self.keys is not None:
             _, tokens, width = _float_shape("keys", self.keys, "[N, P or 1 + P, C]", (n, (p, p + 1), None))
@@ -59,15 +147,6 @@ class VisionFeatures:
         heads = self.num_heads
         if not isinstance(heads, int) or heads < 1 or (width or 0) % heads:
             raise ValueError(f"num_heads={heads!r}: expected a whole number that divides the {width or 'C'} channels")
-        if not isinstance(self.hidden_states, Mapping):
-            raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
-        for block, state in self.hidden_states.items():
-            _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
-        embeds = None
-        if self.patch_embeds is not None:
-            *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
-        if self.text is not None:
-            _float_shape("text", self.text, "[N, E]", (n, embeds))
 
 
 def _float_shape(
@@ -100,12 +179,15 @@ class VisualTokens:
         source: [N, M] int64, the patch each token came from, in raster order of the grid; -1 for an aggregate of
             several patches and for rows beyond the count. None where token i is patch i.
         grid: (h, w), where `source` counts cells of a coarser grid in place of patches; None: the patches'.
+        assignment: [N, patches] int64, the token that each patch went into, -1 for one that went into none; None where
+            a method does not say.
     """
 
     features: Tensor
     mask: Tensor | None = None
     source: Tensor | None = None
     grid: tuple[int, int] | None = None
+    assignment: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -142,21 +224,72 @@ class Reducer(nn.Module):
         """An error that names the method."""
         return ValueError(f"method '{self.method}': {message}")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the method reads besides `features`: keys, queries, cls_query, patch_embeds, text."""
-        return frozenset()
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in values_of(self).items())
+
+
+class TowerReducer(Reducer, abc.ABC):
+    """Acts inside the vision tower, between a block's attention and its MLP.
+
+    It says in which blocks, and what becomes of the tokens there; `llava.model.multimodal_encoder.regrouping` runs the
+    blocks and does sizes, order, `source`, CLS and the padding of ragged rows.
+    """
+
+    keeps_grid: ClassVar[bool] = False  # whether tokens still lie on a grid, which a projector may fuse
+
+    @property
+    def tracks_sizes(self) -> bool:
+        """Whether a token counts in the next block as many patches as went into it; otherwise one."""
+        return True
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention counts a token as often as its size says: log(size) is added to the logits of its key."""
+        return False
+
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of the picture that enters, for a tower of (h, w): it is resized to them.
+
+        Raises:
+            ValueError: the options do not suit the grid.
+        """
+        return grid
+
+    def blocks(self, depth: int, selected: int) -> Sequence[int]:
+        """Numbers (from 0) of the blocks in which `regroup` is called; the first `selected` of `depth` lead to what is
+        read.
+
+        Raises:
+            ValueError: the tower does not have the blocks that the options name.
+        """
+        return ()
+
+    def regroup(self, given: BlockTokens) -> Regrouping | None:
+        """What becomes of the tokens in a block of `blocks`; None: they stay as they are."""
+        return None
+
+    def forward(self, vision: VisionFeatures) -> VisualTokens:
+        """The tokens that leave the tower, [N, M, C]."""
+        return VisualTokens(
+            vision.features, vision.mask, vision.source, vision.grid if self.keeps_grid else None, vision.assignment
+        )
 
 
 class EncoderReducer(Reducer, abc.ABC):
     """Acts on the vision tower's output, before the projector."""
 
+    @property
+    def needs(self) -> Needs:
+        """What the method reads besides `features`."""
+        return Needs()
+
+    def phrases(self, question: str) -> list[str]:
+        """What is embedded of the prompt's question, where `needs.text` asks for it: one text, or words."""
+        return [question]
+
     @abc.abstractmethod
     def forward(self, vision: VisionFeatures) -> VisualTokens:
-        """[N, P, C] patches in, [N, M, C] tokens out."""
+        """[N, P, C] patches in, [N, M, C] tokens out; [N, M, D] where the method `needs` what is projected."""
 
 
 class ProjectorReducer(Reducer, abc.ABC):
@@ -275,11 +408,17 @@ class DecoderReducer(Reducer, abc.ABC):
 class Reducers:
     """The methods that one forward pass goes through, by site; None where nothing is reduced."""
 
+    tower: TowerReducer | None = None
     encoder: EncoderReducer | None = None
     projector: ProjectorReducer | None = None
     decoder: DecoderReducer | None = None
 
     @property
+    def needs(self) -> Needs:
+        """What the method after the tower reads."""
+        return Needs() if self.encoder is None else self.encoder.needs
+
+    @property
     def read_text(self) -> bool:
         """Whether images are compared with the prompt's text."""
-        return self.encoder is not None and "text" in self.encoder.needs
+        return self.needs.text is not None

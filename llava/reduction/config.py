@@ -28,6 +28,7 @@ class ReductionConfig:
         False
     """
 
+    tower: Mapping[str, Any] = field(default_factory=dict)
     encoder: Mapping[str, Any] = field(default_factory=dict)
     projector: Mapping[str, Any] = field(default_factory=dict)
     decoder: Mapping[str, Any] = field(default_factory=dict)
@@ -38,11 +39,15 @@ class ReductionConfig:
             object.__setattr__(self, site, method)
             if method:
                 _check_method(site, method)
-        if self.encoder and self.projector:
-            raise ValueError(
-                f"reduction: the encoder's method '{self.encoder['name']}' keeps patches here and there, and "
-                f"the projector's method '{self.projector['name']}' fuses neighbours on the whole grid; leave one out"
-            )
+        if not self.projector:
+            return
+        for site in ("tower", "encoder"):
+            method = getattr(self, site)
+            if method and not getattr(method_class(method["name"]), "keeps_grid", False):
+                raise ValueError(
+                    f"reduction: the {site}'s method '{method['name']}' keeps patches here and there, and "
+                    f"the projector's method '{self.projector['name']}' works on the whole grid; leave one out"
+                )
 
     @classmethod
     def parse(cls, value: ReductionConfig | Mapping[str, Any] | str | None) -> ReductionConfig:

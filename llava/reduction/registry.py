@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducer
+from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducer, TowerReducer
 from llava.reduction.options import to_fields
 
 SITES: dict[str, type[Reducer]] = {
+    "tower": TowerReducer,
     "encoder": EncoderReducer,
     "projector": ProjectorReducer,
     "decoder": DecoderReducer,
@@ -36,7 +37,7 @@ def register(name: str) -> Callable[[R], R]:
 
 
 def site_of(cls: type[Reducer]) -> str:
-    """The site ("encoder", "projector" or "decoder") that a reducer class belongs to."""
+    """The site ("tower", "encoder", "projector" or "decoder") that a reducer class belongs to."""
     return next(site for site, base in SITES.items() if issubclass(cls, base))
 
 

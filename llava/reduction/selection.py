@@ -70,15 +70,33 @@ def _quantile(descending: Tensor, q: float) -> Tensor:
     return torch.lerp(descending[:, low : low + 1], descending[:, high : high + 1], position - low)
 
 
-def take_in_raster_order(features: Tensor, is_kept: Tensor) -> VisualTokens:
-    """The patches of `features` [N, P, C] that `is_kept` [N, P] bool marks, as they are."""
-    n, p, c = features.shape
-    counts = is_kept.sum(dim=1)
+def take_rows(features: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [N, M] of `features` [N, P, C], as [N, M, C]."""
+    return features.gather(1, index.unsqueeze(-1).expand(-1, -1, features.shape[2]))
+
+
+def take_in_raster_order(features: Tensor, is_kept: Tensor, count: int | None = None) -> VisualTokens:
+    """The patches of `features` [N, P, C] that `is_kept` [N, P] bool marks, as they are.
+
+    Args:
+        features: to take from.
+        is_kept: what to take.
+        count: patches that each row marks, where all mark the same number: the device is then not waited for.
+    """
+    n, p, _ = features.shape
     patch = torch.arange(p, device=features.device).expand(n, p)
-    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : int(counts.max())]
+    most = int(is_kept.sum(dim=1).max()) if count is None else count
+    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, :most]
+    if count is not None:
+        return VisualTokens(take_rows(features, source), source=source)
     mask = source < p
-    tokens = features.gather(1, source.clamp(max=p - 1).unsqueeze(-1).expand(-1, -1, c))
+    tokens = take_rows(features, source.clamp(max=p - 1))
     return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """In float32, or float64 where they are that already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def precise_product(a: Tensor, b: Tensor) -> Tensor:
@@ -86,6 +104,19 @@ def precise_product(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
+
+
+def mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """Softmax attention [N, H, S] float32 of queries [N, Q, C] to keys [N, S, C], head by head, the mean over queries.
+
+    Scores of one head are there at a time, for what all take in memory.
+    """
+    width, rows = keys.shape[2] // heads, []
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        logits = precise_product(queries[:, :, part], keys[:, :, part].transpose(1, 2)) * width**-0.5
+        rows.append(logits.softmax(dim=2, dtype=torch.float32).mean(dim=1))
+    return torch.stack(rows, dim=1)
 
 
 def uniform_positions(count: int, length: int) -> Tensor:
