@@ -162,7 +162,7 @@ class VisualEncoding(VisionModules):
         return beside
 
     def _embed_texts(self, phrases: list[list[str]], kind: str) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the phrases of each question as `Needs.text` says: [Q, E] or [Q, S, E], and [Q, S] what is real."""
+        """Embeddings of the phrases of Q questions as `Needs.text` says, [Q, E] or [Q, S, E]; [Q, S], what is real."""
         if kind == "words":
             return self._embed_words(phrases)
         tower = self._tower()

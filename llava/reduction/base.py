@@ -18,7 +18,6 @@ from typing_extensions import dataclass_transform
 from llava.reduction.options import check_fields, values_of
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
 
-
 Place = int | Literal["selected", "last"]
 """A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
 `mm_vision_select_layer` selects, or the last one."""

@@ -155,8 +155,10 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the tower has no such block.
         """
-        number = {"selected": self.num_blocks - 1, "last": self.depth - 1}.get(place) if isinstance(place, str) else place
-        if number is None or not -self.depth <= number < self.depth or (place == "selected" and number < 0):
+        named = {"selected": self.num_blocks - 1, "last": self.depth - 1}
+        number = named.get(place) if isinstance(place, str) else place
+        lowest = 0 if isinstance(place, str) else -self.depth
+        if number is None or not lowest <= number < self.depth:
             raise ValueError(
                 f"the reduction reads block {place!r} of the vision tower {self.name!r}, which has the blocks 0 to "
                 f"{self.depth - 1} and selects the output of "
@@ -329,9 +331,7 @@ class VisionTower(nn.Module):
         # CLIP has a norm here, spelt so; SigLIP has none.
         return encoder.pre_layrnorm(hidden) if hasattr(encoder, "pre_layrnorm") else hidden
 
-    def _run_block(
-        self, number: int, tokens: TowerTokens, selected: int, reducer: TowerReducer | None
-    ) -> TowerTokens:
+    def _run_block(self, number: int, tokens: TowerTokens, selected: int, reducer: TowerReducer | None) -> TowerTokens:
         block = self.vision_tower.encoder.layers[number]
         if reducer is None:
             return replace(tokens, features=block(tokens.features, None))

@@ -26,7 +26,7 @@ class DivPrune(BudgetedReducer):
 
     | point | paper | release |
     |---|---|---|
-    | budget | a ratio | round(0.098 P), 56 of 576 patches, by default; here the default, `ratio` rounds, `tokens` says it |
+    | budget | a ratio | round(0.098 P) by default, 56 of 576 patches; the default here too |
     """
 
     ratio: Fraction | None = None  # of the patches: round(P * ratio) are kept; 0.098 by default

@@ -65,7 +65,7 @@ class PruMerge(BudgetedReducer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(keys="last", **{"cls_query" if self.attention == "cls" else "queries": "last"})
+        return Needs(keys="last", cls_query="last") if self.attention == "cls" else Needs(keys="last", queries="last")
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C], with a token more where one is appended; its `source` is -1."""

@@ -1,7 +1,7 @@
 """What passes between the runner of the vision tower's blocks and a method that acts in them.
 
-Shapes: N images, P patches, T tokens of an image (CLS first, where the tower has one), M tokens after a step, H heads of
-d channels, C vision width.
+Shapes: N images, P patches, T tokens of an image (CLS first, where the tower has one), M tokens after a step, H heads
+of d channels, C vision width.
 """
 
 from __future__ import annotations

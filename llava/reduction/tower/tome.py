@@ -32,7 +32,7 @@ class ToMe(TowerReducer):
 
     | point | paper | lightcompress |
     |---|---|---|
-    | sizes | carried from block to block, so the mean is that of all patches | forgotten: a merged token counts as one |
+    | sizes | carried from block to block: the mean is that of all patches | forgotten: a merged token counts as one |
     | attention | log(size) added to the logits of the keys | plain |
     | schedule | constant, or linear over depth | the same numbers by other names; here `per_block` for both |
     """
