@@ -179,8 +179,10 @@ def layer_lengths(reducer: DecoderReducer | None, layers: int, images: Sequence[
     index = torch.full((1, total), -1)
     index[0, : sum(images)] = torch.arange(len(images)).repeat_interleave(torch.tensor(images))
     pools = plan_pools(index, torch.ones_like(index, dtype=torch.bool), None, reducer.pool)
-    lengths, left = [total], {drop.after: drop.keep for drop in reducer.drops(layers)}
+    lengths, present, drops = [total], pools.sizes, {drop.after: drop for drop in reducer.drops(layers)}
     for layer in range(1, layers):
-        kept = left.get(layer)
-        lengths.append(lengths[-1] if kept is None else pools.row_lengths(pools.counts(kept))[0])
+        if layer in drops:
+            kept, merged = pools.counts(reducer, drops[layer], present)
+            present = kept + merged
+        lengths.append(pools.row_lengths(present)[0])
     return lengths

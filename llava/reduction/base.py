@@ -341,14 +341,32 @@ class Drop:
 
     Attributes:
         after: number of layers that have run before it, at least 1.
-        keep: int(V * keep) of the V tokens with which an image entered the language model stay, in [0, 1].
+        keep: what stays: a fraction of the V tokens with which an image entered the language model, int(V * keep), in
+            [0, 1]; or a whole number of tokens.
         ranked_by: number (from 0) of the layer whose input and weights rank the tokens; `after` for the layer that
             comes next, less for one that has run.
     """
 
     after: int
-    keep: float
+    keep: float | int
     ranked_by: int
+
+
+@dataclass
+class EnteringTokens:
+    """A batch as it enters the language model, for a method that chooses which tokens rank.
+
+    Attributes:
+        hidden: [B, L, D], the input embeddings.
+        mask: [B, L] bool, real tokens.
+        pool: [B, L] int64, see `LayerInput`.
+        answer: [B, L] bool, tokens that are learnt; None outside of training.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    pool: Tensor
+    answer: Tensor | None = None
 
 
 @dataclass
@@ -360,8 +378,19 @@ class LayerInput:
         hidden: [B, L, D], what enters the layer.
         position_embeddings: cosine and sine of the rotary embedding, [B or 1, L, head width] each.
         mask: [B, L] bool, real tokens.
-        queries: [B, Q] int64, columns of the tokens whose attention counts: the one before each answer, or the last.
+        queries: [B, Q] int64, columns of the tokens whose attention counts: the one before each answer, or the last;
+            or those of `DecoderReducer.queries`.
         query_mask: [B, Q] bool, which of them are real.
+        output: [B, L, D], what the drop works on: the output of the layers that have run.
+        norm: the language model's last norm.
+        pool: [B, L] int64, the pool (an image, or all of a sample) in which a token competes, numbered from 0 row by
+            row; -1 for what is never dropped.
+        answer: [B, L] bool, tokens that are learnt; None outside of training.
+        drop: the drop that is made.
+        entered: [P] int64 on the host, tokens of each pool that entered the language model.
+        present: [P] int64 on the host, tokens of each pool that are still there.
+        kept: [P] int64 on the host, tokens of each pool that stay as they are.
+        merged: [P] int64 on the host, tokens that others of the pool are merged into.
     """
 
     layer: nn.Module
@@ -370,6 +399,28 @@ class LayerInput:
     mask: Tensor
     queries: Tensor
     query_mask: Tensor
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    norm: nn.Module = field(default_factory=nn.Identity)
+    pool: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    answer: Tensor | None = None
+    drop: Drop = Drop(1, 1.0, 0)
+    entered: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    present: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    merged: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+@dataclass
+class MergedTokens:
+    """Tokens that dropped ones become. They come after the kept ones of their pool, in this order.
+
+    Attributes:
+        features: [P, M, D], those of each pool.
+        columns: [P, M] int64, for each the column of a dropped token of the same pool, in whose place it stands.
+    """
+
+    features: Tensor
+    columns: Tensor
 
 
 class DecoderReducer(Reducer, abc.ABC):
@@ -390,17 +441,55 @@ class DecoderReducer(Reducer, abc.ABC):
             ValueError: a drop does not lie between two layers.
         """
 
-    def kept_fractions(self, num_layers: int) -> list[float]:
-        """For each layer the fraction of the image tokens that entered which it sees."""
-        left = {drop.after: drop.keep for drop in self.drops(num_layers)}
-        fractions = [1.0]
-        for layer in range(1, num_layers):
-            fractions.append(left.get(layer, fractions[-1]))
-        return fractions
+    def kept(self, drop: Drop, entered: Tensor, present: Tensor) -> Tensor:
+        """[P] int64 on the host, tokens of each pool that stay as they are; `present` are cut to, if it says more.
+
+        Args:
+            drop: one of `drops`.
+            entered: [P] int64, tokens of each pool that entered the language model.
+            present: [P] int64, those that are still there.
+        """
+        if isinstance(drop.keep, int):
+            return torch.full_like(entered, drop.keep)
+        return (entered.double() * drop.keep).long()
+
+    def merged(self, drop: Drop, dropped: Tensor) -> Tensor:
+        """[P] int64 on the host, tokens that `dropped` [P] ones of each pool are merged into; see `merge`."""
+        return torch.zeros_like(dropped)
+
+    def queries(self, given: EnteringTokens) -> Tensor | None:
+        """[B, L] bool, the tokens whose attention ranks, in rows with images; None: those before answers, or the last.
+
+        The tokens are text, and are never dropped.
+        """
+        return None
 
     @abc.abstractmethod
     def score(self, given: LayerInput) -> Tensor:
-        """[B, L] float32: the higher a token's score, the longer it stays."""
+        """[B, L] float32: the higher a token's score, the longer it stays. Of each pool the best `given.kept` stay."""
+
+    def merge(self, given: LayerInput, scores: Tensor, keep: Tensor) -> MergedTokens:
+        """What dropped tokens become, for a method whose `merged` says how many.
+
+        Args:
+            given: see there.
+            scores: [B, L], what `score` returned.
+            keep: [B, L] bool, tokens that stay.
+        """
+        raise NotImplementedError
+
+    def layer_counts(self, num_layers: int, entered: int) -> list[int]:
+        """For each layer the tokens that it sees of an image that entered with `entered`."""
+        first = present = torch.tensor([entered])
+        left = {}
+        for drop in self.drops(num_layers):
+            kept = torch.minimum(self.kept(drop, first, present), present)
+            present = kept + self.merged(drop, present - kept)
+            left[drop.after] = int(present)
+        counts = [entered]
+        for layer in range(1, num_layers):
+            counts.append(left.get(layer, counts[-1]))
+        return counts
 
 
 @dataclass(frozen=True)

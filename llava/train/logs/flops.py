@@ -33,15 +33,17 @@ class FlopsModel:
         tower_learns = any(p.requires_grad for p in inner.get_vision_tower().parameters())
         tokens, passes = projector_passes(model, inner.reducers())
         self.image_token = projector_step_macs(passes, learns, after=tower_learns) / tokens
-        reducer, layers = inner.decoder_reducer, len(self.sizes.layers)
-        self.kept = [1.0] * layers if reducer is None else reducer.kept_fractions(layers)
+        self._decoder_reducer = inner.decoder_reducer
 
     def of(self, totals: Totals) -> float:
         """FLOPs of the training steps that `totals` sums up."""
         text = totals.tokens - totals.image_tokens
         macs = totals.image_tokens * self.image_token + totals.tiles * self.tile
-        for layer, kept in enumerate(self.kept):
-            tokens = text + totals.image_tokens * kept
+        entered = max(1, round(totals.image_tokens / max(totals.images, 1)))
+        layers, reducer = len(self.sizes.layers), self._decoder_reducer
+        counts = [entered] * layers if reducer is None else reducer.layer_counts(layers, entered)
+        for layer, count in enumerate(counts):
+            tokens = text + totals.image_tokens * count / entered
             squares = totals.squares * (tokens / max(totals.tokens, 1)) ** 2
             macs += layer_step_macs(self.sizes, layer, tokens, squares)
         return OPERATIONS * (macs + totals.answer_tokens * step_macs(self.sizes.head, passes_back=True))
