@@ -41,7 +41,9 @@ from llava.cost.tokens import (
 )
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
 from llava.reduction.base import DecoderReducer, Reducers
+from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
+from llava.reduction.stand_in import TowerShape
 
 PARTS = ("vision", "reducer", "projector", "prefill", "decoding")
 
@@ -132,7 +134,7 @@ def question_cost(model: Any, reduction: Any = None, scenario: Scenario | None =
     scenario = scenario or Scenario()
     sizes = Sizes.of(model)
     tiles, share = tiles_of(model, scenario)
-    reducers, note = methods(reduction, share)
+    reducers, note = methods(reduction, share, model)
     precision = find_precision(scenario.dtype, find_device(scenario.device))
     images = entering_tokens(model, reducers, scenario)
     lengths = layer_lengths(reducers.decoder, len(sizes.layers), images, scenario.text_tokens)
@@ -157,9 +159,18 @@ def question_cost(model: Any, reduction: Any = None, scenario: Scenario | None =
     )
 
 
-def methods(reduction: Any, share: float | None = None) -> tuple[Reducers, str]:
-    """New reducers of a reduction, an adaptive one with a budget, and a note; `share` as for `with_budget`."""
-    reducers = ReductionConfig.parse(reduction).build_all()
+def methods(reduction: Any, share: float | None = None, model: Any = None) -> tuple[Reducers, str]:
+    """New reducers of a reduction, an adaptive one with a budget, and a note.
+
+    Args:
+        reduction: what `ReductionConfig.parse` reads.
+        share: as for `with_budget`.
+        model: in which a method meets the `budget` that it is told.
+    """
+    shape = None
+    if model is not None:
+        shape = ModelShape(TowerShape.of(model.get_model().get_vision_tower()), model.config.num_hidden_layers)
+    reducers = ReductionConfig.parse(reduction).build_all(shape)
     encoder, note = with_budget(reducers.encoder, share)
     return replace(reducers, encoder=encoder), note
 

@@ -175,7 +175,7 @@ def training_cost(model: Any, reduction: Any = None, run: TrainingRun | None = N
     run = run or TrainingRun()
     sizes = Sizes.of(model).with_training(run.trains, run.lora_rank, run.trains_tower)
     tiles, share = tiles_of(model, run)
-    reducers, note = methods(reduction, share)
+    reducers, note = methods(reduction, share, model)
     images = entering_tokens(model, reducers, run)
     lengths = layer_lengths(reducers.decoder, len(sizes.layers), images, run.text_tokens)
     b, rows = run.batch, run.text_tokens if run.head_rows is None else run.head_rows

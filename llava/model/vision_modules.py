@@ -16,7 +16,9 @@ from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.model.projector_method import method_of_adapter
 from llava.model.weights import load_into, raise_for_keys, read_weights, strip_prefixes
 from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducers, TowerReducer
+from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
+from llava.reduction.stand_in import TowerShape
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +69,13 @@ class VisionModules:
         self._set_reducers(reducers)
 
     def _build_reducers(self, reduction: ReductionConfig) -> Reducers:
-        reducers = reduction.build_all()
+        tower = self.vision_tower
+        shape = None if tower is None else ModelShape(TowerShape.of(tower), self.config.num_hidden_layers)
+        reducers = reduction.build_all(shape)
         if reducers.decoder is not None:
             reducers.decoder.drops(self.config.num_hidden_layers)  # raises for layers that are not there
-        if self.vision_tower is not None:
-            self.vision_tower.check_methods(reducers)
+        if tower is not None:
+            tower.check_methods(reducers)
         return reducers
 
     def _set_reducers(self, reducers: Reducers) -> None:

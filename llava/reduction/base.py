@@ -206,6 +206,8 @@ class Reducer(nn.Module):
     """
 
     method: ClassVar[str] = ""  # the name that it is registered under
+    is_trained: ClassVar[bool] = False  # whether it needs weights that were trained with it
+    budget_conflicts: ClassVar[tuple[str, ...]] = ("ratio",)  # options that a budget takes the place of, besides those
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -218,6 +220,17 @@ class Reducer(nn.Module):
 
     def validate(self) -> None:
         """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
+
+    @classmethod
+    def budget_choices(cls, entering: int) -> Sequence[Mapping[str, Any]]:
+        """Options to choose from for a `budget`, from the fewest tokens to the most; none: it can't be told one.
+
+        Args:
+            entering: visual tokens of a tile that come to the method.
+        """
+        if not hasattr(cls, "tokens"):  # a field's default
+            return ()
+        return [{"tokens": count} for count in range(1, entering + 1)]
 
     def mistake(self, message: str) -> ValueError:
         """An error that names the method."""
@@ -317,6 +330,11 @@ class ProjectorReducer(Reducer, abc.ABC):
         Raises:
             ValueError: the method can't divide a grid of (h, w) patches.
         """
+
+    def token_count(self, grid: tuple[int, int]) -> int:
+        """Tokens that a tile of (h, w) patches becomes."""
+        rows, columns = self.reduced_grid(grid)
+        return rows * columns
 
     @abc.abstractmethod
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:

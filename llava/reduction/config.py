@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import yaml
 
-from llava.reduction.base import Reducer, Reducers
-from llava.reduction.registry import SITES, build, method_class, site_of
+from llava.reduction.base import Reducers
+from llava.reduction.budget import ModelShape, check_budget, resolve_budget
+from llava.reduction.registry import SITES, build, is_loaded, method_class, site_of
 from llava.yaml_text import read_yaml
 
+_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 # Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio). Its scripts say TextSim+.
 LEGACY_TRIM_KEY = "mm_vision_token_reduce_func"
 
@@ -80,6 +83,7 @@ class ReductionConfig:
         """What a model's config asks for: its key `reduction`, otherwise a key of the methods' releases."""
         own = getattr(config, "reduction", None)
         if own is not None:
+            _check_loaded(own)
             return cls.parse(own)
         return cls.parse(_parse_legacy(getattr(config, LEGACY_TRIM_KEY, None)))
 
@@ -97,14 +101,28 @@ class ReductionConfig:
     def __bool__(self) -> bool:
         return bool(self.to_dict())
 
-    def build(self, site: str) -> Reducer | None:
-        """A new reducer for `site`, or None where nothing is asked for."""
-        method = dict(getattr(self, site))
-        return build(method.pop("name"), **method) if method else None
+    def build_all(self, shape: ModelShape | None = None) -> Reducers:
+        """New reducers for all sites.
 
-    def build_all(self) -> Reducers:
-        """New reducers for all sites."""
-        return Reducers(**{site: cast(Any, self.build(site)) for site in SITES})
+        Args:
+            shape: of the model, for a method that is told a `budget`.
+
+        Raises:
+            ValueError: a budget that can't be met, or one without a model to meet it in.
+        """
+        reducers = Reducers()
+        for site in SITES:  # in the order in which visual tokens go through them
+            method = dict(getattr(self, site))
+            if "budget" in method:
+                if shape is None:
+                    raise ValueError(
+                        f"reduction.{site}: budget={method['budget']} is a number of tokens in a model's layers, and "
+                        "there is no model with a vision tower here; give the method its own options"
+                    )
+                method = resolve_budget(method, reducers, shape)
+            if method:
+                reducers = replace(reducers, **{site: cast(Any, build(method.pop("name"), **method))})
+        return reducers
 
 
 def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_ratio_list: str | None) -> Any:
@@ -135,11 +153,27 @@ def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_r
     return ReductionConfig.parse({**sites, "decoder": {"name": "pyramiddrop", **lists}})
 
 
+def _check_loaded(own: Any) -> None:
+    """Refuse to import what a checkpoint's file names: it may come from anyone.
+
+    Raises:
+        ValueError: a method `module:Class` of a module that nobody has imported.
+    """
+    sites = [own] if not isinstance(own, Mapping) or "name" in own else own.values()
+    for method in sites:
+        name = method.get("name") if isinstance(method, Mapping) else method
+        if isinstance(name, str) and not is_loaded(name):
+            raise ValueError(
+                f"this model's config.json reduces with {name}, code outside of llava, which is not imported because a "
+                f"file names it: import {name.partition(':')[0]} first, or pass reduction={name!r} (--reduction)"
+            )
+
+
 def _parse_text(text: str) -> Any:
     text = text.strip()
     if text.lower() in ("", "none", "null"):
         return None
-    if "{" not in text and ":" not in text:
+    if ("{" not in text and ":" not in text) or _CLASS.fullmatch(text):
         return {"name": text}
     return _load_yaml(text)
 
@@ -184,7 +218,10 @@ def trim_flag(value: str) -> str | None:
 def _check_method(site: str, method: Mapping[str, Any]) -> None:
     try:
         method_class(method["name"], site)
-        build(**method)
+        if "budget" in method:
+            check_budget(method)
+        else:
+            build(**method)
     except ValueError as error:
         raise ValueError(f"reduction.{site}: {error}") from error
 

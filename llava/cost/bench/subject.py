@@ -17,6 +17,7 @@ from llava.cost.sizes import open_model
 from llava.model.builder import load_pretrained_model
 from llava.model.weights import weight_files
 from llava.reduction.base import Reducers
+from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def open_subject(
     Raises:
         ValueError: it can't be opened.
     """
-    text = next((one for one in reductions if one.build_all().read_text), None)
+    text = next((one for one in reductions if one.build_all(ModelShape()).needs.clip_text), None)
     if Path(model).is_dir() and weight_files(Path(model)):
         reduction = None if text is None else text.to_dict()
         _, opened, _, _ = load_pretrained_model(

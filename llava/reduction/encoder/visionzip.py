@@ -7,6 +7,9 @@ Shapes: N images, P patches, R patches that are not dominant, K contextual token
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -43,6 +46,12 @@ class VisionZip(EncoderReducer):
             raise self.mistake("tokens is dominant and contextual together; leave out the one or the others")
         if self.tokens == 1 or self.dominant == 1:
             raise self.mistake("dominant=1 would be CLS alone: give it 2 tokens or more")
+
+    budget_conflicts = ("dominant", "contextual")
+
+    @classmethod
+    def budget_choices(cls, entering: int) -> Sequence[Mapping[str, Any]]:
+        return super().budget_choices(entering)[1:]
 
     @property
     def needs(self) -> Needs:

@@ -41,6 +41,8 @@ class ToMe(TowerReducer):
     tokens: Count | None = None  # left at the end: the pairs are spread over the blocks, the larger numbers first
     variant: Literal["paper", "lightcompress"] = "paper"
 
+    budget_conflicts = ("per_block",)
+
     def validate(self) -> None:
         super().validate()
         if (self.per_block is None) == (self.tokens is None):
