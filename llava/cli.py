@@ -172,6 +172,17 @@ def flops(
 
 
 @app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Of one method: what it does, and where releases differ.")] = None,
+    model: Annotated[str, typer.Option(help="Whose costs are shown: 7b, 13b, another known name or a folder.")] = "7b",
+) -> None:
+    """List the methods of reduction with site, options and cost, or describe one."""
+    from llava.cost.methods import describe, table
+
+    typer.echo(table(model) if name is None else describe(name), nl=False)
+
+
+@app.command()
 def bench(
     model: Annotated[
         str, typer.Argument(help="A checkpoint; or 7b, 13b, another known name or a config.json, for random weights.")

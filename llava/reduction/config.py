@@ -159,14 +159,20 @@ def _check_loaded(own: Any) -> None:
     Raises:
         ValueError: a method `module:Class` of a module that nobody has imported.
     """
-    sites = [own] if not isinstance(own, Mapping) or "name" in own else own.values()
-    for method in sites:
-        name = method.get("name") if isinstance(method, Mapping) else method
-        if isinstance(name, str) and not is_loaded(name):
+    for name in _names(own):
+        if not is_loaded(name):
             raise ValueError(
                 f"this model's config.json reduces with {name}, code outside of llava, which is not imported because a "
                 f"file names it: import {name.partition(':')[0]} first, or pass reduction={name!r} (--reduction)"
             )
+
+
+def _names(value: Any) -> list[str]:
+    """The names of the methods in any of the forms that `ReductionConfig.parse` reads."""
+    value = _parse_text(value) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        return []
+    return [str(value["name"])] if "name" in value else [name for part in value.values() for name in _names(part)]
 
 
 def _parse_text(text: str) -> Any:

@@ -106,8 +106,9 @@ def _import(name: str) -> type[Reducer]:
         raise ValueError(f"reduction method {name!r}: {error}; expected MODULE:CLASS that can be imported") from error
     if not (isinstance(cls, type) and any(issubclass(cls, base) for base in SITES.values())):
         raise ValueError(f"reduction method {name!r} is no subclass of {', '.join(b.__name__ for b in SITES.values())}")
-    cls.method = cls.method or name
-    return cls
+    found: type[Reducer] = cls
+    found.method = found.method or name
+    return found
 
 
 def method_class(name: str, site: str | None = None) -> type[Reducer]:
