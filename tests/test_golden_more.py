@@ -291,6 +291,19 @@ def opened(golden: Path) -> Any:
     return _OPENED[0]
 
 
+@pytest.mark.parametrize("name", [name for name in names() if name.startswith("cdpruner") and name != "cdpruner_wide"])
+@torch.no_grad()
+def test_a_text_in_segments(name: str, golden: Path) -> None:
+    """CLIP's tokens of the question, uncut, and an embedding for each stretch."""
+    case, about = read_more(name)
+    model = opened(golden)
+    model.set_reduction("trim")
+    tower = model.get_vision_tower()
+    (embeds,) = tower.text_tower.embed_segments([about["text"]], tower.name)
+    torch.testing.assert_close(embeds, case["text_embeds"], **TOKENS)
+    assert tower.text_tower._tokenizer(about["text"]).input_ids == case["text_ids"][0].tolist()
+
+
 @pytest.mark.parametrize("name", names())
 def test_case(name: str, golden: Path) -> None:
     row = row_of(name)
