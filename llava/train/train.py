@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.files import atomic_folder, note_files
-from llava.model.language_model.packed import PACKED_SDPA
+from llava.model.language_model.packed import BY_BOUNDARIES, PACKED_SDPA
 from llava.reduction import ReductionConfig
 from llava.train.checkpoints.folders import STATE_FILE
 from llava.train.checkpoints.output_dir import RUN_FILES, holding_output_dir
@@ -29,11 +29,12 @@ from llava.train.checkpoints.resume import (
 )
 from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.launching.process import open_run_log, set_up_logging
+from llava.train.lengths import sample_lengths
 from llava.train.logs.run_info import write_run_info
 from llava.train.logs.trackers import wandb_run
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.preflight.doctor import preflight
-from llava.train.settings.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
+from llava.train.settings.arguments import DataArguments, ModelArguments, TrainingArguments, require_package, runs_on_cpu
 from llava.train.settings.parsing import Arguments, parse_args
 from llava.train.trainer import LLaVATrainer
 
@@ -87,12 +88,12 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)
-    if training.packing and training.attn_implementation == "sdpa":
-        training.attn_implementation = PACKED_SDPA
     config = read_config(arguments)
+    choose_packing(training)
     tokenizer = load_tokenizer(arguments, checkpoint)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
     preflight(arguments, config, dataset)
+    lengths = sample_lengths(arguments, config, dataset) if training.tokens_per_batch else None
     model = load_model(arguments, config, tokenizer)
     log_trainable(model)
     reduction = ReductionConfig.of_model(model.config)
@@ -101,6 +102,7 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     trainer = LLaVATrainer(
         kind=run_kind(arguments),
         settings=settings,
+        sample_lengths=lengths,
         model=model,
         args=training,
         train_dataset=dataset,
@@ -126,6 +128,23 @@ def best_attention(arguments: Arguments) -> str:
             return "sdpa"
         return "flash_attention_2"
     return "sdpa"
+
+
+def choose_packing(training: Any) -> None:
+    """Settle `packing` where it was left open, and with it the attention of the run.
+
+    It is on where it was measured to be faster (docs/benchmarks.md): on the CPU, and on a GPU whose attention goes by the
+    samples' boundaries. A batch of one sample has no padding to leave out.
+    """
+    attention = training.attn_implementation
+    attention = PACKED_SDPA if attention == "sdpa" else attention
+    if training.packing is None:
+        is_fast = attention in BY_BOUNDARIES or (attention == PACKED_SDPA and runs_on_cpu(training))
+        has_padding = training.per_device_train_batch_size > 1
+        training.packing = bool(training.tokens_per_batch or (has_padding and is_fast))
+        logger.info("packing: %s, as is faster here", training.packing)
+    if training.packing:
+        training.attn_implementation = attention
 
 
 def report_idle_gpus(training: Any) -> None:

@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED_SDPA = "packed_sdpa"
-CAN_PACK = (PACKED_SDPA, "flash_attention_2", "flash_attention_3")
+BY_BOUNDARIES = ("flash_attention_2", "flash_attention_3")
+CAN_PACK = (PACKED_SDPA, *BY_BOUNDARIES)
 
 
 def packed_sdpa(
