@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.model.language_model.staged import StagedPass
+from llava.train.modeling import read_config
 from llava.train.settings.parsing import parse_args
-from llava.train.train import train
+from llava.train.train import choose_packing, train
 from tests.test_model import FIRST, ROWS, pictures
 from tests.test_staged import BACKBONES, METHODS, gradients, padded, staged_model, training_batch
 from tests.tiny_world import make_tiny_world
@@ -95,3 +97,45 @@ def test_packing_with_eager_attention_is_refused_before_the_run(tmp_path: Path) 
     world = make_tiny_world(tmp_path / "world")
     with pytest.raises(ValueError, match="--packing needs flash_attention_2 or sdpa"):
         parse_args(world.flags(tmp_path, packing=True, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "attention", "on_gpu", "expected"),
+    [
+        ({}, "sdpa", False, (True, PACKED_SDPA)),
+        ({"packing": "auto"}, "sdpa", False, (True, PACKED_SDPA)),
+        ({"packing": False}, "sdpa", False, (False, "sdpa")),
+        ({"per_device_train_batch_size": 1}, "sdpa", False, (False, "sdpa")),
+        ({"per_device_train_batch_size": 1, "tokens_per_batch": 512}, "sdpa", False, (True, PACKED_SDPA)),
+        ({}, "eager", False, (False, "eager")),
+        ({}, "sdpa", True, (False, "sdpa")),
+        ({"packing": True}, "sdpa", True, (True, PACKED_SDPA)),
+        ({}, "flash_attention_2", True, (True, "flash_attention_2")),
+    ],
+    ids=str,
+)
+def test_packing_is_on_where_it_is_faster(
+    settings: dict[str, Any],
+    attention: str,
+    on_gpu: bool,
+    expected: tuple[bool, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = make_tiny_world(tmp_path / "world")
+    arguments = parse_args(world.flags(tmp_path / "run", **settings))
+    training = arguments.training
+    training.attn_implementation = attention
+    monkeypatch.setattr("llava.train.train.runs_on_cpu", lambda training: not on_gpu)
+    choose_packing(training, read_config(arguments))
+    assert (training.packing, training.attn_implementation) == expected
+
+
+def test_the_choice_is_kept_with_the_run_and_may_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    world = make_tiny_world(tmp_path / "world")
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    train(parse_args(world.flags(tmp_path / "run", **saves, max_steps=1, packing=False)))
+    train(parse_args(world.flags(tmp_path / "run", **saves, max_steps=2)))
+    kept = json.loads((tmp_path / "run/checkpoint-2/run_settings.json").read_text())
+    assert kept["packing"] is True
+    assert "packing changed since" in caplog.text

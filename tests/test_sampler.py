@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from llava.train.lengths import sample_lengths
-from llava.train.modeling import load_tokenizer, read_config
 from llava.train.data import load_dataset
+from llava.train.lengths import sample_lengths
+from llava.train.logs.divergence import DivergedError
+from llava.train.modeling import load_tokenizer, read_config
 from llava.train.sampler import TokenBatchSampler
 from llava.train.settings.parsing import parse_args
 from llava.train.settings.problems import SettingsError
@@ -174,12 +175,19 @@ def test_the_loss_is_the_mean_over_all_answers_of_the_step(world: TinyWorld, tmp
 
 
 def test_an_interrupted_run_goes_on_at_its_sample(world: TinyWorld, tmp_path: Path) -> None:
-    settings = {"tokens_per_batch": 512, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
-    straight = train(parse_args(world.flags(tmp_path / "straight", **settings, max_steps=7)))
-    train(parse_args(world.flags(tmp_path / "resumed", **settings, max_steps=4, lr_scheduler_type="constant")))
-    assert straight is not None
+    settings = {"tokens_per_batch": 512, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    settings |= {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    for name, steps in (("straight", 5), ("resumed", 2), ("resumed", 5)):
+        train(parse_args(world.flags(tmp_path / name, **settings, max_steps=steps)))
+    assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
     with pytest.raises(SettingsError, match="tokens_per_batch: 512 -> 600"):
         train(parse_args(world.flags(tmp_path / "straight", **{**settings, "tokens_per_batch": 600}, max_steps=9)))
+
+
+def test_a_run_that_diverges_names_its_samples(world: TinyWorld, tmp_path: Path) -> None:
+    settings = {"tokens_per_batch": 512, "learning_rate": 1e30, "stop_after_nonfinite_steps": 1, "max_steps": 6}
+    with pytest.raises(DivergedError, match="Step 2 had '"):
+        train(parse_args(world.flags(tmp_path, **settings)))
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)
     config = read_config(arguments)
-    choose_packing(training)
+    choose_packing(training, config)
     tokenizer = load_tokenizer(arguments, checkpoint)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
     preflight(arguments, config, dataset)
@@ -130,7 +130,7 @@ def best_attention(arguments: Arguments) -> str:
     return "sdpa"
 
 
-def choose_packing(training: Any) -> None:
+def choose_packing(training: Any, config: Any) -> None:
     """Settle `packing` where it was left open, and with it the attention of the run.
 
     It is on where it was measured to be faster (docs/benchmarks.md): on the CPU, and on a GPU whose attention goes by the
