@@ -53,8 +53,11 @@ class Trainee:
         self.is_llavas = not (Path(sys.path[0]) / "llava/reduction").is_dir()
         self.samples = torch.load(folder / "samples.pt")
         self.model = self._llavas(folder) if self.is_llavas else self._own(folder)
+        torch.manual_seed(1)
         for name, weight in self.model.named_parameters():
             weight.requires_grad_("vision_tower" not in name)
+        for weight in self.model.get_model().mm_projector.parameters():
+            torch.nn.init.normal_(weight, std=0.02)  # the same in all codes, in the order of the weights
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
         self.model.train()
@@ -119,7 +122,7 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         taken = {"wall": time.perf_counter() - start, "cpu": time.process_time() - processors}
-        return {**taken, "loss": float(loss)}
+        return {**taken, "loss": float(loss.detach())}
 
 
 def work(folder: Path) -> None:
@@ -243,6 +246,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, action="append", default=[], help="an earlier code of this project")
     parser.add_argument("--llava", type=Path, help="LLaVA's own code, such as c121f04")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the libraries of --llava")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--scale", type=float, default=0.25, help="multiplies all lengths, for a small machine")
@@ -260,16 +264,17 @@ def main() -> None:
             name: stack.enter_context(running(checkout, sys.executable, folder, args.threads))
             for name, checkout in checkouts.items()
         }
-        ways = [(name, *way) for name in codes for way in OWN_WAYS]
+        ways = [(name, *way) for name in codes for way in OWN_WAYS if way[0] in args.methods]
         if args.llava:
             codes["LLaVA"] = stack.enter_context(running(args.llava, args.python, folder, args.threads))
             ways.insert(0, ("LLaVA", "none", False))
         times: dict[tuple[str, str, bool], list[float]] = {way: [] for way in ways}
-        for turn in range(args.turns + 1):  # the first warms up
-            indices = list(range(turn * args.batch, (turn + 1) * args.batch))
+        for turn in range(args.turns + 1):  # the first warms up, with one sample
+            indices = list(range(turn * args.batch, (turn + 1) * args.batch))[: None if turn else 1]
             for way in ways if turn % 2 else reversed(ways):
                 name, method, packed = way
                 taken = codes[name].step(indices, METHODS[method], packed)
+                print(f"turn {turn}: {way} {taken}", file=sys.stderr)  # a run that is ended early has told something
                 if turn:
                     times[way].append(taken[args.clock])
         report(args, folder, lengths[args.batch :], times)
