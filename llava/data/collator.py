@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llava.constants import IGNORE_INDEX
+from llava.data.stored_features import join_images
 
 
 @dataclass
@@ -31,8 +32,8 @@ class DataCollatorForSupervisedDataset:
 
         Returns:
             `input_ids`, `labels` and `attention_mask` (LongTensor [B, S], padded on the tokenizer's side),
-            `images` and `image_sizes` (flat lists over the batch, empty without images), `texts` (B strings), and
-            `packed` where asked for.
+            `images` (of the whole batch, see `join_images`) and `image_sizes` (a list), both empty without images,
+            `texts` (B strings), and `packed` where asked for.
 
         Raises:
             ValueError: the tokenizer has no padding token.
@@ -47,7 +48,7 @@ class DataCollatorForSupervisedDataset:
             "labels": self._pad([instance["labels"] for instance in instances], IGNORE_INDEX),
             # By length: the padding id itself may also be a token of the text (eos, unk).
             "attention_mask": self._pad([torch.ones_like(one) for one in ids], 0),
-            "images": [image for instance in instances for image in instance["images"]],
+            "images": join_images([instance["images"] for instance in instances]),
             "image_sizes": [size for instance in instances for size in instance["image_sizes"]],
             "texts": [instance["text"] for instance in instances],
             **({"packed": True} if self.packing else {}),

@@ -14,13 +14,10 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.data.samples import BadSampleError
 from llava.mm_utils import parse_grid_pinpoints
 from llava.train.preflight.models import VisualCount, build_without_weights
-from llava.train.preflight.samples import label, measure
+from llava.train.preflight.samples import label, measure, row_chunks
 from llava.train.settings.parsing import Arguments
 
 logger = logging.getLogger(__name__)
-
-CHUNK = 512
-"""Rows that are read from the table at a time."""
 
 
 def sample_lengths(arguments: Arguments, config: Any, dataset: LazySupervisedDataset) -> list[int]:
@@ -41,7 +38,8 @@ def sample_lengths(arguments: Arguments, config: Any, dataset: LazySupervisedDat
     visual = tokens_of_an_image(arguments, config) if dataset.column("images").any() else 0
     places = dataset.places()
     share = np.array_split(places, training.world_size)[training.process_index]
-    own = [_length(dataset, row, visual, training.model_max_length) for row in _rows(dataset, share)]
+    rows = chain.from_iterable(row_chunks(dataset, places=share))
+    own = [_length(dataset, row, visual, training.model_max_length) for row, *_ in rows]
     shares = gather_object([own]) if training.world_size > 1 else [own]
     lengths: list[int] = dataset.of_samples(np.array(list(chain.from_iterable(shares)))).tolist()
     return lengths
@@ -58,16 +56,9 @@ def tokens_of_an_image(arguments: Arguments, config: Any) -> int:
             "the method is adaptive, so --tokens_per_batch counts all tokens of an image and leaves rows emptier than "
             "they could be: say with --image_tokens_estimate how many stay (image_tokens in an earlier run's log)"
         )
-    if data.image_aspect_ratio == "anyres":
+    if data.image_aspect_ratio == "anyres" and data.image_grid_pinpoints:
         return max(count.count(tuple(size)) for size in parse_grid_pinpoints(data.image_grid_pinpoints))
     return count.count((1, 1))
-
-
-def _rows(dataset: LazySupervisedDataset, places: np.ndarray) -> Any:
-    for start in range(0, len(places), CHUNK):
-        columns = dataset.table[places[start : start + CHUNK].tolist()]
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
 
 
 def _length(dataset: LazySupervisedDataset, row: dict[str, Any], visual: int, max_length: int) -> int:

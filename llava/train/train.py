@@ -15,6 +15,7 @@ import yaml
 from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.data.dataset import LazySupervisedDataset
 from llava.files import atomic_folder, note_files
 from llava.model.language_model.packed import BY_BOUNDARIES, PACKED_SDPA
 from llava.reduction import ReductionConfig
@@ -28,13 +29,20 @@ from llava.train.checkpoints.resume import (
     run_settings,
 )
 from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
+from llava.train.feature_key import check_cache_fits, use_feature_cache
 from llava.train.launching.process import open_run_log, set_up_logging
 from llava.train.lengths import sample_lengths
 from llava.train.logs.run_info import write_run_info
 from llava.train.logs.trackers import wandb_run
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.preflight.doctor import preflight
-from llava.train.settings.arguments import DataArguments, ModelArguments, TrainingArguments, require_package, runs_on_cpu
+from llava.train.settings.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    require_package,
+    runs_on_cpu,
+)
 from llava.train.settings.parsing import Arguments, parse_args
 from llava.train.trainer import LLaVATrainer
 
@@ -92,9 +100,13 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     choose_packing(training, config)
     tokenizer = load_tokenizer(arguments, checkpoint)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
+    use_feature_cache(dataset, arguments)
     preflight(arguments, config, dataset)
-    lengths = sample_lengths(arguments, config, dataset) if training.tokens_per_batch else None
+    lengths = None
+    if training.tokens_per_batch and isinstance(dataset, LazySupervisedDataset):
+        lengths = sample_lengths(arguments, config, dataset)
     model = load_model(arguments, config, tokenizer)
+    check_cache_fits(dataset, model, arguments)
     log_trainable(model)
     reduction = ReductionConfig.of_model(model.config)
     settings = run_settings(arguments, reduction, dataset, training.world_size)
@@ -106,7 +118,7 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
         model=model,
         args=training,
         train_dataset=dataset,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=training.packing),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=bool(training.packing)),
         processing_class=tokenizer,
     )
     write_run_config(arguments, checkpoint)
@@ -133,8 +145,8 @@ def best_attention(arguments: Arguments) -> str:
 def choose_packing(training: Any, config: Any) -> None:
     """Settle `packing` where it was left open, and with it the attention of the run.
 
-    It is on where it was measured to be faster (docs/benchmarks.md): on the CPU, and on a GPU whose attention goes by the
-    samples' boundaries. A batch of one sample has no padding to leave out.
+    It is on where it is faster (docs/benchmarks.md): on the CPU, and on a GPU whose attention goes by the samples'
+    boundaries. A batch of one sample has no padding to leave out.
     """
     attention = training.attn_implementation
     attention = PACKED_SDPA if attention == "sdpa" else attention

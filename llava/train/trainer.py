@@ -20,6 +20,7 @@ from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, seed_worker
 
+from llava.data.stored_features import StoredFeatures
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.files import CHECKPOINT_FILES, adopt_checkpoint, atomic_folder, note_files, write_file_list
 from llava.model.language_model.batch_counts import Totals
@@ -349,6 +350,12 @@ class LLaVATrainer(Trainer):
         logger.info("tokens_per_batch: %s", sampler.describe())
         self._follow_epochs(sampler)
         return sampler
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Streams and batches by tokens do not go through accelerate, which copies pinned batches so.
+        if isinstance(data, torch.Tensor | StoredFeatures) and self.accelerator.non_blocking:
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         # Where all samples of a step were skipped nothing is learned: the loss is 0 / 1, not 0 / 0.

@@ -26,6 +26,7 @@ class Pools:
         others: [B] int64, real tokens of a row outside all pools.
         queries: Q, the most queries of a row, at least 1.
         left: whether rows are padded on the left.
+        answers: tokens with a label.
     """
 
     pool: Tensor
@@ -36,6 +37,7 @@ class Pools:
     others: Tensor
     queries: int
     left: bool
+    answers: int = 0
 
     def to(self, device: torch.device) -> None:
         """Follow the hidden states to another device."""
@@ -92,6 +94,7 @@ def plan_pools(
         others=(real & ~is_image).sum(dim=1),
         queries=max(1, int(is_query.sum(dim=1).max())),
         left=bool(real[real.any(dim=1), -1].all()) if left is None else left,
+        answers=0 if labels is None else int((targets != IGNORE_INDEX).sum()),
     )
 
 

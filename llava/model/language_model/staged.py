@@ -45,6 +45,7 @@ class StagedPass:
         reducer: what drops image tokens; None drops none.
         kept: set by the runner: [B, L'] int64, the columns that reach the end; -1 at padding.
         place: set by the runner where the batch is packed: [T], index of each token of the row into [B, L'].
+        answers: set by the runner: tokens with a label, known on the host.
     """
 
     image_index: Tensor
@@ -54,6 +55,7 @@ class StagedPass:
     reducer: DecoderReducer | None = None
     kept: Tensor | None = None
     place: Tensor | None = None
+    answers: int | None = None
 
     def kept_labels(self) -> Tensor:
         """The labels of the tokens that reach the end, [B, L'], or [1, T] where packed."""
@@ -286,6 +288,7 @@ def _prefill(
         stage = _Stage(model, hidden, rows, start, cache, kwargs)
     hidden = stage.run(hidden, len(model.layers))
     _remember(cache, range(start, len(model.layers)), rows, first_rows)
+    staged.answers = pools.answers
     staged.kept, staged.place = rows.columns.masked_fill(~rows.mask, -1), rows.real
     return hidden
 
