@@ -2,10 +2,11 @@
 
     python -m benchmarks.training_speed --checkout OLD [--checkout ...] [--llava CHECKOUT --python PATH] [--turns 6]
 
-A checkout is a folder with the code of a commit (`git worktree add OLD 0e529b7`). LLaVA's own code runs where a user has
-it with its libraries: `--python` names the interpreter of that environment. Each code runs in a process of its own; all
-open the same weights and get the same batches, and take turns at them, so that a busy machine slows all of them. A step
-is forward, backward and AdamW's update in float32; language model and projector learn, the vision tower is frozen.
+A checkout is a folder with the code of a commit (`git worktree add OLD 0e529b7`). LLaVA's own code runs where a user
+has it with its libraries: `--python` names the interpreter of that environment. Each code runs in a process of its
+own; all open the same weights and get the same batches, and take turns at them, so that a busy machine slows all of
+them. A step is forward, backward and AdamW's update in float32; language model and projector learn, the vision tower
+is frozen.
 
 The model is a small Llama with a tiny CLIP; the lengths are those of `benchmarks.packing`. FLOPs of the methods are
 those of `llava.cost`, whose formulas count what the tokens of each batch need.
