@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,20 +224,20 @@ def write_world(folder: Path, args: argparse.Namespace) -> list[tuple[int, int]]
 
 
 def flop_ratio(folder: Path, method: Any, lengths: list[tuple[int, int]]) -> float:
-    """Operations of the layers and the head in training with a method, of those without, by `llava.cost`."""
+    """Arithmetic of training with a method by that without, as `llava.cost` counts it sample by sample."""
     from llava.cost.sizes import open_model
     from llava.cost.training import TrainingRun, training_cost
 
-    model = open_model(str(folder / "llava"))
+    llm, clip = (json.loads((folder / name / "config.json").read_text()) for name in ("llm", "clip"))
+    vision = {key: value for key, value in clip.items() if key != "architectures"}
+    llava = {"mm_vision_tower": str(folder / "clip"), "mm_vision_config": vision, "mm_vision_select_layer": -2}
+    llava |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": vision["hidden_size"]}
+    model = open_model({**llm, **llava, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]})
     totals = []
     for reduction in (method, "none"):
-        macs = 0.0
-        for text, image in lengths:
-            run = TrainingRun(
-                batch=1, images=int(bool(image)), text_tokens=text, head_rows=text // 2, checkpointing=False
-            )
-            macs += sum(training_cost(model, reduction, run).macs.values())
-        totals.append(macs)
+        shapes = [TrainingRun(1, int(image > 0), text_tokens=text, head_rows=text // 2) for text, image in lengths]
+        costs = [training_cost(model, reduction, replace(shape, checkpointing=False)).macs for shape in shapes]
+        totals.append(sum(sum(macs.values()) for macs in costs))
     return totals[0] / totals[1]
 
 
@@ -298,7 +299,9 @@ def report(
         line = f"{name:12.12s} {method:12s} {'packed' if packed else 'padded'} {rate:7.2f} samples/s   {ratio} x"
         if packed and method != "none":
             plain = times[name, "none", True]
-            line += f"   time {spread([a / b for a, b in zip(values, plain, strict=True)])} of none's"
+            time_ratio = [a / b for a, b in zip(values, plain, strict=True)]
+            flops = flop_ratio(folder, METHODS[method], lengths)
+            line += f"   time ratio {spread(time_ratio)}, FLOP ratio {flops:.3f}"
         print(line)
 
 
