@@ -48,8 +48,8 @@ def head_loss(
     """The loss that the head's logits of all tokens would have.
 
     Args:
-        head: [..., D] to logits [..., V]. It is called as a module, once a chunk forward and, but for one, backward. Where
-            it is sharded, these are CHUNKS, also where nothing is learnt.
+        head: [..., D] to logits [..., V]. It is called as a module, once a chunk forward and, but for one, backward.
+            Where it is sharded, these are CHUNKS, also where nothing is learnt.
         hidden: [B, L, D], of the last layer.
         labels: [B, L] int64, -100 where nothing is learnt. Each is predicted from the token before it in its row.
         loss_function: transformers' `ForCausalLMLoss`, or what takes the same arguments and sums over tokens.
