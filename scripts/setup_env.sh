@@ -11,6 +11,7 @@ set -euo pipefail
 LLAVA_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The release of torch that CPU-only machines get: the newest one that DeepSpeed's CPU backend was tested with.
 CPU_TORCH="torch==2.13.0"
+LMMS_EVAL="lmms-eval==0.7.3"
 
 _make_venv() {
     local python="${PYTHON:-python3}"
@@ -30,7 +31,7 @@ _torch_requirement() {
 }
 
 setup_env() {
-    local extras="${1:-train,dev}" venv="$LLAVA_ROOT/.venv" torch stamp
+    local extras="${1:-train,dev}" venv="$LLAVA_ROOT/.venv" torch stamp warn=()
     "$venv/bin/python" -c '' 2>/dev/null || _make_venv || return 1
     # shellcheck disable=SC1091
     source "$venv/bin/activate"
@@ -45,7 +46,12 @@ setup_env() {
     echo "setup: installing $torch (1/2)" >&2
     python -m pip install --quiet --quiet "$torch" || return 1
     echo "setup: installing llava[$extras] and what it needs (2/2)" >&2
-    python -m pip install --quiet --quiet -e "$LLAVA_ROOT[$extras]" || return 1
+    if [[ ",$extras," == *,lmms-eval,* ]]; then
+        # Not with its own requirements; pyproject.toml has those that it imports, and says why. pip would list the rest.
+        python -m pip install --quiet --quiet --no-deps "$LMMS_EVAL" || return 1
+        warn=(--no-warn-conflicts)
+    fi
+    python -m pip install --quiet --quiet "${warn[@]}" -e "$LLAVA_ROOT[$extras]" || return 1
     echo "$stamp" >>"$venv/llava-setup"
     echo "setup: done" >&2
 }

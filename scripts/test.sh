@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source scripts/setup_env.sh
-setup_env train,dev
+setup_env train,dev,lmms-eval
 
 # Tests run two at a time, and some of them as two processes: more threads would only wait for one another.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false

@@ -29,7 +29,9 @@ from llava.cost import (
     training_cost,
 )
 from llava.cost.papers import figures
+from llava.eval.reports.published import load_paper
 from tests.conftest import ROOT
+from tests.hf_folders import hf_model
 from tests.tiny_models import BACKBONES, SIDE, prompt, tiny_model
 
 TEXT = 60
@@ -76,6 +78,16 @@ def test_a_prefill_costs_what_torch_counts(reduction: Any) -> None:
     cost = question_cost(model, reduction, Scenario(batch=2, text_tokens=TEXT, new_tokens=1, fused=False))
     assert sum(cost.flops().values()) == pytest.approx(counted(lambda: ask(model)), rel=0.01)
     assert sum(cost.flops(operations=1).values()) == pytest.approx(sum(cost.flops().values()) / 2)
+
+
+def test_a_block_that_only_the_method_needs_is_counted() -> None:
+    method = {"name": "prumerge", "ratio": 0.25}
+    model = wide_model(method, mm_vision_select_layer=-3)
+    scenario = Scenario(batch=2, text_tokens=TEXT, new_tokens=1, fused=False)
+    cost, plain = (question_cost(model, reduction, scenario).flops() for reduction in (method, None))
+    assert sum(cost.values()) == pytest.approx(counted(lambda: ask(model)), rel=0.01)
+    assert sum(plain.values()) == pytest.approx(counted(lambda: ask(model, reduction="none")), rel=0.01)
+    assert cost["vision"] > 1.2 * plain["vision"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -266,6 +278,21 @@ def test_papers_figures() -> None:
             assert abs(figure.left) < 0.035, figure
 
 
+def test_figures_are_those_of_the_reports_tables() -> None:
+    """The papers' tables are data of the reports too, written down apart from these."""
+    printed: dict[str, set[tuple[str, str, float]]] = {}
+    for name in ("pyramiddrop", "stf", "prumerge"):
+        figures_of = [figure for part in load_paper(name).tables for figure in part.figures]
+        printed[name] = {(f"Table {f.table}", f.benchmark, float(f.printed)) for f in figures_of}
+    for place, _, _, value in published.PYRAMIDDROP_TFLOPS:
+        assert (place, "FLOPs (T)", value) in printed["pyramiddrop"]
+    for place, _, value in published.STF_TFLOPS:
+        assert (place, "FLOPs (T)", value) in printed["stf"]
+    names = ("FLOPs (T)", "prefill (ms)", "memory (GB)", "activation (GB)")
+    ours = {("Table 2", *pair) for row in published.PRUMERGE_TABLE_2.values() for pair in zip(names, row, strict=True)}
+    assert ours == {figure for figure in printed["prumerge"] if figure[1] in names}
+
+
 def test_figures_that_the_papers_texts_do_not_give() -> None:
     computed = {
         figure.what: figure.difference for figure in figures() if "fp16" in figure.what or "TRIM" in figure.what
@@ -307,6 +334,14 @@ def test_a_checkpoints_own_method_and_training(tmp_path: Path) -> None:
     rows = json.loads(flops_command("--model", str(tmp_path / "config.json"), *options))["rows"]
     assert rows[1]["flops_ratio"] < 1 == rows[0]["flops_ratio"]
     assert rows[0]["memory_gb"] > rows[0]["weights_gb"] > 0
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_a_llava_hf_folder_with_tied_embeddings(kind: str, tmp_path: Path) -> None:
+    model = hf_model(kind, "qwen2", tied=True)
+    model.config.save_pretrained(tmp_path)
+    cost = question_cost(open_model(str(tmp_path)), None, Scenario(new_tokens=1))
+    assert cost.weights == 2 * sum(p.numel() for p in model.parameters())
 
 
 def test_the_papers_as_json() -> None:

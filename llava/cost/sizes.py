@@ -19,8 +19,9 @@ from torch import nn
 from llava.cost.formulas import Linear, Widths
 from llava.cost.presets import ALIASES, MODELS, TOWERS
 from llava.model.builder import read_llava_config
+from llava.model.llava_hf.opening import from_hf_config, read_hf_config
 from llava.model.weights import read_json
-from llava.reduction.config import ReductionConfig
+from llava.reduction.config import LEGACY_TRIM_KEY, ReductionConfig
 
 Layers = tuple[tuple[Linear, ...], ...]
 
@@ -107,10 +108,11 @@ def _weights(model: Any) -> dict[str, int]:
         "projector": inner.mm_projector,
     }
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    if model.lm_head.weight is inner.embed_tokens.weight:
+        weights["head"] = 0
     newline = getattr(inner, "image_newline", None)
-    weights["embeddings"] += sum(p.numel() for p in inner.norm.parameters()) + (
-        0 if newline is None else newline.numel()
-    )
+    weights["embeddings"] += sum(p.numel() for p in inner.norm.parameters())
+    weights["embeddings"] += 0 if newline is None else newline.numel()
     return weights
 
 
@@ -126,7 +128,7 @@ def open_model(model: Any = "llava-1.5-7b", vision_tower: str | None = None) -> 
         ValueError: none of these, or a configuration without a vision tower or that LLaVA has no class for.
     """
     raw, origin = _read(model)
-    raw = {key: value for key, value in raw.items() if key not in ("reduction", "mm_vision_token_reduce_func")}
+    raw = {key: value for key, value in raw.items() if key not in ("reduction", LEGACY_TRIM_KEY)}
     if vision_tower is not None:
         raw.update(mm_vision_tower=vision_tower, mm_vision_config=None, mm_text_config=None)
     if not raw.get("mm_vision_tower"):
@@ -176,9 +178,5 @@ def _read(model: Any) -> tuple[dict[str, Any], str]:
         )
     raw = read_json(file)
     if "text_config" in raw and "vision_config" in raw:
-        from transformers import AutoConfig
-
-        from llava.model.llava_hf.opening import from_hf_config
-
-        raw = from_hf_config(AutoConfig.from_pretrained(file.parent), file.parent).to_dict()
+        raw = from_hf_config(read_hf_config(file.parent), file.parent).to_dict()
     return raw, str(file)

@@ -179,9 +179,7 @@ def projector_passes(model: Any, reducer: ProjectorReducer | None) -> tuple[int,
         return reducer(vision, **modules).features.shape[1], passes
 
 
-def layer_lengths(
-    reducer: DecoderReducer | None, layers: int, images: Sequence[int], text: int, answers: int | None = None
-) -> list[int]:
+def layer_lengths(reducer: DecoderReducer | None, layers: int, images: Sequence[int], text: int) -> list[int]:
     """Tokens of a sample that each layer of the language model sees.
 
     Args:
@@ -189,7 +187,6 @@ def layer_lengths(
         layers: of the language model.
         images: visual tokens of each image.
         text: tokens that are of no image.
-        answers: in training, the turns whose answers are learnt; None in a prefill.
     """
     total = sum(images) + text
     if reducer is None or not images:

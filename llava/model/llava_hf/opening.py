@@ -86,11 +86,7 @@ def open_hf_checkpoint(folder: Path, vision_tower: str | None, kwargs: dict[str,
         ValueError: a kind of model that LLaVA does not have; or weights that are missing, unexpected or of another
             shape; the keys are listed.
     """
-    _check_types(read_json(folder / "config.json"), folder / "config.json")
-    try:
-        hf = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises its own types for values it can't take
-        raise ValueError(f"{folder / 'config.json'} can't be read as a llava-hf config ({error})") from error
+    hf = read_hf_config(folder)
     config = from_hf_config(hf, folder)
     check_files(folder, quantized=getattr(hf, "quantization_config", None) is not None)
     if vision_tower is not None:
@@ -114,6 +110,19 @@ def open_hf_checkpoint(folder: Path, vision_tower: str | None, kwargs: dict[str,
     if tower:
         model.get_vision_tower().load_weights()
     return model
+
+
+def read_hf_config(folder: Path) -> Any:
+    """transformers' configuration of a llava-hf folder.
+
+    Raises:
+        ValueError: its config.json is not that of one.
+    """
+    _check_types(read_json(folder / "config.json"), folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises its own types for values it can't take
+        raise ValueError(f"{folder / 'config.json'} can't be read as a llava-hf config ({error})") from error
 
 
 def _check_types(raw: dict[str, Any], file: Path) -> None:
