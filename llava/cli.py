@@ -319,7 +319,9 @@ def report(
     findings: Annotated[bool, typer.Option("--findings", help="Tokens, relative performance, means, cost.")] = False,
     baseline: Annotated[str | None, typer.Option(help="Run that relative performance refers to.")] = None,
     model: Annotated[str | None, typer.Option(help="The paper's name of the runs' model.")] = None,
-    method: Annotated[str | None, typer.Option(help="The paper's name of the runs' method.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="The paper's name of the runs' method, or RUN=NAME for one of them.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File for the report; .csv and .md say the format.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture: score against visual tokens and FLOPs.")] = None,
 ) -> None:
@@ -334,7 +336,7 @@ def report(
         findings=findings,
         baseline=baseline,
         model=model,
-        method=method,
+        method=method or (),
         output=output,
         plot=plot,
     )

@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "baseline": {"gradient_accumulation_steps": 2},
     "anyres, prumerge": {**ANYRES, "reduction": "prumerge"},
     "stf": {"reduction": "{name: stf, mbtf: [3, 1]}"},
-    "packed, pyramiddrop": {"reduction": PYRAMID, "packing": True},
+    "packed, pyramiddrop": {"reduction": PYRAMID, "packing": True, "dataloader_num_workers": 1},
 }
 METHODS = (
     "none",
