@@ -17,7 +17,7 @@ from transformers import set_seed
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.files import atomic_folder, note_files
-from llava.model.language_model.packed import BY_BOUNDARIES, PACKED_SDPA
+from llava.model.language_model.packed import BY_BOUNDARIES, PACKED_SDPA, best_packed_attention
 from llava.reduction import ReductionConfig
 from llava.train.checkpoints.folders import STATE_FILE
 from llava.train.checkpoints.output_dir import RUN_FILES, holding_output_dir
@@ -149,7 +149,9 @@ def choose_packing(training: Any, config: Any) -> None:
     boundaries. A batch of one sample has no padding to leave out.
     """
     attention = training.attn_implementation
-    attention = PACKED_SDPA if attention == "sdpa" else attention
+    if attention == "sdpa":
+        is_16_bit = training.bf16 or training.fp16
+        attention = best_packed_attention(config, is_16_bit=is_16_bit and not training.use_cpu)
     if training.packing is None:
         is_fast = attention in BY_BOUNDARIES or (attention == PACKED_SDPA and runs_on_cpu(training))
         has_padding = training.per_device_train_batch_size > 1

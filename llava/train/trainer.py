@@ -43,6 +43,7 @@ from llava.train.logs.progress import TrainingBar
 from llava.train.logs.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler, TokenBatchSampler
 from llava.train.settings.arguments import TrainingArguments, split_names
+from llava.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,14 @@ class LLaVATrainer(Trainer):
                 meter.note(outputs["counts"])
         return (loss, outputs) if return_outputs else loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        # Without waiting for the device, also for streams, which do not go through accelerate.
+        if isinstance(data, torch.Tensor):
+            data = to_device(data, self.args.device)
+        elif isinstance(data, StoredFeatures):
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers'."""
         loss = super().training_step(*args, **kwargs)
@@ -350,12 +359,6 @@ class LLaVATrainer(Trainer):
         logger.info("tokens_per_batch: %s", sampler.describe())
         self._follow_epochs(sampler)
         return sampler
-
-    def _prepare_input(self, data: Any) -> Any:
-        # Streams and batches by tokens do not go through accelerate, which copies pinned batches so.
-        if isinstance(data, torch.Tensor | StoredFeatures) and self.accelerator.non_blocking:
-            data = data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         # Where all samples of a step were skipped nothing is learned: the loss is 0 / 1, not 0 / 0.
