@@ -1,6 +1,6 @@
 """Training samples a second at equal model and data: this code, an earlier one of its own, and LLaVA's.
 
-    python -m benchmarks.training_speed --checkout OLD [--checkout ...] [--llava CHECKOUT --python PATH] [--turns 6]
+    python -m benchmarks.training_speed --checkout OLD [--checkout ...] [--llava CHECKOUT --python PATH] [--turns 5]
 
 A checkout is a folder with the code of a commit (`git worktree add OLD 0e529b7`). LLaVA's own code runs where a user
 has it with its libraries: `--python` names the interpreter of that environment. Each code runs in a process of its
@@ -181,7 +181,7 @@ def running(checkout: Path, python: str, folder: Path, threads: int) -> Iterator
 
 def write_world(folder: Path, args: argparse.Namespace) -> list[tuple[int, int]]:
     """Write models and samples; returns (tokens of text, tokens of its image or 0) of each sample."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, LlamaConfig, LlamaForCausalLM
 
     from benchmarks.packing import draw_samples
 
@@ -199,15 +199,11 @@ def write_world(folder: Path, args: argparse.Namespace) -> list[tuple[int, int]]
     )
     LlamaForCausalLM(llm).save_pretrained(folder / "llm")
     grid = round((576 * args.scale) ** 0.5)
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=14 * grid,
-        patch_size=14,
-    )
-    CLIPVisionModel(vision).save_pretrained(folder / "clip")
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    vision = {**small, "num_hidden_layers": 4, "image_size": 14 * grid, "patch_size": 14}
+    text = {**small, "num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    # A whole CLIP: the vision half alone has other names in the transformers of LLaVA's day.
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder / "clip")
     size = {"height": 14 * grid, "width": 14 * grid}
     CLIPImageProcessor(size={"shortest_edge": 14 * grid}, crop_size=size).save_pretrained(folder / "clip")
     lengths = draw_samples(args.batch * (args.turns + 1), args.scale, seed=0)
@@ -229,7 +225,7 @@ def flop_ratio(folder: Path, method: Any, lengths: list[tuple[int, int]]) -> flo
     from llava.cost.training import TrainingRun, training_cost
 
     llm, clip = (json.loads((folder / name / "config.json").read_text()) for name in ("llm", "clip"))
-    vision = {key: value for key, value in clip.items() if key != "architectures"}
+    vision = clip["vision_config"]
     llava = {"mm_vision_tower": str(folder / "clip"), "mm_vision_config": vision, "mm_vision_select_layer": -2}
     llava |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": vision["hidden_size"]}
     model = open_model({**llm, **llava, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]})
@@ -247,7 +243,7 @@ def main() -> None:
     parser.add_argument("--llava", type=Path, help="LLaVA's own code, such as c121f04")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the libraries of --llava")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--scale", type=float, default=0.25, help="multiplies all lengths, for a small machine")
     parser.add_argument("--width", type=int, default=512)
