@@ -18,6 +18,7 @@ from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.prompt_inputs import check_texts
 from llava.model.vision_modules import Reduction, VisionModules
 from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.transfer import to_device
 
 
 class VisualEncoding(VisionModules):
@@ -48,7 +49,9 @@ class VisualEncoding(VisionModules):
             tokens = fuser(vision, self.mm_projector, self.mm_projector_crosslayer)
             return tokens.features.flatten(0, 1), tokens
         tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
-        flat = tokens.features.flatten(0, 1) if tokens.mask is None else tokens.features[tokens.mask]
+        flat, real = tokens.features.flatten(0, 1), tokens.host_mask.flatten()
+        if not bool(real.all()):
+            flat = flat.index_select(0, to_device(real.nonzero()[:, 0], flat.device))
         return self.mm_projector(flat.to(self._projector_dtype())), tokens
 
     def _projector_dtype(self) -> torch.dtype:
@@ -78,17 +81,17 @@ class VisualEncoding(VisionModules):
         check_side(pictures, tower.image_size)
         tiles = [picture if picture.ndim == 4 else picture.unsqueeze(0) for picture in pictures]
         counts = tile_counts(pictures)
-        pixels = torch.cat([t.to(tower.device) for t in tiles])
         if not self.training:  # there the loss shows it, without waiting for the device
-            check_finite(pixels, counts)
+            check_finite(pictures)
+        pixels = torch.cat([to_device(t, tower.device) for t in tiles])
         text = self._embed_texts(texts, counts) if reducers.read_text else None
         projected, tokens = self.encode_tiles(pixels, text, reducers)
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
             projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
-        index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
-        return projected[index], torch.tensor([len(layout) for layout in layouts])
+        index = index.masked_fill(index == NEWLINE, len(projected) - 1)
+        return projected[to_device(index, projected.device)], torch.tensor([len(layout) for layout in layouts])
 
     def _embed_texts(self, texts: Sequence[str] | None, counts: list[int]) -> Tensor:
         """Embedding of the text of each tile, [T, E]; `counts` tiles an image."""
@@ -102,7 +105,7 @@ class VisualEncoding(VisionModules):
         distinct = list(dict.fromkeys(texts))  # images of one sample share its text
         embeds = tower.text_tower.embed_texts(distinct, tower.name)
         rows = torch.tensor([distinct.index(text) for text in texts]).repeat_interleave(torch.tensor(counts))
-        return embeds[rows.to(embeds.device)]
+        return embeds[to_device(rows, embeds.device)]
 
     def layout_lengths(
         self, tokens: VisualTokens | None, tiles: list[int], image_sizes: ImageSizes = None
@@ -122,9 +125,10 @@ class VisualEncoding(VisionModules):
         """For each image, indices into the projected tokens, or NEWLINE."""
         spec, sizes = self._layout_spec(tokens.grid), size_pairs(image_sizes, len(counts))
         t, m = tokens.features.shape[:2]
-        # The one copy to the host: lengths and places of the tokens become shapes and indices.
-        mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
-        source = torch.arange(m).expand(t, m) if tokens.source is None else tokens.source.cpu()
+        mask = tokens.host_mask
+        # Only where several tiles are put together do lengths depend on which patches were kept.
+        is_read = spec.merge_type != "flat" and max(counts, default=1) > 1
+        source = torch.arange(m).expand(t, m) if tokens.source is None or not is_read else tokens.source.cpu()
         packed = mask.flatten().cumsum(0) - 1
         layouts, start = [], 0
         for i, count in enumerate(counts):

@@ -45,6 +45,11 @@ class BudgetedReducer(EncoderReducer):
         return outlier_counts(descending) if fixed is None else torch.full((n,), fixed, device=descending.device)
 
 
+def on_host(counts: Tensor, fixed: int | None) -> list[int]:
+    """`counts` [N] on the host; only where they are not the same `fixed` number is the device waited for."""
+    return counts.tolist() if fixed is None else [fixed] * len(counts)
+
+
 def outlier_counts(descending: Tensor) -> Tensor:
     """How many scores of each row lie above the upper fence Q3 + 1.5 (Q3 - Q1).
 
@@ -70,15 +75,21 @@ def _quantile(descending: Tensor, q: float) -> Tensor:
     return torch.lerp(descending[:, low : low + 1], descending[:, high : high + 1], position - low)
 
 
-def take_in_raster_order(features: Tensor, is_kept: Tensor) -> VisualTokens:
-    """The patches of `features` [N, P, C] that `is_kept` [N, P] bool marks, as they are."""
+def take_in_raster_order(features: Tensor, is_kept: Tensor, lengths: list[int] | None = None) -> VisualTokens:
+    """The patches of `features` [N, P, C] that `is_kept` [N, P] bool marks, as they are.
+
+    Args:
+        features: [N, P, C].
+        is_kept: [N, P] bool.
+        lengths: how many each row of `is_kept` marks, where the host knows it.
+    """
     n, p, c = features.shape
-    counts = is_kept.sum(dim=1)
+    lengths = on_host(is_kept.sum(dim=1), None) if lengths is None else lengths
     patch = torch.arange(p, device=features.device).expand(n, p)
-    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : int(counts.max())]
+    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : max(lengths)]
     mask = source < p
     tokens = features.gather(1, source.clamp(max=p - 1).unsqueeze(-1).expand(-1, -1, c))
-    return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
+    return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1), lengths=lengths)
 
 
 def precise_product(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.files import atomic_folder, note_files
-from llava.model.language_model.packed import PACKED_SDPA
+from llava.model.language_model.packed import best_packed_attention
 from llava.reduction import ReductionConfig
 from llava.train.checkpoints.folders import STATE_FILE
 from llava.train.checkpoints.output_dir import RUN_FILES, holding_output_dir
@@ -87,9 +87,10 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)
-    if training.packing and training.attn_implementation == "sdpa":
-        training.attn_implementation = PACKED_SDPA
     config = read_config(arguments)
+    if training.packing and training.attn_implementation == "sdpa":
+        is_16_bit = training.bf16 or training.fp16
+        training.attn_implementation = best_packed_attention(config, is_16_bit=is_16_bit and not training.use_cpu)
     tokenizer = load_tokenizer(arguments, checkpoint)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
     preflight(arguments, config, dataset)

@@ -42,6 +42,7 @@ from llava.train.logs.progress import TrainingBar
 from llava.train.logs.run_meter import RunMeter
 from llava.train.sampler import EpochSampler, ModalityLengthSampler
 from llava.train.settings.arguments import TrainingArguments, split_names
+from llava.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +245,10 @@ class LLaVATrainer(Trainer):
             for meter in filter(None, (self._meter.batches, self._batches_so_far)):
                 meter.note(outputs["counts"])
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        # As transformers', which would wait for the device, for batches that accelerate has not copied.
+        return super()._prepare_input(to_device(data, self.args.device) if isinstance(data, torch.Tensor) else data)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers'."""

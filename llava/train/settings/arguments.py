@@ -279,7 +279,10 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.fp16:
                 raise ValueError("--fp16 True needs a GPU, and this run has none: use --bf16 True, or neither")
             self._prepare_cpu()
+        chosen = self.accelerator_config is not None
         super().__post_init__()
+        if not chosen:  # from pinned memory a batch is copied while the device still computes the step before
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self._keep_to_one_gpu()
 
     def _rename_checkpointing(self) -> None:
