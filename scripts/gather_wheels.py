@@ -22,8 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 60_000_000
 TESTS = ("pytest",)
-# Packages of pure Python that are on PyPI without a wheel: built here, where that is possible.
-WITHOUT_WHEELS = ("antlr4-python3-runtime==4.9.*",)
 # Stands in for torch while pip finds out what the rest needs, so that it fetches neither torch nor CUDA.
 STAND_IN = "9999"
 
@@ -36,7 +34,13 @@ def requirements() -> list[str]:
         raise ValueError(f"{ROOT / 'pyproject.toml'} has no list of dependencies")
     kept = [one for one in ast.literal_eval(found.group(1)) if not re.match(r"torch\b", one)]
     dev = re.search(r"^dev = (\[.*?\])", text, re.MULTILINE)
-    return kept + [one for one in ast.literal_eval(dev.group(1) if dev else "[]") if re.split(r"\W", one)[0] in TESTS]
+    return kept + [
+        one for one in ast.literal_eval(dev.group(1) if dev else "[]") if re.split(r"[<>=]", one)[0] in TESTS
+    ]
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[<>=~!\[]", requirement)[0]
 
 
 def write_stand_in(folder: Path) -> None:
@@ -71,7 +75,7 @@ def gather(folder: Path, python: str, newest_platform: str) -> int:
         Bytes of the wheels.
 
     Raises:
-        ValueError: the folder holds wheels for another Python, or comes out too large.
+        ValueError: they are too large, as where the folder held those for another Python.
         subprocess.CalledProcessError: pip failed; it has said why.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,8 +83,6 @@ def gather(folder: Path, python: str, newest_platform: str) -> int:
         scratch = Path(name)
         write_stand_in(scratch)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-        build = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", name, *WITHOUT_WHEELS]
-        subprocess.run(build, check=True)
         only = ["--only-binary", ":all:", "--python-version", python, "--implementation", "cp"]
         only += [part for one in platforms(newest_platform) for part in ("--platform", one)]
         limits = scratch / "limits.txt"
@@ -107,7 +109,7 @@ def main() -> None:
     parser.add_argument("--platform", default=f"manylinux_2_28_{platform.machine()}", help="as pip calls it")
     options = parser.parse_args()
     if options.list:
-        print("\n".join(requirements()))
+        sys.stdout.write("".join(f"{one}\n" for one in requirements()))
         return
     if options.folder is None:
         parser.error("name a folder for the wheels")
@@ -118,7 +120,7 @@ def main() -> None:
     except (ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"gather_wheels: {error}")
     number = len(list(options.folder.glob("*.whl")))
-    print(f"{number} wheels for Python {options.python} in {options.folder}: {size / 1e6:.1f} MB")
+    sys.stdout.write(f"{number} wheels for Python {options.python} in {options.folder}: {size / 1e6:.1f} MB\n")
 
 
 if __name__ == "__main__":

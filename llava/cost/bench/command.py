@@ -51,7 +51,7 @@ def bench(
         raise ValueError(f"device {place!r}: torch sees no GPU here")
     chosen = {name: name for name in methods if name != "all"}
     if "all" in methods:
-        chosen |= {name: BUDGETS.get(name, name) for names in available().values() for name in names}
+        chosen |= all_methods()
     plan = Plan(
         model=model,
         methods=chosen,
@@ -63,6 +63,11 @@ def bench(
     )
     result = run(plan)
     return json.dumps(result, indent=1) + "\n" if form == "json" else tables(result)
+
+
+def all_methods() -> dict[str, str]:
+    """Every method by its name, as `ReductionConfig.parse` reads it, with a budget where it needs one."""
+    return {name: BUDGETS.get(name, name) for names in available().values() for name in names}
 
 
 def _sizes(text: str) -> list[int]:
