@@ -62,6 +62,24 @@ def train(
     leave(train_from_config(str(config), overrides or []))
 
 
+@app.command("cache-features")
+def cache_features(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for `llava train`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as for `llava train`; feature_cache=FOLDER says where to.")
+    ] = None,
+) -> None:
+    """Run the frozen vision tower once over all images of a run, which then reads its features in place of them.
+
+    What is there already is kept, so a command that was killed goes on. `llava train` with the same settings reads
+    the folder; docs/training.md says when that is right, and what it saves.
+    """
+    from llava.train.launching.launch import cache_from_config
+    from llava.train.launching.process import leave
+
+    leave(cache_from_config(str(config), overrides or []))
+
+
 @app.command()
 def doctor(
     config: Annotated[Path, typer.Argument(help="YAML file, as for `llava train`.")],
@@ -110,7 +128,7 @@ def flops(
     trains: Annotated[str, typer.Option(help="all, lora or projector.")] = "all",
     lora_rank: Annotated[int, typer.Option(help="Of the adapters.")] = 128,
     trains_tower: Annotated[bool, typer.Option("--trains-tower", help="The vision tower learns too.")] = False,
-    head_rows: Annotated[int | None, typer.Option(help="Tokens of a sample that the head sees; default: all.")] = None,
+    head_rows: Annotated[int | None, typer.Option(help="Learnt tokens of a sample; default: all text.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Compute the layers again in the backward pass.")] = True,
     devices: Annotated[int, typer.Option(help="That share the states of training.")] = 8,
     zero_stage: Annotated[int, typer.Option(help="What they share.")] = 2,
@@ -301,7 +319,9 @@ def report(
     findings: Annotated[bool, typer.Option("--findings", help="Tokens, relative performance, means, cost.")] = False,
     baseline: Annotated[str | None, typer.Option(help="Run that relative performance refers to.")] = None,
     model: Annotated[str | None, typer.Option(help="The paper's name of the runs' model.")] = None,
-    method: Annotated[str | None, typer.Option(help="The paper's name of the runs' method.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="The paper's name of the runs' method, or RUN=NAME for one of them.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File for the report; .csv and .md say the format.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture: score against visual tokens and FLOPs.")] = None,
 ) -> None:
@@ -316,7 +336,7 @@ def report(
         findings=findings,
         baseline=baseline,
         model=model,
-        method=method,
+        method=method or (),
         output=output,
         plot=plot,
     )

@@ -11,12 +11,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from llava.cost import flops_per_question
 from llava.eval import running
-from llava.eval.answering import VqaOptions
+from llava.eval.answering import Answerer, VqaOptions
 from llava.eval.judge import Judge
 from llava.eval.questions import Question
 from llava.eval.running import Evaluation, run_tasks
@@ -90,6 +94,7 @@ def test_a_result_says_what_it_depends_on(name: str, whole: Path) -> None:
     assert tokens["before_mean"] == 16 and sum(tokens["histogram"].values()) == tokens["images"]
     assert tokens["min"] <= tokens["mean"] <= tokens["max"] < 16
     assert result["versions"]["torch"] and result["seconds"] > 0 and result["questions_per_second"] > 0
+    assert result["flops_per_question"] > 0
     assert all((whole / name / file).is_file() for file in result["submission"])
     assert not list(whole.glob(".*.answers"))
 
@@ -234,6 +239,37 @@ def test_a_missing_image_is_found_before_the_model_is_opened(
     monkeypatch.setattr(running, "answer_all", lambda *_: pytest.fail("opened"))
     with pytest.raises(ValueError, match=r"question .*val2014"):
         run_tasks(evaluation(checkpoint, tmp_path, tmp_path / "out", "pope"))
+
+
+def test_flops_follow_from_what_was_counted(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    (reduced,) = run_tasks(evaluation(checkpoint, data, tmp_path / "own", "pope"))
+    source = Source(model_path=str(checkpoint), reduction="none")
+    (full,) = run_tasks(replace(evaluation(checkpoint, data, tmp_path / "none", "pope"), source=source))
+    rows = [json.loads(line) for line in (tmp_path / "none" / "pope" / "answers.jsonl").read_text().splitlines()]
+    counted = [row["metadata"] for row in rows]
+    assert all(1 <= row["new_tokens"] <= 4 and row["tiles"] == 1 and row["text_tokens"] > 30 for row in counted)
+    expected = flops_per_question(
+        checkpoint,
+        text_tokens=round(fmean(row["text_tokens"] for row in counted)),
+        new_tokens=round(fmean(row["new_tokens"] for row in counted)),
+    )
+    assert full["flops_per_question"] == pytest.approx(expected)
+    assert reduced["flops_per_question"] < full["flops_per_question"]
+
+
+def test_answers_end_with_their_first_end() -> None:
+    answerer = SimpleNamespace(_eos=[2, 9])
+    new = torch.tensor([[5, 6, 2, 2], [9, 0, 0, 0], [5, 6, 7, 8]])
+    assert Answerer._lengths(answerer, new) == [3, 1, 4]
+
+
+def test_the_toys_questions_by_category(data: Path) -> None:
+    task = get_task("toy")
+    first, *others = task.questions(data)
+    assert (first.group, first.facts) == ("heldout/0.png", {"right": "yes", "category": "yes/no"})
+    grades = [task.grade(first, " Yes. "), *(task.grade(question, "nothing") for question in others)]
+    metrics = task.summarize(grades)
+    assert (metrics["accuracy"], metrics["accuracy_yes/no"], metrics["accuracy_number"]) == (20, 100, 0)
 
 
 def test_batches_are_dealt_in_turn() -> None:

@@ -18,6 +18,7 @@ LAYERS = (
     {"cost"},
     {"train", "eval"},
     {"cli"},
+    {"reproduce"},
 )
 ROOMS_OF_TRAINING = ("settings", "checkpoints", "logs", "preflight", "launching")
 MOST_MODULES = 14

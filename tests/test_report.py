@@ -287,6 +287,10 @@ def test_another_method_and_model_can_be_named(runs: list[Path], tmp_path: Path)
     words = ("--paper", "trim", *runs, "--format", "csv", "--model", "LLaVA-1.5-13B", "--method", "TRIM (top 5%)")
     values = {row["run"]: row["published"] for row in rows_of(shown(*words)) if row["benchmark"] == "GQA"}
     assert values == {"full": "63.3", "trim": "56.0"}
+    write_result(tmp_path / "other", "gqa", [{"score": 1}] * 9, **reduced("trim", 29.0))
+    words = ("--paper", "trim", runs[1], tmp_path / "other", "--format", "csv", "--method", "other=TRIM (top 5%)")
+    shown_rows = [row for row in rows_of(shown(*words)) if row["benchmark"] == "GQA"]
+    assert {row["run"]: row["published"] for row in shown_rows} == {"trim": "61.4", "other": "58.4"}
     write_result(tmp_path / "toy", "gqa", [{"score": 1}] * 9, checkpoint={"model": None})
     text = shown("--paper", "trim", tmp_path / "toy")
     assert "do not say which model of the papers this is; --model names it" in text

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llava.cost.devices import Device, Precision
+from llava.model.language_model.head_loss import CHUNKS
 
 OPERATIONS = 2
 """Operations of a multiply-add, unless a caller says 1."""
@@ -258,5 +259,5 @@ def activation_bytes(widths: Widths, lengths: Sequence[float], value: int, check
 
 
 def logit_bytes(rows: float, vocabulary: int, value: int) -> float:
-    """Logits of so many tokens in training, with a copy and a gradient in float32."""
-    return rows * vocabulary * (value + 8)
+    """Logits of one chunk of so many tokens in training, with a copy and a gradient in float32."""
+    return rows * vocabulary * (value + 8) / CHUNKS

@@ -165,7 +165,7 @@ def projector_passes(model: Any, reducer: ProjectorReducer | None) -> tuple[int,
         assert isinstance(layer, nn.Linear)
         passes.append((Linear(layer.in_features, layer.out_features), left.shape[:-1].numel()))
 
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():  # in training, meters count what the method does with gradients
         modules = build_projector_modules(model.config, tower, reducer)
         for module in modules.values():
             for layer in module.modules():

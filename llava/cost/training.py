@@ -10,7 +10,8 @@ activation (2, or 4 in float32), in bytes:
 - optimizer: T x (8 for Adam's moments + 4 for DeepSpeed's float32 copy); / W with ZeRO-1 to 3
 - activations of a layer: b L (e (8 D + 2 K d + 4 F) + 4 D for the norms' float32 copies where e is 2), for flash
   attention or sdpa; all layers at once, or with gradient checkpointing one layer and the inputs of all, b L e D each
-- logits: b L (e V + 8 V), for a copy and a gradient in float32
+- logits: b L (e V + 8 V) / 8, for a copy and a gradient in float32 where all tokens are learnt: the head sees one
+  chunk of 8 at a time
 
 Not known here: the allocator's gaps, communication buffers, the CUDA context, activations of a trained vision tower.
 """
@@ -45,6 +46,7 @@ from llava.cost.question import (
 )
 from llava.cost.sizes import Sizes, open_model
 from llava.cost.tokens import layer_lengths
+from llava.model.language_model.head_loss import CHUNKS
 
 GIB = 2**30
 TRAINS = ("all", "lora", "projector")
@@ -62,11 +64,11 @@ class TrainingRun:
         image_size: (width, height) in pixels, for anyres.
         text_tokens: of a sample beside its images.
         answers: turns of a sample whose answers are learnt.
-        head_rows: tokens of a sample that the head runs on; None: all that reach it.
+        head_rows: tokens of a sample that are learnt, which the head runs on; None: all its text.
         trains: "all" (projector and language model), "lora" (projector and adapters) or "projector".
         lora_rank: of the adapters on all linear layers of the language model.
         trains_tower: whether the vision tower learns too.
-        checkpointing: whether the layers are computed again in the backward pass.
+        checkpointing: whether the layers are computed again in the backward pass, as most logits always are.
         devices: that share optimizer states, gradients and weights.
         zero_stage: what of these they share.
         device: a name of `llava.cost.devices.DEVICES`.
@@ -177,7 +179,7 @@ def training_cost(model: Any, reduction: Any = None, run: TrainingRun | None = N
     reducers, note = methods(reduction, share)
     images = entering_tokens(model, reducers, run)
     lengths = layer_lengths(reducers.decoder, len(sizes.layers), images, run.text_tokens)
-    b, rows = run.batch, lengths[-1] if run.head_rows is None else run.head_rows
+    b, rows = run.batch, run.text_tokens if run.head_rows is None else run.head_rows
     reduced, passes = reducing(model, sizes, reducers, tiles, run)
     ranked = ranking_works(sizes, reducers.decoder, lengths, b, run.answers)
     macs = {
@@ -186,8 +188,10 @@ def training_cost(model: Any, reduction: Any = None, run: TrainingRun | None = N
         "projector": projector_step_macs(passes, after=run.trains_tower),
         "layers": sum(layer_step_macs(sizes, i, b * n, b * n * n) for i, n in enumerate(lengths)),
         "head": b * rows * step_macs(sizes.head, passes_back=True),
-        "recomputation": _recomputed(sizes, lengths, b) if run.checkpointing else 0,
+        "recomputation": b * rows * sizes.head.weights * (1 - 1 / CHUNKS),
     }
+    if run.checkpointing:
+        macs["recomputation"] += _recomputed(sizes, lengths, b)
     weights = weights_with(model, sizes, reducers)
     memory = _memory(sizes, weights, [b * n for n in lengths], b * rows, run)
     return TrainingCost(macs, sum(images), lengths, memory, run, note)

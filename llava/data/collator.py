@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llava.constants import IGNORE_INDEX
+from llava.data.stored_features import join_images
 from llava.transfer import HostBatch
 
 
@@ -32,8 +33,9 @@ class DataCollatorForSupervisedDataset:
 
         Returns:
             `input_ids`, `labels` and `attention_mask` (LongTensor [B, S], padded on the tokenizer's side),
-            `images` and `image_sizes` (flat lists over the batch, empty without images), `texts` (B strings), `host`
-            (the first three once more, which stay on the host), and `packed` where asked for.
+            `images` (of the whole batch, see `join_images`) and `image_sizes` (a list), both empty without images,
+            `texts` (B strings), `host` (the first three once more, which stay on the host), and `packed` where asked
+            for.
 
         Raises:
             ValueError: the tokenizer has no padding token.
@@ -51,7 +53,7 @@ class DataCollatorForSupervisedDataset:
             "input_ids": input_ids,
             "labels": labels,
             "attention_mask": mask,
-            "images": [image for instance in instances for image in instance["images"]],
+            "images": join_images([instance["images"] for instance in instances]),
             "image_sizes": [size for instance in instances for size in instance["image_sizes"]],
             "texts": [instance["text"] for instance in instances],
             "host": HostBatch(input_ids, mask.bool(), labels),

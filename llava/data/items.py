@@ -15,10 +15,12 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Template, get_template
-from llava.data.images import IMAGE_ACCESS, load_image, locate_image, open_image
+from llava.data.feature_cache import FeatureCache, NotCachedError
+from llava.data.images import IMAGE_ACCESS, check_image_exists, load_image, locate_image, open_image
 from llava.data.preprocessing import parse_rounds, preprocess
 from llava.data.rejects import Rejects
 from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, image_files, sample_name
+from llava.data.stored_features import join_features
 from llava.mm_utils import leading_ids, process_images
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,12 @@ class ItemMaker:
     Args:
         on_bad_sample: "stop" raises the `BadSampleError`; "skip" gives `placeholder` in the sample's place.
         rejects: where skipped samples are written; None: nowhere.
+
+    Attributes:
+        feature_cache: where the features are that items hold in place of pixels, as `StoredFeatures`; None: pixels.
     """
+
+    feature_cache: FeatureCache | None = None
 
     def __init__(
         self,
@@ -101,29 +108,50 @@ class ItemMaker:
             raise BadSampleError(row["problem"], row["kind"])
         sample = json.loads(row["sample"])
         name = sample_name(sample, row["index"], row["file"])
-        pixels, sizes = [], []
-        for image in self.images(row, image_folder):
-            try:
-                pixels.append(self._process(image))
-            except ValueError as error:
-                raise BadSampleError(f"{name}: its image cannot be prepared: {error}", IMAGE) from error
-            sizes.append(image.size)
+        look: Any = self._pixels if self.feature_cache is None else self._features
+        images, sizes = look(row, image_folder, name)
         ids, labels = self.tokens(sample, name)
         return {
             "id": _id(sample, row["index"]),
             "input_ids": ids,
             "labels": labels,
-            "images": pixels,
+            "images": images,
             "image_sizes": sizes,
-            "text": self._text(sample["conversations"], bool(pixels)),
+            "text": self._text(sample["conversations"], bool(sizes)),
         }
+
+    def _pixels(
+        self, row: dict[str, Any], image_folder: str | None, name: str
+    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """Pixels and (width, height) of each image of a row."""
+        pixels, sizes = [], []
+        for image in self.images(row, image_folder):
+            try:
+                pixels.append(self.process(image))
+            except ValueError as error:
+                raise BadSampleError(f"{name}: its image cannot be prepared: {error}", IMAGE) from error
+            sizes.append(image.size)
+        return pixels, sizes
+
+    def _features(self, row: dict[str, Any], image_folder: str | None, name: str) -> tuple[Any, list[tuple[int, int]]]:
+        """The same from the cache: no image is opened."""
+        cache = self.feature_cache
+        assert cache is not None
+        try:
+            found = [cache.read(picture) for picture in self.pictures(row, image_folder)]
+        except NotCachedError as error:
+            raise NotCachedError(f"{name}: {error}") from error  # no fault of the sample's: it is never skipped
+        except ValueError as error:
+            raise BadSampleError(f"{name}: {error}", IMAGE) from error
+        return join_features([cache.empty(), *(features for features, _ in found)]), [size for _, size in found]
 
     def placeholder(self, sample_id: object) -> dict[str, Any]:
         """An item of one token that teaches nothing: it keeps a skipped sample's place in its batch."""
         start = leading_ids(self.tokenizer) or [self.tokenizer.pad_token_id or 0]
         ids = torch.tensor(start, dtype=torch.long)
         labels = torch.full_like(ids, IGNORE_INDEX)
-        return {"id": sample_id, "input_ids": ids, "labels": labels, "images": [], "image_sizes": [], "text": ""}
+        images: Any = [] if self.feature_cache is None else self.feature_cache.empty()
+        return {"id": sample_id, "input_ids": ids, "labels": labels, "images": images, "image_sizes": [], "text": ""}
 
     def tokens(self, sample: dict[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a sample, LongTensor [S] each.
@@ -146,14 +174,14 @@ class ItemMaker:
             raise BadSampleError(str(error), NO_ANSWER) from error
         return ids, labels
 
-    def locations(self, row: dict[str, Any], image_folder: str | None = None) -> list[str]:
-        """Paths or URLs of a row's images; empty where it holds them itself.
+    def pictures(self, row: dict[str, Any], image_folder: str | None = None) -> list[str | bytes]:
+        """Paths or URLs of a row's images; their contents where it holds them itself.
 
         Raises:
             ValueError: one leads where `image_access` does not allow.
         """
         if row["pictures"]:
-            return []
+            return list(row["pictures"])
         folder = self.image_folder if image_folder is None else image_folder
         sample = json.loads(row["sample"])
         files = image_files(sample, sample_name(sample, row["index"], ""))
@@ -166,16 +194,27 @@ class ItemMaker:
             BadSampleError: one cannot be read.
         """
         try:
-            if row["pictures"]:
-                for number, content in enumerate(row["pictures"]):
-                    yield load_image(io.BytesIO(content), f"embedded {number}")
-            for location in self.locations(row, image_folder):
-                yield open_image(location)
+            for number, picture in enumerate(self.pictures(row, image_folder)):
+                yield open_picture(picture, number)
         except ValueError as error:
             name = sample_name(json.loads(row["sample"]), row["index"], row["file"])
             raise BadSampleError(f"{name}: {error}", IMAGE) from error
 
-    def _process(self, image: Image.Image) -> torch.Tensor:
+    def check_images(self, row: dict[str, Any], image_folder: str | None = None) -> None:
+        """Look for a row's images without opening them: the files, or what the cache has of them.
+
+        Raises:
+            NotCachedError: one is not in the cache.
+            ValueError: one is missing, or leads where `image_access` does not allow.
+        """
+        for picture in self.pictures(row, image_folder):
+            if self.feature_cache is not None:
+                self.feature_cache.check(picture)
+            elif isinstance(picture, str):
+                check_image_exists(picture)
+
+    def process(self, image: Image.Image) -> torch.Tensor:
+        """The pixels of an image as the vision tower reads them, [3, H, W] or [tiles, 3, H, W]."""
         return process_images([image], self.image_processor, self._image_config)[0]
 
     def _text(self, conversation: Sequence[dict[str, str]], has_image: bool) -> str:
@@ -184,6 +223,21 @@ class ItemMaker:
         template = get_template(self.version)
         segments = template.render(parse_rounds(conversation, template, has_image))
         return "".join(segment.text for segment in segments).replace(DEFAULT_IMAGE_TOKEN, "")
+
+
+def open_picture(picture: str | bytes, number: int = 0) -> Image.Image:
+    """An image of `ItemMaker.pictures`, read completely.
+
+    Args:
+        picture: its path or URL, or its content.
+        number: of it among the row's, for a message about one that has no name.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if isinstance(picture, bytes):
+        return load_image(io.BytesIO(picture), f"embedded {number}")
+    return open_image(picture)
 
 
 def _id(sample: Any, index: int) -> Any:

@@ -102,10 +102,16 @@ class Answer:
     Attributes:
         text: the answer.
         visual_tokens: of each of the question's images, before and after the reduction; None where not counted.
+        text_tokens: of the prompt beside its images.
+        new_tokens: of the answer, with the one that ends it.
+        tiles: of all its images, each of which the vision tower encodes.
     """
 
     text: str
     visual_tokens: list[tuple[int, int]] | None = None
+    text_tokens: int = 0
+    new_tokens: int = 0
+    tiles: int = 0
 
 
 @dataclass
@@ -126,6 +132,12 @@ class Batch:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+
+    @property
+    def tiles(self) -> list[int]:
+        """Tiles of each question's images together."""
+        each = iter(tile_counts(self.images))
+        return [sum(next(each) for _ in range(count)) for count in self.counts]
 
     def pin_memory(self) -> Batch:
         """In memory from which a GPU copies without waiting; the data loader calls it."""
@@ -221,7 +233,9 @@ class Answerer:
             **self._generation(),
         )
         answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
-        return [Answer(*pair) for pair in zip(answers, self._count(spliced.image_index, batch), strict=True)]
+        text_tokens = (batch.mask.sum(dim=1) - torch.tensor(batch.counts)).tolist()
+        counts = (self._count(spliced.image_index, batch), text_tokens, self._lengths(new), batch.tiles)
+        return [Answer(*each) for each in zip(answers, *counts, strict=True)]
 
     def _generation(self) -> dict[str, Any]:
         options = self.options
@@ -238,6 +252,13 @@ class Answerer:
     def _decode(self, new: Tensor) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
+
+    def _lengths(self, new: Tensor) -> list[int]:
+        """Tokens of each answer up to its end, of [B, S] new ones."""
+        ended = torch.isin(new, torch.tensor(self._eos, device=new.device))
+        ends = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, new.shape[1])
+        lengths: list[int] = ends.tolist()
+        return lengths
 
     def _count(self, image_index: Tensor, batch: Batch) -> Sequence[list[tuple[int, int]] | None]:
         """The visual tokens of each question's images, or None for each."""

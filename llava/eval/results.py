@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from llava.cost import flops_per_question
 from llava.data.preprocessing import build_prompt
 from llava.eval.answering import VqaOptions
 from llava.eval.questions import Question, read_jsonl
@@ -63,6 +64,30 @@ def speed(rows: Sequence[Mapping[str, Any]], devices: int) -> dict[str, Any]:
     """Seconds that devices spent on the answers, of all together, and questions a second of one of them."""
     seconds = sum(row["seconds"] for row in rows)
     return {"seconds": seconds, "questions_per_second": len(rows) / seconds if seconds else None, "devices": devices}
+
+
+def mean_flops(rows: Sequence[Mapping[str, Any]], model: Any, reduction: Mapping[str, Any]) -> float:
+    """FLOPs of a question on average, by the formulas of `llava.cost` and what was counted.
+
+    Args:
+        rows: answers, with the fields of `llava.eval.answering.Answer`.
+        model: from `llava.cost.open_model`.
+        reduction: methods by site, with their options.
+
+    Raises:
+        ValueError: a method that the formulas do not know.
+    """
+    images = [len(row["visual_tokens"] or ()) for row in rows]
+    tokens = sum(after for row in rows for _, after in row["visual_tokens"] or ())
+    return flops_per_question(
+        model,
+        reduction or None,
+        image_tokens=tokens / len(rows),
+        text_tokens=round(fmean(row["text_tokens"] for row in rows)),
+        new_tokens=max(1, round(fmean(row["new_tokens"] for row in rows))),
+        images=round(fmean(images)),
+        tiles=round(sum(row["tiles"] for row in rows) / max(1, sum(images))) or None,
+    )
 
 
 def whole_prompt(question: Question, options: VqaOptions, config: Mapping[str, Any] | None = None) -> str:

@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
+from llava.cost import open_model
 from llava.eval.answering import Answer, VqaOptions, check_images
 from llava.eval.judge import Judge
 from llava.eval.model_vqa import answer_row
@@ -30,6 +31,7 @@ from llava.eval.results import (
     GRADES_FILE,
     RESULT_FILE,
     answer_settings,
+    mean_flops,
     questions_hash,
     read_result,
     speed,
@@ -288,6 +290,7 @@ def _finish(task: _Prepared, evaluation: Evaluation, checkpoint: Mapping[str, An
         "versions": versions(),
         "commit": git_state(Path(__file__).resolve().parent),
         **speed(rows, len(evaluation.devices)),
+        "flops_per_question": _flops(rows, evaluation.source, model["reduction"]),
     }
     with new_folder(task.target, overwrite=True) as folder:
         _write_answers(folder / ANSWERS_FILE, task.questions, rows, str(checkpoint["name"]))
@@ -297,6 +300,15 @@ def _finish(task: _Prepared, evaluation: Evaluation, checkpoint: Mapping[str, An
         result["submission"] = [file.relative_to(folder).as_posix() for file in files]
         (folder / RESULT_FILE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(task.run.folder)
+
+
+def _flops(rows: Sequence[Mapping[str, Any]], source: Source, reduction: Mapping[str, Any]) -> float | None:
+    """Of a question on average; None where the formulas do not know this model or method."""
+    try:
+        return mean_flops(rows, open_model(local_folder(source.model_path), source.vision_tower), reduction)
+    except (ValueError, OSError) as error:
+        logger.warning("the result holds no FLOPs: %s", error)
+        return None
 
 
 def _grade(task: Task, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None) -> list[Grade]:
@@ -316,8 +328,8 @@ def _grade(task: Task, questions: Sequence[Question], answers: Sequence[str], ju
 def _write_answers(path: Path, questions: Sequence[Question], rows: Sequence[Mapping[str, Any]], model_id: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         for question, row in zip(questions, rows, strict=True):
-            line = answer_row(question, Answer(row["text"], row["visual_tokens"]), model_id)
-            line["metadata"]["seconds"] = row["seconds"]
+            line = answer_row(question, Answer(row["text"]), model_id)
+            line["metadata"] = {key: value for key, value in row.items() if key != "text"}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

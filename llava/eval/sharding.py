@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class TaskRun:
         return get_task(self.name).questions(self.data)[: self.limit]
 
     def answered(self) -> dict[int, dict[str, Any]]:
-        """What earlier processes have answered: by the question's number, {text, visual_tokens, seconds}.
+        """What earlier processes have answered: by the question's number, the fields of `Answer` and seconds.
 
         A last line without its end was being written when its process was killed; it is left out.
         """
@@ -183,8 +183,8 @@ def _answer_task(answerer: Answerer, run: TaskRun, numbers: Sequence[int], rank:
         for batch, given in zip(batches, answers, strict=True):
             seconds, before = time.perf_counter() - before, time.perf_counter()
             for number, answer in zip(batch, given, strict=True):
-                row = {"index": number, "text": answer.text, "visual_tokens": answer.visual_tokens}
-                file.write(json.dumps(row | {"seconds": seconds / len(batch)}, ensure_ascii=False) + "\n")
+                row = {"index": number, **asdict(answer), "seconds": seconds / len(batch)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             progress.update(len(batch))
             _leave_without_parent()

@@ -8,16 +8,18 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from llava.data.stored_features import StoredFeatures
 from llava.model.prompt_inputs import describe, is_dense
 
-Images = Tensor | Sequence[Tensor] | None
+Images = Tensor | Sequence[Tensor] | StoredFeatures | None
+Pictures = list[Tensor] | StoredFeatures
 ImageSizes = Sequence[tuple[int, int]] | Tensor | None
 
 
 def match_images(
     markers: list[int], images: Images, image_sizes: ImageSizes, *, trusted: bool = False
-) -> tuple[list[Tensor], list[tuple[int, int]] | None]:
-    """The images that markers stand for, with their sizes.
+) -> tuple[Pictures, list[tuple[int, int]] | None]:
+    """The images that markers stand for, with their sizes. Stored features come for markers only, never for blanks.
 
     Args:
         markers: for each sample, how many image markers its ids hold.
@@ -29,17 +31,19 @@ def match_images(
     Raises:
         ValueError: counts do not match, or an image that is not blank has no marker.
     """
-    pictures = image_list(images)
+    pictures: Pictures = images if isinstance(images, StoredFeatures) else image_list(images)
     real = [count > 0 for count in markers for _ in range(max(count, 1))]  # blank images of text-only samples: False
     if len(pictures) == sum(markers):
         real = [True] * len(pictures)
-    elif len(pictures) != len(real):
+    elif isinstance(pictures, StoredFeatures) or len(pictures) != len(real):
         per_sample = ", ".join(f"sample {i}: {count}" for i, count in enumerate(markers))
         raise ValueError(
             f"the batch has {sum(markers)} image markers ({per_sample}) but {len(pictures)} images were given; "
             "each <image> in a prompt needs one image"
         )
     sizes = size_pairs(image_sizes, len(pictures))
+    if isinstance(pictures, StoredFeatures):
+        return pictures, sizes
     left_out = compress(pictures, [not is_real for is_real in real])
     if not trusted and any(bool(picture.any()) for picture in left_out):
         raise ValueError(
@@ -57,6 +61,8 @@ def image_list(images: Images) -> list[Tensor]:
     """
     if images is None:
         return []
+    if isinstance(images, StoredFeatures):
+        raise ValueError("images are stored features: this call needs their pixels")
     if isinstance(images, Tensor) and images.ndim not in (4, 5):
         raise ValueError(
             f"images of shape {tuple(images.shape)}: expected [N, 3, H, W] or [N, tiles, 3, H, W], or a list of images"
@@ -74,8 +80,10 @@ def image_list(images: Images) -> list[Tensor]:
     return pictures
 
 
-def tile_counts(pictures: Sequence[Tensor]) -> list[int]:
-    """How many pictures each image of `image_list` is for the vision tower: 1, or its tiles."""
+def tile_counts(pictures: Pictures) -> list[int]:
+    """How many pictures each image is for the vision tower: 1, or its tiles."""
+    if isinstance(pictures, StoredFeatures):
+        return pictures.tiles
     return [picture.shape[0] if picture.ndim == 4 else 1 for picture in pictures]
 
 

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.data.prompt_text import question_of_ids
-from llava.model.image_inputs import Images, ImageSizes, image_list, match_images, tile_counts
+from llava.data.stored_features import StoredFeatures
+from llava.model.image_inputs import Images, ImageSizes, Pictures, image_list, match_images, tile_counts
 from llava.model.language_model.batch_counts import LlavaOutput, count_batch
+from llava.model.language_model.head_loss import head_loss
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.marker_tokens import add_marker_tokens
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -75,6 +79,8 @@ class LlavaMetaForCausalLM:
     config: Any
     config_class: Any
     older_model_types: ClassVar[tuple[str, ...]] = ()
+    # Whether the language model's own forward is layers, head and loss: logits are neither scaled nor capped.
+    has_plain_head: ClassVar[bool] = False
     training: bool
     device: torch.device
     tokenizer: Any = None  # set by load_pretrained_model; finds the question in a prompt where no texts are given
@@ -186,18 +192,21 @@ class LlavaMetaForCausalLM:
         image_index: Tensor | None = None,
         packed: bool = False,
         reduction: Reduction = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         host: HostBatch | None = None,
         plan: SplicePlan | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits, and the loss where labels are given.
+        """Logits, and the loss where labels are given; in training the loss alone.
 
         Args:
             input_ids: [B, S] int64 with IMAGE_TOKEN_INDEX (-200) where an image goes.
             attention_mask: [B, S], 1 at real tokens; padding on either side. Default: all real.
             labels: [B, S] int64, -100 where nothing is learnt.
             images: N images of the batch in order of their markers: [N, 3, H, W], [N, tiles, 3, H, W], or a list of
-                [3, H, W] or [tiles, 3, H, W]. LLaVA's own collator sends a blank image for a text-only sample; one
+                [3, H, W] or [tiles, 3, H, W]; or what is stored of them (`StoredFeatures`), made with the method of
+                this call. LLaVA's own collator sends a blank image for a text-only sample; one
                 for every such sample is understood, and left out.
             image_sizes: N pairs (width, height) in pixels, for anyres.
             texts: B texts for a reducer that reads them (trim). Without them the question is read off the prompt,
@@ -208,6 +217,10 @@ class LlavaMetaForCausalLM:
             packed: run the batch as one row without padding, in which the samples do not see each other.
             reduction: method for this call alone, in any form that `set_reduction` takes, "none" for all tokens; None:
                 the model's own. It is for a prompt; what goes on from a cache keeps to what the cache holds.
+            logits_to_keep: logits of so many last tokens; 0: of all. `generate` asks for those that it reads.
+            skip_logits: whether the loss is all that is wanted: logits then are None, and the head runs on the tokens
+                that predict an answer alone, in chunks. None: in training, which is in train mode, with gradients and
+                labels. Tuples (`return_dict=False`) and losses of another kind need the logits, and keep them.
             host: what `input_ids`, `attention_mask` and `labels` hold, as the collator hands it on; None: they are
                 copied to the host, which waits for the device.
             plan: for `inputs_embeds`, as `splice_images` returns it: then nothing is copied to the host.
@@ -256,33 +269,73 @@ class LlavaMetaForCausalLM:
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
+            "logits_to_keep": logits_to_keep,
             **kwargs,
         }
+        trains = self.training and torch.is_grad_enabled() and labels is not None
+        skips = (trains if skip_logits is None else skip_logits) and self._can_skip_logits(inputs, labels)
         staged = None
         # Where the host knows the padding, the staged runner runs the plain model too: transformers would wait for the
         # device to see whether there is any.
         is_planned = plan is not None and type(past_key_values) in (type(None), DynamicCache)
-        if cached or not (packed or reducers.decoder is not None or is_planned):
+        if not cached and (packed or reducers.decoder is not None or is_planned):
+            staged = _staged_pass(image_index, labels, packed, left, reducers.decoder, plan)
+        if skips:
+            output = self._forward_to_loss(inputs, labels, staged)
+        elif staged is None:
             output = super().forward(**inputs, labels=labels)  # type: ignore[misc]
         else:
-            staged = _staged_pass(image_index, labels, packed, left, reducers.decoder, plan)
             output = self._forward_staged(inputs, staged)
-        trains = self.training and torch.is_grad_enabled() and labels is not None
         if spliced is None or not trains or isinstance(output, tuple):
             return output
         return LlavaOutput(**output, counts=count_batch(spliced, staged))
+
+    def _can_skip_logits(self, inputs: dict[str, Any], labels: Tensor | None) -> bool:
+        """Whether the loss follows from the head and the labels alone, and nothing else asks for logits."""
+        returns_dict = inputs.get("return_dict")
+        return (
+            labels is not None
+            and self.has_plain_head
+            and self.loss_function is ForCausalLMLoss  # type: ignore[attr-defined]
+            and (self.config.return_dict if returns_dict is None else returns_dict)
+            and isinstance(inputs["logits_to_keep"], int)
+            and not inputs["logits_to_keep"]
+            and not inputs.keys() & {"ignore_index", "shift_labels"}
+        )
+
+    def _forward_to_loss(self, inputs: dict[str, Any], labels: Tensor | None, staged: StagedPass | None) -> Any:
+        """Forward for the loss, without logits; arguments as of the language model's own forward."""
+        passed = {key: value for key, value in inputs.items() if key != "logits_to_keep"}
+        output = self.get_model()(**{**passed, "return_dict": True}, staged=staged)
+        kept = labels if staged is None else staged.kept_labels()
+        assert kept is not None
+        loss = head_loss(
+            self.get_output_embeddings(),  # type: ignore[attr-defined]
+            output.last_hidden_state,
+            kept,
+            self.loss_function,  # type: ignore[attr-defined]
+            inputs.get("num_items_in_batch"),
+            None if staged is None else staged.answers,
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
 
     def _forward_staged(self, inputs: dict[str, Any], staged: StagedPass) -> Any:
         """Forward through a decoder reducer, or packed: the loss is that of the labels whose tokens reach the end."""
         as_tuple = inputs.pop("return_dict", None) is False
         output = super().forward(**inputs, staged=staged, return_dict=True)  # type: ignore[misc]
         if staged.labels is not None:
-            output.loss = self.loss_function(  # type: ignore[attr-defined]
+            loss = self.loss_function(  # type: ignore[attr-defined]
                 logits=output.logits,
                 labels=staged.kept_labels(),
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=inputs.get("num_items_in_batch"),
             )
+            output = type(output)(**{**output, "loss": loss})  # made anew, so that the loss comes first in a tuple
         return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
@@ -390,7 +443,8 @@ class LlavaMetaForCausalLM:
             text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
         spliced = splice(text_embeds, visual, host.labels, plan)
-        spliced.images, spliced.tiles = len(pictures), sum(tile_counts(pictures))
+        spliced.images = len(pictures)
+        spliced.tiles = 0 if isinstance(pictures, StoredFeatures) else sum(tile_counts(pictures))
         return spliced
 
     def _texts_of_images(self, texts: Sequence[str] | None, host: HostBatch, markers: list[int]) -> list[str] | None:
@@ -403,7 +457,7 @@ class LlavaMetaForCausalLM:
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(
-        self, pictures: list[Tensor], sizes: ImageSizes, texts: list[str] | None, reducers: Reducers
+        self, pictures: Pictures, sizes: ImageSizes, texts: list[str] | None, reducers: Reducers
     ) -> tuple[Tensor | None, Tensor]:
         if pictures:
             return self.get_model().encode_images(pictures, sizes, texts, reducers)
@@ -413,8 +467,11 @@ class LlavaMetaForCausalLM:
             return None, none
         # Every rank must run the same modules and have a gradient for the same weights, or ZeRO and DDP wait for
         # ever: a batch without images encodes a blank one, whose tokens are multiplied by zero.
-        blank = torch.zeros(3, tower.image_size, tower.image_size, device=self.device)
-        return self.get_model().encode_images([blank], texts=[""], reduction=reducers)[0], none
+        if isinstance(pictures, StoredFeatures):
+            blank: Pictures = pictures.blank(tower.num_patches)
+        else:
+            blank = [torch.zeros(3, tower.image_size, tower.image_size, device=self.device)]
+        return self.get_model().encode_images(blank, texts=[""], reduction=reducers)[0], none
 
     @torch.no_grad()
     def count_visual_tokens(

@@ -2,6 +2,8 @@
 
 images -> vision tower -> [encoder reducer] -> projector, with a [projector reducer] in it -> layout
 
+What enters the projector may be stored (`store_features`) and given in place of the images.
+
 Shapes: N images, T tiles of all images, M kept tokens a tile, K visual tokens of all images together, E width of CLIP's
 shared space, D language-model width.
 """
@@ -13,11 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llava.data.stored_features import StoredFeatures
 from llava.model.image_inputs import ImageSizes, check_finite, check_side, image_list, size_pairs, tile_counts
 from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
 from llava.model.prompt_inputs import check_texts
 from llava.model.vision_modules import Reduction, VisionModules
-from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.base import Reducers, VisionFeatures, VisualTokens
 from llava.transfer import to_device
 
 
@@ -40,19 +43,42 @@ class VisualEncoding(VisionModules):
             The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
             and the reducer's output, for what came from where.
         """
-        methods, tower = self.reducers(reduction), self._tower()
-        reducer, fuser = methods.encoder, methods.projector
+        methods = self.reducers(reduction)
+        return self._project(self.read_tiles(pixels, text, methods), methods)
+
+    def read_tiles(self, pixels: Tensor, text: Tensor | None, methods: Reducers) -> VisionFeatures | VisualTokens:
+        """Tower and encoder reducer: what the projector reads of T tiles. Arguments as for `encode_tiles`."""
+        tower, reducer = self._tower(), methods.encoder
         needs = () if reducer is None else reducer.needs
-        vision: VisionFeatures = tower(pixels, needs=needs, blocks=tower.blocks_read(fuser))
+        vision: VisionFeatures = tower(pixels, needs=needs, blocks=tower.blocks_read(methods.projector))
         vision.text = text
-        if fuser is not None:
-            tokens = fuser(vision, self.mm_projector, self.mm_projector_crosslayer)
+        if methods.projector is not None:
+            return vision
+        return VisualTokens(vision.features) if reducer is None else reducer(vision)
+
+    def _project(self, read: VisionFeatures | VisualTokens, methods: Reducers) -> tuple[Tensor, VisualTokens]:
+        """The projector, with a reducer in it; results as for `encode_tiles`."""
+        if isinstance(read, VisionFeatures):
+            assert methods.projector is not None
+            tokens = methods.projector(read, self.mm_projector, self.mm_projector_crosslayer)
             return tokens.features.flatten(0, 1), tokens
-        tokens = VisualTokens(vision.features) if reducer is None else reducer(vision)
-        flat, real = tokens.features.flatten(0, 1), tokens.host_mask.flatten()
+        flat, real = read.features.flatten(0, 1), read.host_mask.flatten()
         if not bool(real.all()):
             flat = flat.index_select(0, to_device(real.nonzero()[:, 0], flat.device))
-        return self.mm_projector(flat.to(self._projector_dtype())), tokens
+        return self.mm_projector(flat.to(self._projector_dtype())), read
+
+    def _project_stored(self, stored: StoredFeatures, methods: Reducers) -> tuple[Tensor, VisualTokens]:
+        """`_project` for what `store_features` made of the same tiles."""
+        tower, tokens = self._tower(), stored.tokens.to(self._tower().device)
+        if methods.projector is not None:
+            blocks = dict.fromkeys(tower.blocks_read(methods.projector))
+            states = (tokens if tokens.ndim == 3 else tokens.unsqueeze(1)).unflatten(0, (len(stored.lengths), -1))
+            by_block = dict(zip(blocks, states.unbind(2), strict=True))
+            first = next(iter(by_block.values()))
+            return self._project(VisionFeatures(first, grid=tower.grid, hidden_states=by_block), methods)
+        mask, source = stored.rows()
+        layout = VisualTokens(torch.empty(*mask.shape, 0), mask, source, stored.grid)
+        return self.mm_projector(tokens.to(self._projector_dtype())), layout
 
     def _projector_dtype(self) -> torch.dtype:
         weight = next(self.mm_projector.parameters(), None)
@@ -60,7 +86,7 @@ class VisualEncoding(VisionModules):
 
     def encode_images(
         self,
-        images: Sequence[Tensor],
+        images: Sequence[Tensor] | StoredFeatures,
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         reduction: Reduction = None,
@@ -68,7 +94,7 @@ class VisualEncoding(VisionModules):
         """Visual tokens of all images in the order in which they enter the language model.
 
         Args:
-            images: N tensors [3, H, W] or [tiles, 3, H, W].
+            images: N tensors [3, H, W] or [tiles, 3, H, W]; or what is stored of N pictures.
             image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
             texts: N texts, one for each image, for a reducer that reads them.
             reduction: see `Reduction`.
@@ -76,22 +102,30 @@ class VisualEncoding(VisionModules):
         Returns:
             Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
         """
-        tower, reducers = self._tower(), self.reducers(reduction)
-        pictures = image_list(images)
-        check_side(pictures, tower.image_size)
-        tiles = [picture if picture.ndim == 4 else picture.unsqueeze(0) for picture in pictures]
-        counts = tile_counts(pictures)
-        if not self.training:  # there the loss shows it, without waiting for the device
-            check_finite(pictures)
-        pixels = torch.cat([to_device(t, tower.device) for t in tiles])
-        text = self._embed_texts(texts, counts) if reducers.read_text else None
-        projected, tokens = self.encode_tiles(pixels, text, reducers)
+        reducers = self.reducers(reduction)
+        if isinstance(images, StoredFeatures):
+            counts = images.tiles
+            projected, tokens = self._project_stored(images, reducers)
+        else:
+            pixels, counts = self._tiles(images)
+            text = self._embed_texts(texts, counts) if reducers.read_text else None
+            projected, tokens = self.encode_tiles(pixels, text, reducers)
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
             projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
         index = index.masked_fill(index == NEWLINE, len(projected) - 1)
         return projected[to_device(index, projected.device)], torch.tensor([len(layout) for layout in layouts])
+
+    def _tiles(self, images: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Pixels of all tiles [T, 3, H, W], and how many tiles each image is."""
+        tower, pictures = self._tower(), image_list(images)
+        check_side(pictures, tower.image_size)
+        counts = tile_counts(pictures)
+        if not self.training:  # there the loss shows it, without waiting for the device
+            check_finite(pictures)
+        tiles = [picture.reshape(-1, *picture.shape[-3:]) for picture in pictures]
+        return torch.cat([to_device(tile, tower.device) for tile in tiles]), counts
 
     def _embed_texts(self, texts: Sequence[str] | None, counts: list[int]) -> Tensor:
         """Embedding of the text of each tile, [T, E]; `counts` tiles an image."""
@@ -152,3 +186,25 @@ class VisualEncoding(VisionModules):
             tile_size=tower.image_size,
             pinpoints=getattr(config, "image_grid_pinpoints", None),
         )
+
+
+def store_features(read: VisionFeatures | VisualTokens, counts: list[int]) -> StoredFeatures:
+    """What `read_tiles` made of some pictures as it can be stored, on the host.
+
+    Args:
+        read: of T tiles.
+        counts: tiles of each picture.
+    """
+    if isinstance(read, VisionFeatures):
+        states = list(read.hidden_states.values())
+        read = VisualTokens(states[0] if len(states) == 1 else torch.stack(states, dim=2))
+    mask = None if read.mask is None else read.mask.cpu()
+    tokens, source = read.features.cpu(), None if read.source is None else read.source.cpu()
+    t, m = tokens.shape[:2]
+    return StoredFeatures(
+        tokens=tokens.flatten(0, 1) if mask is None else tokens[mask],
+        lengths=[m] * t if mask is None else mask.sum(dim=1).tolist(),
+        tiles=counts,
+        source=source if source is None else source.flatten() if mask is None else source[mask],
+        grid=read.grid,
+    )

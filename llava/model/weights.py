@@ -7,9 +7,10 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -191,6 +192,66 @@ def check_json(path: str | Path, name: str, cache_dir: str | None = None) -> Non
     file = find_file(path, name, cache_dir)
     if file is not None:
         read_json(file)
+
+
+def tower_weights(
+    checkpoint: str | Path, tower: str | Path, names: Collection[str], cache_dir: str | None = None
+) -> dict[str, Tensor]:
+    """The image encoder's weights that a model has: those in its checkpoint, otherwise those of the tower itself.
+
+    Args:
+        checkpoint: folder or hub name of the model.
+        tower: folder or hub name of a CLIP or SigLIP model, or of its vision half.
+        names: of the encoder's weights.
+        cache_dir: where files from the hub are kept.
+
+    Returns:
+        Weights by those names, mapped into memory where the file allows it.
+
+    Raises:
+        ValueError: some are missing, or a file can't be read.
+    """
+    prefix = f"{VISION_TOWER_PREFIX}vision_tower."
+    for place, start in ((checkpoint, prefix), (tower, "")):
+        found: dict[str, Tensor] = {}
+        for file_name, keys in find_weights(place, cache_dir).items():
+            if keys is not None and not any(key.startswith(start) for key in keys):
+                continue
+            file = find_file(place, file_name, cache_dir) or Path(place) / file_name
+            for key, read in _lazily(file).items():
+                name = key.removeprefix(prefix).removeprefix("vision_model.")
+                if key.startswith(start) and name in names:
+                    found[name] = read()
+        if found:
+            raise_for_keys(place, missing=sorted(set(names) - set(found)))
+            return found
+    raise ValueError(f"neither {checkpoint} nor {tower} holds the weights of the vision tower")
+
+
+def _lazily(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """For each weight of a file what reads it."""
+    with _readable(path):
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+        return {name: partial(_itself, weight) for name, weight in _load_tensors(path, "cpu").items()}
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
+
+
+def sampled_mark(weights: Mapping[str, Tensor], each: int = 64) -> str:
+    """A short text that tells sets of weights apart by `each` values of every one, as bfloat16 has them.
+
+    So it is the same for weights that are kept as float32, and for those that these were rounded to.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        flat = weights[name].detach().flatten()
+        values = flat[:: max(1, flat.numel() // each)].to(torch.bfloat16).float()
+        digest.update(f"{name} {tuple(weights[name].shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from llava.train.checkpoints.resume import (
     run_settings,
 )
 from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
+from llava.train.feature_key import check_cache_fits, use_feature_cache
 from llava.train.launching.process import open_run_log, set_up_logging
 from llava.train.logs.run_info import write_run_info
 from llava.train.logs.trackers import wandb_run
@@ -93,8 +94,10 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
         training.attn_implementation = best_packed_attention(config, is_16_bit=is_16_bit and not training.use_cpu)
     tokenizer = load_tokenizer(arguments, checkpoint)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
+    use_feature_cache(dataset, arguments)
     preflight(arguments, config, dataset)
     model = load_model(arguments, config, tokenizer)
+    check_cache_fits(dataset, model, arguments)
     log_trainable(model)
     reduction = ReductionConfig.of_model(model.config)
     settings = run_settings(arguments, reduction, dataset, training.world_size)

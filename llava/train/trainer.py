@@ -20,6 +20,7 @@ from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from llava.data.stored_features import StoredFeatures
 from llava.data.streaming import StreamingSupervisedDataset
 from llava.files import CHECKPOINT_FILES, adopt_checkpoint, atomic_folder, note_files, write_file_list
 from llava.model.language_model.batch_counts import Totals
@@ -247,8 +248,12 @@ class LLaVATrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _prepare_input(self, data: Any) -> Any:
-        # As transformers', which would wait for the device, for batches that accelerate has not copied.
-        return super()._prepare_input(to_device(data, self.args.device) if isinstance(data, torch.Tensor) else data)
+        # Without waiting for the device, also for streams, which do not go through accelerate.
+        if isinstance(data, torch.Tensor):
+            data = to_device(data, self.args.device)
+        elif isinstance(data, StoredFeatures):
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers'."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.eval.accuracy import Score, accuracy_table, score_files
-from llava.eval.answering import Answerer, VqaOptions
-from llava.eval.model_vqa import answer_questions
-from llava.eval.questions import read_questions
+from llava.eval.answering import VqaOptions
+from llava.eval.running import Evaluation, default_devices, run_tasks
+from llava.eval.sharding import Source
 from llava.messages import set_up_messages
-from llava.model.builder import load_pretrained_model
 
 
 @dataclass(frozen=True)
@@ -46,28 +45,30 @@ STAGES = {
 
 
 def ask_stage(folder: Path, rows: tuple[Row, ...], flags: argparse.Namespace) -> dict[str, Score]:
-    """Scores of one checkpoint, by the names of the rows."""
-    questions_file = flags.data / "heldout.jsonl"
-    options = VqaOptions(
-        image_folder=str(flags.data / "images"),
-        temperature=0,
-        max_new_tokens=12,
-        batch_size=50,
-        count_visual_tokens=True,
-    )
+    """Scores of one checkpoint, by the names of the rows; each is a run that `llava report` reads too."""
     scores = {}
     for row in rows:
-        tokenizer, model, processor, _ = load_pretrained_model(
-            folder,
-            flags.base,
-            vision_tower=flags.vision_tower,
+        source = Source(
+            model_path=str(folder),
+            model_base=str(flags.base),
+            vision_tower=str(flags.vision_tower),
             reduction=row.reduction,
             dtype=torch.float32,
         )
-        answerer = Answerer(tokenizer, model, processor, replace(options, no_images=row.no_images))
-        answers_file = flags.output / f"{row.name.replace(',', '').replace(' ', '-')}.jsonl"
-        answer_questions(answerer, read_questions(questions_file), answers_file, folder.name)
-        scores[row.name] = score_files(questions_file, answers_file)
+        run = flags.output / row.name.replace(",", "").replace(" ", "-")
+        options = VqaOptions(temperature=0, batch_size=50, count_visual_tokens=True, no_images=row.no_images)
+        run_tasks(
+            Evaluation(
+                source=source,
+                tasks=["toy"],
+                output=run,
+                data=flags.data.parent,
+                options=options,
+                devices=default_devices(1),
+                overwrite=True,
+            )
+        )
+        scores[row.name] = score_files(flags.data / "heldout.jsonl", run / "toy" / "answers.jsonl")
     return scores
 
 
@@ -95,6 +96,8 @@ def main() -> None:
     for name in ("base", "vision-tower", "pretrained", "lora", "data", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     flags = parser.parse_args()
+    if flags.data.name != "toy":
+        parser.error(f"--data {flags.data}: the folder of the toy's data is called toy")
     set_up_messages(logging.WARNING)
     scores: dict[str, Score] = {}
     for stage, rows in STAGES.items():

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 AXES: dict[str, Callable[[Result], float | None]] = {
     "visual tokens of an image": lambda result: result.tokens,
-    "TFLOPs of a question": lambda result: None if result.flops is None else result.flops / 1e12,
+    "FLOPs of a question": lambda result: result.flops,
 }
-MARKERS = "oD^vP*Xpd"
+MARKERS = "soD^vP*Xpd"
 
 
 def plot(runs: Sequence[Run], file: Path, notes: Sequence[str] = ()) -> None:
@@ -36,6 +36,7 @@ def plot(runs: Sequence[Run], file: Path, notes: Sequence[str] = ()) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError as error:
         raise ValueError("--plot needs matplotlib, which the extra 'plots' has: pip install llava[plots]") from error
     tasks = common_tasks(runs)
@@ -51,6 +52,7 @@ def plot(runs: Sequence[Run], file: Path, notes: Sequence[str] = ()) -> None:
     for panel, (name, values) in zip(panels, costs.items(), strict=True):
         _draw(panel, runs, values, scores)
         panel.set_xlabel(name)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 3T, as small models have 3G
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     panels[0].set_ylabel(f"{tasks[0]}, % of full score" if len(tasks) == 1 else f"mean over {len(tasks)} tasks, %")
     if notes:
@@ -63,7 +65,7 @@ def _draw(panel: Axes, runs: Sequence[Run], costs: Sequence[float | None], score
     """A point for each run that has the cost; full models are black, with a line at their score."""
     for place, (run, cost, value) in enumerate(zip(runs, costs, scores, strict=True)):
         full = run.method == UNREDUCED
-        color, shape = ("black", "s") if full else (f"C{place % 10}", MARKERS[place % len(MARKERS)])
+        color, shape = "black" if full else f"C{place % 10}", MARKERS[place % len(MARKERS)]
         # One without the cost is drawn as nothing, for the panels share their legend.
         panel.plot([] if cost is None else [cost], [] if cost is None else [value], shape, color=color, label=run.name)
         if full:

@@ -33,7 +33,8 @@ class ReportOptions:
         form: one of `rendering.FORMATS`; None: what the output's suffix says, otherwise a table.
         findings: compute what the papers claim beyond accuracy, in place of the tables.
         baseline: name or folder of the run that relative performance refers to.
-        model, method: of the paper, where the runs' own names should not count; a run without reduction has no method.
+        model: of the paper, where the runs' own names should not count.
+        method: of the paper, for all runs with a reduction, or as RUN=METHOD for one.
         output: file for the report; None: standard output.
         plot: file for a picture of the runs.
     """
@@ -44,7 +45,7 @@ class ReportOptions:
     findings: bool = False
     baseline: str | None = None
     model: str | None = None
-    method: str | None = None
+    method: Sequence[str] = ()
     output: Path | None = None
     plot: Path | None = None
 
@@ -53,7 +54,7 @@ class ReportOptions:
             raise ValueError(f"--format {self.form}: choose {', '.join(FORMATS)}")
         if self.paper is None:
             for name in ("table", "model", "method"):
-                if getattr(self, name) is not None:
+                if getattr(self, name):
                     raise ValueError(f"--{name} says which figures of a paper to show; --paper is missing")
 
 
@@ -108,9 +109,9 @@ def _compare(
     """All comparisons, by benchmark, and for each run what could not be compared."""
     found: list[Comparison] = []
     notes: Notes = {}
+    names = _method_names(runs, options.method)
     for run in runs:
-        model = options.model or run.model
-        method = options.method if options.method and run.method != UNREDUCED else run.method
+        model, method = options.model or run.model, names[run.name]
         own = compare(run, figures, model=model, method=method)
         found += own
         if model is None:
@@ -119,6 +120,18 @@ def _compare(
             notes[run.name] = [f"{paper.name} has no figure of {model} with method {method} on these tasks"]
     order = list(dict.fromkeys(figure.benchmark for figure in figures))
     return sorted(found, key=lambda comparison: order.index(comparison.benchmark)), notes
+
+
+def _method_names(runs: Sequence[Run], given: Sequence[str]) -> dict[str, str]:
+    """The paper's name of each run's method: its own, or as it is given for all reduced runs or for this one."""
+    names = {run.name: run.method for run in runs}
+    for text in given:
+        run, equals, method = text.partition("=")
+        if equals and run in names:  # the papers' names may have an equals sign too
+            names[run] = method
+        else:
+            names = {run: name if name == UNREDUCED else text for run, name in names.items()}
+    return names
 
 
 def _write(sheets: Sequence[Sheet], form: str, output: Path | None) -> None:

@@ -25,6 +25,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     """LLaVA with Llama as its language model."""
 
     config_class = LlavaLlamaConfig
+    has_plain_head = True
     older_model_types = ("llava",)  # what releases before v1.5 wrote
 
     def __init__(self, config: LlavaLlamaConfig) -> None:

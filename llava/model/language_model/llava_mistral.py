@@ -25,6 +25,7 @@ class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
     """LLaVA with Mistral as its language model."""
 
     config_class = LlavaMistralConfig
+    has_plain_head = True
 
     def __init__(self, config: LlavaMistralConfig) -> None:
         # Past MistralForCausalLM's own constructor, which would build the layers a second time.

@@ -25,6 +25,7 @@ class LlavaQwenForCausalLM(LlavaMetaForCausalLM, Qwen2ForCausalLM):
     """LLaVA with Qwen2 as its language model."""
 
     config_class = LlavaQwenConfig
+    has_plain_head = True
 
     def __init__(self, config: LlavaQwenConfig) -> None:
         # Past Qwen2ForCausalLM's own constructor, which would build the layers a second time.
@@ -51,6 +52,7 @@ class LlavaQwen3ForCausalLM(LlavaMetaForCausalLM, Qwen3ForCausalLM):
     """LLaVA with Qwen3 as its language model."""
 
     config_class = LlavaQwen3Config
+    has_plain_head = True
 
     def __init__(self, config: LlavaQwen3Config) -> None:
         # Past Qwen3ForCausalLM's own constructor, which would build the layers a second time.

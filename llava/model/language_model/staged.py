@@ -53,6 +53,7 @@ class StagedPass:
         plan: the batch on the host, where a splice made it; without one it is copied there.
         kept: set by the runner: [B, L'] int64, the columns that reach the end; -1 at padding.
         place: set by the runner where the batch is packed: [T], index of each token of the row into [B, L'].
+        answers: set by the runner: tokens with a label, known on the host.
     """
 
     image_index: Tensor
@@ -63,6 +64,7 @@ class StagedPass:
     plan: SplicePlan | None = None
     kept: Tensor | None = None
     place: Tensor | None = None
+    answers: int | None = None
 
     def on_host(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`image_index`, the [B, L] bool mask of real tokens, and `labels`, on the host."""
@@ -292,6 +294,7 @@ def _prefill(
     reducer = staged.reducer
     rows = _entering_rows(hidden, attention_mask, position_ids)
     image_index, real, labels = staged.on_host(rows.mask)
+    staged.answers = None if labels is None else int((labels != IGNORE_INDEX).sum())
     rows.lengths = real.sum(dim=1).tolist()
     rows.left = None if staged.plan is None else staged.plan.left
     if staged.packed:

@@ -89,6 +89,7 @@ NOTED = (
     "data_path",
     "dataloader_num_workers",
     "deepspeed",
+    "feature_cache",
     "image_folder",
     "max_steps",
     "num_train_epochs",

@@ -1,4 +1,4 @@
-"""`llava train`: start the processes of a run that a YAML file describes.
+"""`llava train` and `llava cache-features`: start the processes of a run that a YAML file describes.
 
 How it runs:
 - Where a launcher has started this process already (torchrun, deepspeed, or Slurm with RANK and WORLD_SIZE set), or
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -25,11 +26,28 @@ from llava.train.settings.problems import Problems
 
 logger = logging.getLogger(__name__)
 
-ENTRY = Path(__file__).parents[1] / "train_mem.py"
+FOLDER = Path(__file__).parents[1]
+ENTRY = FOLDER / "train_mem.py"
 
 
 def train_from_config(path: str, overrides: list[str]) -> int:
-    """Run the training that a YAML file and `key=value` overrides describe.
+    """Run the training that a YAML file and `key=value` overrides describe; see `run_from_config`."""
+    return run_from_config(path, overrides, "train", ENTRY)
+
+
+def cache_from_config(path: str, overrides: list[str]) -> int:
+    """Cache the features of the training that they describe; see `run_from_config`."""
+    return run_from_config(path, overrides, "cache_features", FOLDER / "cache_features.py")
+
+
+def run_from_config(path: str, overrides: list[str], module: str, entry: Path) -> int:
+    """Run a program on the settings that a YAML file and `key=value` overrides describe.
+
+    Args:
+        path: of the YAML file.
+        overrides: `key=value`.
+        module: of `llava.train`, whose `main` takes the flags.
+        entry: the file that a launcher starts for it.
 
     Returns:
         The exit code of the run.
@@ -42,21 +60,20 @@ def train_from_config(path: str, overrides: list[str]) -> int:
     choose_accelerator()
     problems.check(check_args, flags)
     problems.raise_all()
-    command = None if "RANK" in os.environ else launch_command(flags, options)
+    command = None if "RANK" in os.environ else launch_command(flags, options, entry)
     if command is None:
-        from llava.train.train import main
-
-        return run_and_report(main, flags)
+        return run_and_report(import_module(f"llava.train.{module}").main, flags)
     logger.debug("starting %s", " ".join(command))
     return supervise(command, _environment(options))
 
 
-def launch_command(flags: list[str], options: LaunchOptions) -> list[str] | None:
+def launch_command(flags: list[str], options: LaunchOptions, entry: Path = ENTRY) -> list[str] | None:
     """The command that starts all processes, or None where this process is enough.
 
     Args:
         flags: of the run.
         options: how many processes, and where.
+        entry: the file that they run.
     """
     processes = options.num_gpus or max(1, torch.cuda.device_count())
     port = [] if options.master_port is None else ["--master_port", str(options.master_port)]
@@ -64,13 +81,13 @@ def launch_command(flags: list[str], options: LaunchOptions) -> list[str] | None
         machines = ["--hostfile", options.hostfile] if options.hostfile else []
         count = ["--num_gpus", str(processes)] if options.num_gpus or not machines else []
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
-        return [*launcher, *machines, *count, *port, str(ENTRY), *flags]
+        return [*launcher, *machines, *count, *port, str(entry), *flags]
     if options.hostfile:
         raise ValueError("hostfile is read by DeepSpeed's launcher: set deepspeed too, e.g. ./scripts/zero2.json")
     if processes == 1:
         return None
     launcher = [sys.executable, "-m", "llava.train.launching.torchrun", "--nproc_per_node", str(processes)]
-    return [*launcher, *port, str(ENTRY), *flags]
+    return [*launcher, *port, str(entry), *flags]
 
 
 def _environment(options: LaunchOptions) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Arithmetic of training steps, and what part of a GPU's peak it is (MFU); the formulas are those of `llava.cost`.
 
 Counted are the products that the step needs, at two operations a multiply-add, as in PaLM's appendix B
-(https://arxiv.org/abs/2204.02311): padding, recomputation by gradient checkpointing, ranking and the optimizer are not.
+(https://arxiv.org/abs/2204.02311): padding, recomputation (of layers and logits), ranking and the optimizer are not.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class FlopsModel:
             tokens = text + totals.image_tokens * kept
             squares = totals.squares * (tokens / max(totals.tokens, 1)) ** 2
             macs += layer_step_macs(self.sizes, layer, tokens, squares)
-        reach_end = text + totals.image_tokens * self.kept[-1]
-        return OPERATIONS * (macs + reach_end * step_macs(self.sizes.head, passes_back=True))
+        return OPERATIONS * (macs + totals.answer_tokens * step_macs(self.sizes.head, passes_back=True))
 
 
 def utilization(flops: float, seconds: float, processes: int, computes_16_bit: bool) -> float | None:

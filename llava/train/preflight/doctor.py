@@ -15,11 +15,13 @@ from llava.reduction import ReductionConfig
 from llava.train.checkpoints.output_dir import check_free, check_output_dir
 from llava.train.checkpoints.resume import check_checkpoint, checkpoint_to_resume, run_settings
 from llava.train.data import load_dataset
+from llava.train.feature_key import check_cache_fits
 from llava.train.modeling import load_tokenizer, read_config
+from llava.train.preflight.features import check_feature_cache
 from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
 from llava.train.preflight.models import check_model
-from llava.train.preflight.samples import check_images_exist, check_learnable, check_samples
+from llava.train.preflight.samples import FEATURES, check_images_exist, check_learnable, check_samples
 from llava.train.settings.arguments import accumulation_steps, runs_on_cpu
 from llava.train.settings.config import LaunchOptions, load_config
 from llava.train.settings.parsing import Arguments, check_args
@@ -73,6 +75,8 @@ def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float
     model, count = check_model(arguments, config, report)
     data = _load_data(arguments, config, tokenizer, report)
     length = arguments.training.model_max_length
+    if data is not None and model is not None and arguments.data.feature_cache:
+        check_feature_cache(arguments, model, data, report)
     if data is not None:
         length = check_samples(data, report, count.count if count else None, length)
     if arguments.training.fp16 and runs_on_cpu(arguments.training):
@@ -168,6 +172,9 @@ def preflight(arguments: Arguments, config: Any, dataset: Any) -> None:
     if training.process_index == 0:
         model, count = check_model(arguments, config, report)
         is_table = isinstance(dataset, LazySupervisedDataset)
+        if is_table and model is not None:
+            with report.catch(FEATURES):
+                check_cache_fits(dataset, model, arguments)
         if is_table:
             check_images_exist(dataset, report, training.preflight_seconds)
             check_batches(arguments, len(dataset), training.world_size, report)

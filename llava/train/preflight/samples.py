@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import LazySupervisedDataset
-from llava.data.images import check_image_exists
+from llava.data.feature_cache import NotCachedError
 from llava.data.samples import IMAGE, BadSampleError
 from llava.train.preflight.findings import ERROR, NAMED, NOTE, WARNING, Report, name_samples
 
@@ -24,7 +24,7 @@ CHUNK = 512
 """Rows that are read from the table at a time."""
 LOOKED_AT = 64
 """Samples that are read before a run in search of one that teaches something; mostly the first does."""
-LENGTH, CUT = "length", "answers cut off"
+LENGTH, CUT, FEATURES = "length", "answers cut off", "features"
 
 VisualCounter = Callable[[tuple[int, int]], int]
 """Visual tokens of an image of (width, height) pixels."""
@@ -66,9 +66,10 @@ def label(row: dict[str, Any]) -> str:
 
 
 def check_images_exist(dataset: LazySupervisedDataset, report: Report, seconds: float, threads: int = 16) -> None:
-    """Look for the image files, in an order drawn at random, until all are found or the time is over.
+    """Look for the images, in an order drawn at random, until all are found or the time is over.
 
-    Missing ones are errors, or warnings where bad samples are skipped.
+    Missing files are errors, or warnings where bad samples are skipped; what is missing in the run's feature cache is
+    an error.
 
     Args:
         dataset: its rows need not be good.
@@ -77,18 +78,19 @@ def check_images_exist(dataset: LazySupervisedDataset, report: Report, seconds: 
         threads: that ask the file system at the same time.
     """
     deadline = time.monotonic() + seconds
-    tally, seen = Tally(), 0
+    tally, uncached, seen = Tally(), Tally(), 0
     with ThreadPoolExecutor(threads) as pool:
-        for chunk in _chunks(dataset, with_images=True, shuffled=True):
+        for chunk in row_chunks(dataset, with_images=True, shuffled=True):
             if time.monotonic() > deadline:
                 report.add(IMAGE, f"{seconds:g} s were enough to look for the images of {seen} samples only", NOTE)
                 break
             results = pool.map(lambda one: _missing(dataset, one[0], one[1]), chunk)
-            for (row, _), problem in zip(chunk, results, strict=True):
+            for (row, *_), problem in zip(chunk, results, strict=True):
                 if problem is not None:
-                    tally.add(row, problem)
+                    (uncached if isinstance(problem, NotCachedError) else tally).add(row, str(problem))
             seen += len(chunk)
     _report_tally(report, IMAGE, tally, _level(dataset))
+    _report_tally(report, FEATURES, uncached, ERROR)
 
 
 def check_samples(
@@ -117,10 +119,10 @@ def check_samples(
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(dataset.places()), desc="reading all samples", disable=None) as progress,
     ):
-        for chunk in _chunks(dataset):
+        for chunk in row_chunks(dataset):
             progress.update(len(chunk))
             results = pool.map(lambda one: _examine(dataset, one[0], one[1], count_visual, max_length), chunk)
-            for (row, _), result in zip(chunk, results, strict=True):
+            for (row, *_), result in zip(chunk, results, strict=True):
                 if isinstance(result, BadSampleError):
                     tallies.setdefault(result.kind, Tally()).add(row, str(result))
                     continue
@@ -149,7 +151,7 @@ def check_learnable(
         max_length: `model_max_length`.
     """
     seen = 0
-    for row, folder in islice(chain.from_iterable(_chunks(dataset, shuffled=True)), LOOKED_AT):
+    for row, folder, _ in islice(chain.from_iterable(row_chunks(dataset, shuffled=True)), LOOKED_AT):
         result = _examine(dataset, row, folder, count_visual, max_length)
         if isinstance(result, Lengths) and result.learned:
             return
@@ -189,10 +191,10 @@ def _level(dataset: LazySupervisedDataset) -> str:
     return ERROR if dataset.maker.on_bad_sample == "stop" else WARNING
 
 
-def _chunks(
+def row_chunks(
     dataset: LazySupervisedDataset, with_images: bool = False, shuffled: bool = False
-) -> Iterator[list[tuple[dict[str, Any], str | None]]]:
-    """Rows and their image folders, each once, whatever their weight.
+) -> Iterator[list[tuple[dict[str, Any], str | None, int]]]:
+    """Rows, their image folders and places in the table, each once, whatever their weight.
 
     Args:
         with_images: leave out rows without images.
@@ -207,16 +209,17 @@ def _chunks(
         chunk = chunks[number]
         columns = dataset.table[chunk.tolist()]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        yield [(row, dataset.source_of(int(place)).image_folder) for row, place in zip(rows, chunk, strict=True)]
+        yield [
+            (row, dataset.source_of(place).image_folder, place) for row, place in zip(rows, chunk.tolist(), strict=True)
+        ]
 
 
-def _missing(dataset: LazySupervisedDataset, row: dict[str, Any], folder: str | None) -> str | None:
+def _missing(dataset: LazySupervisedDataset, row: dict[str, Any], folder: str | None) -> ValueError | None:
     """What is wrong with the first image of a row that is not there, or that may not be opened."""
     try:
-        for location in dataset.maker.locations(row, folder):
-            check_image_exists(location)
+        dataset.maker.check_images(row, folder)
     except ValueError as error:
-        return str(error)
+        return error
     return None
 
 

@@ -47,6 +47,7 @@ EXTRA_OF = {
     "wandb": "train",
 }
 PROJECTOR_TYPE = re.compile(r"linear|identity|mlp[1-9]\d{0,2}x_gelu")
+FEATURE_DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -186,6 +187,10 @@ class DataArguments:
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
     )
+    feature_cache: str | None = flag(
+        None, "Folder of what the frozen vision tower made of the images (llava cache-features), read in place of them."
+    )
+    feature_cache_dtype: str = flag("bfloat16", "Type of the features there: bfloat16, float16 or float32.")
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -198,6 +203,7 @@ class DataArguments:
         problems.check(check_choice, "image_access", self.image_access, IMAGE_ACCESS)
         problems.check(check_choice, "on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         check_numbers(vars(self), problems)
+        problems.check(check_choice, "feature_cache_dtype", self.feature_cache_dtype, FEATURE_DTYPES)
         problems.check(check_choice, "image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         problems.check(parse_pinpoints, self.image_grid_pinpoints)
         problems.raise_all()
@@ -208,6 +214,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """How it is trained: transformers' arguments with LLaVA's additions and defaults."""
 
     if TYPE_CHECKING:  # inherited
+        accelerator_config: Any
         activation_checkpointing: bool | None
         activation_checkpointing_kwargs: Any
         deepspeed: Any
@@ -279,10 +286,9 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.fp16:
                 raise ValueError("--fp16 True needs a GPU, and this run has none: use --bf16 True, or neither")
             self._prepare_cpu()
-        chosen = self.accelerator_config is not None
+        if self.accelerator_config is None:  # the next batch is copied while the device computes
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
-        if not chosen:  # from pinned memory a batch is copied while the device still computes the step before
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self._keep_to_one_gpu()
 
     def _rename_checkpointing(self) -> None:

@@ -220,6 +220,12 @@ def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
         "--packing needs flash_attention_2 or sdpa: leave out --attn_implementation eager": (
             values["packing"] and values["attn_implementation"] == "eager"
         ),
+        "--feature_cache holds what a frozen vision tower made: leave it out with --unfreeze_mm_vision_tower True": (
+            values["feature_cache"] and tower
+        ),
+        "--feature_cache holds all images of the data, and --streaming is for data that no disk holds: leave one out": (
+            values["feature_cache"] and values["streaming"]
+        ),
         "--fsdp saves whole models only: use --deepspeed for LoRA or projector runs": (
             values["fsdp"] and (lora or projector_only)
         ),

@@ -103,6 +103,7 @@ def _check_interval(name: str, value: float, problems: Problems) -> None:
 PATHS = (
     "cache_dir",
     "deepspeed",
+    "feature_cache",
     "fsdp_config",
     "image_folder",
     "lora_weight_path",

@@ -1,0 +1,1 @@
+"""A paper from the downloads to the report: what the steps of scripts/reproduce need, and running them in order."""
