@@ -113,11 +113,13 @@ def main() -> None:
         return
     if options.folder is None:
         parser.error("name a folder for the wheels")
-    if not re.fullmatch(r"3\.1[0-3]", options.python):
-        parser.error(f"--python {options.python}: expected 3.10 to 3.13")
+    if not re.fullmatch(r"3\.1[1-3]", options.python):
+        parser.error(f"--python {options.python}: expected 3.11 to 3.13; transformers has no wheel for older ones")
     try:
         size = gather(options.folder, options.python, options.platform)
-    except (ValueError, subprocess.CalledProcessError) as error:
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"gather_wheels: pip ended with {error.returncode}; what it said stands above")
+    except ValueError as error:
         sys.exit(f"gather_wheels: {error}")
     number = len(list(options.folder.glob("*.whl")))
     sys.stdout.write(f"{number} wheels for Python {options.python} in {options.folder}: {size / 1e6:.1f} MB\n")

@@ -11,7 +11,7 @@
 # --out DIR      results (outputs/gpu_check): report.md, tests.json, bench.json, traces/ for ui.perfetto.dev
 # --device, --model, --method, --rounds, --batch, --dtype, --select    as `python -m benchmarks.gpu_check --help` says
 #
-# PYTHON names the interpreter (3.10 to 3.13) that has the machine's torch (2.11 or newer), which is never replaced:
+# PYTHON names the interpreter (3.11 to 3.13) that has the machine's torch (2.11 or newer), which is never replaced:
 # what else is missing goes into a virtual environment in the folder of the results, on top of the machine's packages.
 set -euo pipefail
 here="$PWD"
@@ -52,8 +52,8 @@ read_options() {
 check_machine() {
     "$python" - "$device" <<'PYTHON' || exit 2
 import sys
-if not (3, 10) <= sys.version_info < (3, 14):
-    sys.exit(f"gpu_check: Python {sys.version.split()[0]}: expected 3.10 to 3.13; name another one: PYTHON=python3.12")
+if not (3, 11) <= sys.version_info < (3, 14):  # transformers 5.23 needs 3.11
+    sys.exit(f"gpu_check: Python {sys.version.split()[0]}: expected 3.11 to 3.13; name another one: PYTHON=python3.12")
 try:
     import torch
 except ImportError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,18 +38,19 @@ gathering = load_gathering()
 
 def check(*arguments: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **kwargs)
 
 
 def test_both_parts_run_and_report(small: Path, tmp_path: Path) -> None:
     """The script itself, with a tiny model in the place of 7B."""
-    quick = ["--select", "bf16-weights or (counted and packed)", "--method", "fastv", "--rounds", 1, "--batch", "1/2"]
+    quick = ["--select", "bf16-weights-none or (counted and packed)", "--method", "fastv", "--rounds", 1, "--batch", "1/2"]
     result = check("--device", "cpu", "--model", small, "--out", "results", *quick, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "results"
     tests, bench = (json.loads((out / name).read_text()) for name in (TESTS, BENCH))
     assert {one["outcome"] for one in tests["results"].values()} == {"passed"}
-    assert len(tests["results"]) >= 6
+    assert len(tests["results"]) >= 5
     assert tests["not_run"] == []
     assert list(bench["results"]) == ["fastv, answer", "fastv, training"]
     assert bench["results"]["fastv, training"]["setting"]["trains"] == "lora"
@@ -186,6 +189,6 @@ def test_wheels_are_gathered_without_torch(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_gathering_for_a_python_that_is_too_old() -> None:
-    result = check("--wheels", "wheels", "--python", "3.9")
+    result = check("--wheels", "wheels", "--python", "3.10")
     assert result.returncode == 2
-    assert "--python 3.9: expected 3.10 to 3.13" in result.stderr
+    assert "--python 3.10: expected 3.11 to 3.13" in result.stderr
