@@ -44,7 +44,8 @@ def check(*arguments: object, **kwargs: Any) -> subprocess.CompletedProcess[str]
 
 def test_both_parts_run_and_report(small: Path, tmp_path: Path) -> None:
     """The script itself, with a tiny model in the place of 7B."""
-    quick = ["--select", "bf16-weights-none or (counted and packed)", "--method", "fastv", "--rounds", 1, "--batch", "1/2"]
+    quick = ["--select", "bf16-weights-none or (counted and packed)"]
+    quick += ["--method", "fastv", "--rounds", "1", "--batch", "1/2"]
     result = check("--device", "cpu", "--model", small, "--out", "results", *quick, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "results"
