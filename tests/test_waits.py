@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.nn.utils import clip_grad
 from transformers import TrainerCallback
 
 from llava.model.language_model.packed import PACKED_SDPA, PACKED_VARLEN
+from llava.model.visual_encoding import store_features
 from llava.train.settings import arguments
 from llava.train.settings.arguments import TrainingArguments
 from llava.train.settings.parsing import parse_args
@@ -301,3 +303,16 @@ def test_batches_are_copied_while_the_device_computes(tmp_path: Path, monkeypatc
     assert not TrainingArguments(**given, dataloader_pin_memory=False).accelerator_config.non_blocking
     chosen = {"non_blocking": False}
     assert not TrainingArguments(**given, accelerator_config=chosen).accelerator_config.non_blocking
+
+
+@pytest.mark.parametrize(("method", "anyres"), [("none", False), ("prumerge", False), ("prumerge", True)])
+def test_stored_features_are_waited_for_nowhere(method: str, anyres: bool) -> None:
+    """Their counts and places stay on the host, also those of a method whose counts depend on the picture."""
+    model = staged_model(reduction=METHODS[method][0], anyres=anyres)
+    batch, inner = collated(anyres=anyres), model.get_model()
+    tiles = [picture.reshape(-1, *picture.shape[-3:]) for picture in pictures(anyres)]
+    with torch.no_grad():
+        stored = store_features(inner.read_tiles(torch.cat(tiles), None, inner.reducers()), [len(one) for one in tiles])
+    batch["images"] = dataclasses.replace(stored, tokens=put(stored.tokens))
+    waits = waits_of_a_step(model, batch)
+    assert waits == []
