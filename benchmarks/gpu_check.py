@@ -24,10 +24,10 @@ from typing import Any
 import pytest
 import torch
 
-from llava.cost.bench.command import all_methods
 from llava.cost.bench.report import tables
 from llava.cost.bench.run import BASELINE, Plan, run
 from llava.cost.bench.workload import Workload
+from llava.cost.command import all_methods
 from llava.provenance import git_state, versions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import BENCH, REPORT, TESTS, Clock, Piece, Sizes, check_speed, pieces
-from llava.cost.bench.command import all_methods
+from llava.cost.command import all_methods
 from tests.conftest import ROOT
 from tests.test_bench import small
 

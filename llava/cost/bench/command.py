@@ -11,9 +11,8 @@ import torch
 from llava.cost.bench.report import tables
 from llava.cost.bench.run import Plan, run
 from llava.cost.bench.workload import Workload
-from llava.cost.command import BUDGETS
+from llava.cost.command import all_methods
 from llava.model.weights import parse_dtype
-from llava.reduction.registry import available
 
 FORMATS = ("markdown", "json")
 
@@ -63,11 +62,6 @@ def bench(
     )
     result = run(plan)
     return json.dumps(result, indent=1) + "\n" if form == "json" else tables(result)
-
-
-def all_methods() -> dict[str, str]:
-    """Every method by its name, as `ReductionConfig.parse` reads it, with a budget where it needs one."""
-    return {name: BUDGETS.get(name, name) for names in available().values() for name in names}
 
 
 def _sizes(text: str) -> list[int]:
