@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Also for processes that a server forks, which keep the environment that it began with.
+os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and asking for what is not there takes long
 
 import pytest
