@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -65,7 +65,7 @@ class Owner:
             _start_of(os.getpid()),
             os.environ.get("SLURM_JOB_ID"),
             int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def lives(self) -> bool | None:

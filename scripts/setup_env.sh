@@ -5,7 +5,7 @@
 #   source scripts/setup_env.sh; setup_env train  # from another script, which then runs inside .venv
 #
 # Installing is skipped while pyproject.toml, this file and EXTRAS are what the last installation saw.
-# PYTHON chooses the interpreter (3.10 or newer) that a new .venv is made with.
+# PYTHON chooses the interpreter (3.11 or newer) that a new .venv is made with.
 set -euo pipefail
 
 LLAVA_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,8 +15,8 @@ LMMS_EVAL="lmms-eval==0.7.3"
 
 _make_venv() {
     local python="${PYTHON:-python3}"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "setup: $python is missing or older than 3.10; name a newer one: PYTHON=python3.12" >&2
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "setup: $python is missing or older than 3.11; name a newer one: PYTHON=python3.12" >&2
         return 1
     }
     echo "setup: making .venv with $("$python" --version)" >&2

@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llava.constants import IGNORE_INDEX
 from llava.model import llava_arch
-from llava.model.language_model.head_loss import CHUNKS, head_loss
+from llava.model.language_model.head_loss import CHUNK_LOGITS, CHUNKS, chunk_count, head_loss, is_sharded
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.train.settings.parsing import parse_args
 from llava.train.train import train
@@ -35,6 +35,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "packed": {"reduction": "none", "packed": True},
     "packed-staged": {"reduction": PYRAMID, "packed": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches in as many chunks as large ones, as where the head is sharded."""
+    monkeypatch.setattr("llava.model.language_model.head_loss.is_sharded", lambda head: True)
 
 
 def head_model(backbone: str = "llama", way: str = "plain", **settings: Any) -> Any:
@@ -382,3 +388,27 @@ def test_a_sharded_head(tmp_path: Path) -> None:
         for name in runs
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_small_batch_takes_fewer_chunks() -> None:
+    """Never one alone, so that no matrix of all answers and words is there."""
+    words = 32000
+    assert [chunk_count(rows, words) for rows in (0, 100, 2000, 10**6)] == [2, 2, -(-2000 * words // CHUNK_LOGITS), 8]
+    head = torch.nn.Linear(4, 8)
+    assert not is_sharded(head)
+    head.weight.ds_id = 0  # type: ignore[assignment]
+    assert is_sharded(head)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loss_and_gradients_do_not_depend_on_the_chunks(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for is_small in (False, True):
+        monkeypatch.setattr("llava.model.language_model.head_loss.is_sharded", lambda head, s=is_small: not s)
+        model, batch = head_model(way=way), batch_of(way)
+        calls = Calls(model)
+        loss = model(**batch).loss
+        assert len(calls.rows) == (2 if is_small else CHUNKS)
+        loss.backward()
+        found.append((loss, model.get_output_embeddings().weight.grad))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)

@@ -62,7 +62,7 @@ def test_a_line_of_log(world: TinyWorld, tmp_path: Path) -> None:
     samples = json.loads(world.data.read_text())[:3]
     data = tmp_path / "data.json"
     data.write_text(json.dumps(samples))
-    settings = {"data_path": data, "per_device_train_batch_size": 3, "max_steps": 1}
+    settings = {"data_path": data, "per_device_train_batch_size": 3, "max_steps": 1, "packing": False}
     trainer = run(world, tmp_path / "run", **settings)
     items = [trainer.train_dataset[i] for i in range(3)]
     lengths = [len(item["input_ids"]) + (PATCHES - 1) * len(item["images"]) for item in items]

@@ -22,6 +22,7 @@ METHODS = {
     "_load_from_checkpoint": "self, resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "self, checkpoint",
     "_load_scaler": "self, checkpoint",
+    "_prepare_input": "self, data",
     "_prepare_for_training": "self, max_steps, train_dataloader, resume_from_checkpoint",
     "_run_epoch": "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
     "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",

@@ -21,6 +21,11 @@ BUDGETS["tome"] = "{name: tome, tokens: 144}"
 """For `all`: methods that have no budget of their own."""
 
 
+def all_methods() -> dict[str, str]:
+    """Every method by its name, as `ReductionConfig.parse` reads it, with a budget where it needs one."""
+    return {name: BUDGETS.get(name, name) for names in available().values() for name in names}
+
+
 def papers(form: str) -> str:
     """The text of `llava flops --papers`."""
     return table.render_papers(figures(), form)
@@ -56,7 +61,7 @@ def report(
     own = reduction_of(model)
     chosen: list[Any] = [*methods] or ([own] if own else [])
     if "all" in chosen:
-        chosen = [BUDGETS.get(name, name) for names in available().values() for name in names]
+        chosen = [*all_methods().values()]
     labels = ["baseline", *(method if isinstance(method, str) else json.dumps(method) for method in chosen)]
     rows = _rows(opened, [None, *chosen], labels, scenario, operations)
     return table.render(rows, _conventions(model, scenario, operations), form)

@@ -269,5 +269,5 @@ def activation_bytes(widths: Widths, lengths: Sequence[float], value: int, check
 
 
 def logit_bytes(rows: float, vocabulary: int, value: int) -> float:
-    """Logits of one chunk of so many tokens in training, with a copy and a gradient in float32."""
+    """Logits of one chunk of so many tokens in training, of a large batch, with a copy and a gradient in float32."""
     return rows * vocabulary * (value + 8) / CHUNKS

@@ -45,7 +45,7 @@ from llava.cost.question import (
 )
 from llava.cost.sizes import Sizes, open_model
 from llava.cost.tokens import layer_lengths, tower_lengths
-from llava.model.language_model.head_loss import CHUNKS
+from llava.model.language_model.head_loss import chunk_count
 
 GIB = 2**30
 TRAINS = ("all", "lora", "projector")
@@ -187,7 +187,7 @@ def training_cost(model: Any, reduction: Any = None, run: TrainingRun | None = N
         "projector": projector_step_macs(passes, after=run.trains_tower),
         "layers": sum(layer_step_macs(sizes, i, b * n, b * n * n) for i, n in enumerate(lengths)),
         "head": b * rows * step_macs(sizes.head, passes_back=True),
-        "recomputation": b * rows * sizes.head.weights * (1 - 1 / CHUNKS),
+        "recomputation": b * rows * sizes.head.weights * (1 - 1 / chunk_count(b * rows, sizes.head.outputs)),
     }
     if run.checkpointing:
         macs["recomputation"] += _recomputed(sizes, lengths, b)

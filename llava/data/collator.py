@@ -10,6 +10,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.data.stored_features import join_images
+from llava.transfer import HostBatch
 
 
 @dataclass
@@ -33,7 +34,8 @@ class DataCollatorForSupervisedDataset:
         Returns:
             `input_ids`, `labels` and `attention_mask` (LongTensor [B, S], padded on the tokenizer's side),
             `images` (of the whole batch, see `join_images`) and `image_sizes` (a list), both empty without images,
-            `texts` (B strings), and `packed` where asked for.
+            `texts` (B strings), `host` (the first three once more, which stay on the host), and `packed` where asked
+            for.
 
         Raises:
             ValueError: the tokenizer has no padding token.
@@ -43,14 +45,18 @@ class DataCollatorForSupervisedDataset:
                 "the tokenizer has no padding token; set tokenizer.pad_token, e.g. to its eos or unk token"
             )
         ids = [instance["input_ids"] for instance in instances]
+        input_ids = self._pad(ids, self.tokenizer.pad_token_id)
+        labels = self._pad([instance["labels"] for instance in instances], IGNORE_INDEX)
+        # By length: the padding id itself may also be a token of the text (eos, unk).
+        mask = self._pad([torch.ones_like(one) for one in ids], 0)
         return {
-            "input_ids": self._pad(ids, self.tokenizer.pad_token_id),
-            "labels": self._pad([instance["labels"] for instance in instances], IGNORE_INDEX),
-            # By length: the padding id itself may also be a token of the text (eos, unk).
-            "attention_mask": self._pad([torch.ones_like(one) for one in ids], 0),
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": mask,
             "images": join_images([instance["images"] for instance in instances]),
             "image_sizes": [size for instance in instances for size in instance["image_sizes"]],
             "texts": [instance["text"] for instance in instances],
+            "host": HostBatch(input_ids, mask.bool(), labels),
             **({"packed": True} if self.packing else {}),
         }
 

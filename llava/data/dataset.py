@@ -167,6 +167,10 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         """Rows of the table that are samples, each once, in rising order."""
         return np.arange(len(self.table)) if self._order is None else np.unique(self._order)
 
+    def of_samples(self, values: np.ndarray) -> np.ndarray:
+        """Values of the rows that `places` names, for all samples in their order."""
+        return values if self._order is None else values[np.searchsorted(self.places(), self._order)]
+
     def source_of(self, place: int) -> DataSource:
         """The source that a row of the table comes from."""
         return self.sources[int(np.searchsorted(self._starts, place, side="right")) - 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import compress
 
+import torch
 from torch import Tensor
 
 from llava.data.stored_features import StoredFeatures
@@ -96,17 +97,12 @@ def check_side(pictures: Sequence[Tensor], side: int) -> None:
             )
 
 
-def check_finite(tiles: Tensor, counts: list[int]) -> None:
-    """Raise ValueError for NaN or infinity in an image. This waits for the device.
-
-    Args:
-        tiles: [T, 3, H, W] of all images.
-        counts: tiles of each image.
-    """
-    if bool(tiles.isfinite().all()):
-        return
-    bad = [i for i, part in enumerate(tiles.split(counts)) if not bool(part.isfinite().all())]
-    raise ValueError(f"images {', '.join(map(str, bad))} hold NaN or infinity: check how their pixels were prepared")
+def check_finite(pictures: Sequence[Tensor]) -> None:
+    """Raise ValueError for NaN or infinity in an image of `image_list`; waits for the device that they are on."""
+    finite = torch.stack([picture.isfinite().all().to(pictures[0].device) for picture in pictures]).tolist()
+    bad = [str(i) for i, is_finite in enumerate(finite) if not is_finite]
+    if bad:
+        raise ValueError(f"images {', '.join(bad)} hold NaN or infinity: check how their pixels were prepared")
 
 
 def size_pairs(sizes: ImageSizes, count: int) -> list[tuple[int, int]] | None:

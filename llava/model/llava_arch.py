@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -27,8 +27,15 @@ from llava.model.language_model.staged import StagedCache, StagedPass, forward_i
 from llava.model.marker_tokens import add_marker_tokens
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.projector_method import add_projector_method
-from llava.model.prompt_inputs import check_cache, check_device, check_prompt, check_texts, count_markers
-from llava.model.splice import Spliced, plan_splice, splice
+from llava.model.prompt_inputs import (
+    check_cache,
+    check_device,
+    check_host_batch,
+    check_prompt,
+    check_texts,
+    count_markers,
+)
+from llava.model.splice import Spliced, SplicePlan, plan_splice, splice
 from llava.model.vision_modules import Reduction
 from llava.model.visual_encoding import VisualEncoding
 from llava.model.weights import (
@@ -42,6 +49,7 @@ from llava.model.weights import (
 )
 from llava.reduction.base import DecoderReducer, Reducers
 from llava.reduction.config import ReductionConfig
+from llava.transfer import HostBatch
 
 # Where TRIM's release has what `ClipText` holds.
 RELEASED_NAMES = {r"vision_tower\.vision_tower\.visual_projection": "vision_tower.text_tower.visual_projection"}
@@ -194,6 +202,8 @@ class LlavaMetaForCausalLM:
         reduction: Reduction = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        host: HostBatch | None = None,
+        plan: SplicePlan | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where labels are given; in training the loss alone.
@@ -219,6 +229,9 @@ class LlavaMetaForCausalLM:
             skip_logits: whether the loss is all that is wanted: logits then are None, and the head runs on the tokens
                 that predict an answer alone, in chunks. None: in training, which is in train mode, with gradients and
                 labels. Tuples (`return_dict=False`) and losses of another kind need the logits, and keep them.
+            host: what `input_ids`, `attention_mask` and `labels` hold, as the collator hands it on; None: they are
+                copied to the host, which waits for the device.
+            plan: for `inputs_embeds`, as `splice_images` returns it: then nothing is copied to the host.
 
         Returns:
             transformers' output, in training with labels a `LlavaOutput`; logits [B, L, V] for the spliced rows, padded
@@ -251,10 +264,13 @@ class LlavaMetaForCausalLM:
                 left=False if packed else None,
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
                 reduction=reducers,
+                host=host,
             )
             input_ids, inputs_embeds, attention_mask = None, spliced.inputs_embeds, spliced.attention_mask
             position_ids, labels = spliced.position_ids, spliced.labels
-            image_index, left = spliced.image_index, spliced.left
+            image_index, plan, left = spliced.image_index, spliced.plan, spliced.left
+        if plan is not None and (inputs_embeds is None or plan.image_index.shape != inputs_embeds.shape[:2]):
+            plan = None  # of another batch: beams have been added, say, or the prompt is cut into chunks
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -267,8 +283,11 @@ class LlavaMetaForCausalLM:
         trains = self.training and torch.is_grad_enabled() and labels is not None
         skips = (trains if skip_logits is None else skip_logits) and self._can_skip_logits(inputs, labels)
         staged = None
-        if not cached and (packed or reducers.decoder is not None):
-            staged = _staged_pass(image_index, labels, packed, left, reducers.decoder)
+        # Where the host knows the padding, the staged runner runs the plain model too: transformers would wait for the
+        # device to see whether there is any.
+        is_planned = plan is not None and type(past_key_values) in (type(None), DynamicCache)
+        if not cached and (packed or reducers.decoder is not None or is_planned):
+            staged = _staged_pass(image_index, labels, packed, left, reducers.decoder, plan)
         if skips:
             output = self._forward_to_loss(inputs, labels, staged)
         elif staged is None:
@@ -363,7 +382,7 @@ class LlavaMetaForCausalLM:
         if reducers.decoder is not None:
             kwargs["image_index"] = spliced.image_index
         return super().generate(  # type: ignore[misc]
-            inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
+            inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, plan=spliced.plan, **kwargs
         )
 
     def _choose_cache(self, kwargs: dict[str, Any]) -> None:
@@ -398,6 +417,7 @@ class LlavaMetaForCausalLM:
         left: bool | None = None,
         max_length: int | None = None,
         reduction: Reduction = None,
+        host: HostBatch | None = None,
     ) -> Spliced:
         """Encode the images of a batch and put their tokens where the markers stand.
 
@@ -409,39 +429,39 @@ class LlavaMetaForCausalLM:
         check_prompt(input_ids, attention_mask, labels)
         if not (self.training or hasattr(self, "hf_device_map") or self.device.type == "meta"):
             check_device(input_ids, self.device)
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if host is None:
+            host = HostBatch.read(input_ids, attention_mask, labels)
+        check_host_batch(host, input_ids, labels)
         vocabulary = self.config.vocab_size
-        markers = count_markers(input_ids, mask, labels, vocabulary)
+        markers = count_markers(host, vocabulary)
         if texts is not None:
             check_texts(texts, len(markers), "sample")
         pictures, sizes = match_images(markers, images, image_sizes, trusted=self.training)
         reducers = self.get_model().reducers(reduction)
         reads = bool(pictures) and reducers.read_text
-        texts = self._texts_of_images(texts, input_ids, mask, markers) if reads else None
+        texts = self._texts_of_images(texts, host, markers) if reads else None
         visual, lengths = self._visual_tokens(pictures, sizes, texts, reducers)
         if left is None:
             side = getattr(self.config, "tokenizer_padding_side", "right")
-            left = side == "left" or not bool(mask[:, 0].all())
+            left = side == "left" or not bool(host.mask[:, 0].all())
         text_embeds = self.get_model().embed_tokens(input_ids.clamp(0, vocabulary - 1))
-        here = text_embeds.device  # where the model is spread over several, perhaps not that of the ids
-        plan = plan_splice(input_ids.to(here), mask.to(here), lengths, max_length, left)
+        plan = plan_splice(host.input_ids, host.mask, lengths, max_length, left)
         if visual is not None and not pictures:
             # The sum of none of them is zero, and so are its gradients; 0 * sum would be NaN where the sum overflows.
             text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
             visual = None
-        spliced = splice(text_embeds, visual, None if labels is None else labels.to(here).long(), plan)
+        spliced = splice(text_embeds, visual, host.labels, plan)
         spliced.images = len(pictures)
         spliced.tiles = 0 if isinstance(pictures, StoredFeatures) else sum(tile_counts(pictures))
         return spliced
 
-    def _texts_of_images(
-        self, texts: Sequence[str] | None, input_ids: Tensor, mask: Tensor, markers: list[int]
-    ) -> list[str] | None:
+    def _texts_of_images(self, texts: Sequence[str] | None, host: HostBatch, markers: list[int]) -> list[str] | None:
         """For each image the text of its sample; by default the prompt's question."""
         if texts is None:
             if self.tokenizer is None:
                 return None
-            texts = [question_of_ids(ids[real], self.tokenizer) for ids, real in zip(input_ids, mask, strict=True)]
+            rows = zip(host.input_ids, host.mask, strict=True)
+            texts = [question_of_ids(ids[real], self.tokenizer) for ids, real in rows]
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(
@@ -482,11 +502,18 @@ class LlavaMetaForCausalLM:
 
 
 def _staged_pass(
-    image_index: Tensor | None, labels: Tensor | None, packed: bool, left: bool | None, reducer: DecoderReducer | None
+    image_index: Tensor | None,
+    labels: Tensor | None,
+    packed: bool,
+    left: bool | None,
+    reducer: DecoderReducer | None,
+    plan: SplicePlan | None,
 ) -> StagedPass:
+    if image_index is None and plan is not None:
+        image_index = plan.image_index
     if image_index is None:
         raise ValueError(
             "inputs_embeds do not tell which tokens are an image's: pass image_index [batch, tokens] with them, as "
             "splice_images returns it, or all -1 for text only"
         )
-    return StagedPass(image_index, labels, packed, left, reducer)
+    return StagedPass(image_index, labels, packed, left, reducer, plan)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.transfer import HostBatch
 
 _WHOLE_NUMBERS = (torch.int64, torch.int32)
 
@@ -48,24 +49,33 @@ def check_device(input_ids: Tensor, device: torch.device) -> None:
         raise ValueError(f"input_ids are on {input_ids.device}, the model is on {device}: input_ids.to(model.device)")
 
 
-def count_markers(input_ids: Tensor, mask: Tensor, labels: Tensor | None, vocab_size: int) -> list[int]:
-    """Image markers of each sample, [B]. The one copy to the host reports ids that stand for nothing too.
+def check_host_batch(host: Any, input_ids: Tensor, labels: Tensor | None) -> None:
+    """Raise ValueError unless `host` goes with the batch, as far as shapes tell."""
+    if not isinstance(host, HostBatch):
+        raise ValueError(f"host is {describe(host)}: expected the HostBatch that the collator made, or None")
+    if host.input_ids.shape != input_ids.shape or (host.labels is None) != (labels is None):
+        raise ValueError(
+            f"host has ids of shape {list(host.input_ids.shape)}, input_ids are of shape {list(input_ids.shape)}, and "
+            "labels must be in both or in none: leave host out where the batch was changed after the collator"
+        )
+
+
+def count_markers(batch: HostBatch, vocab_size: int) -> list[int]:
+    """Image markers of each sample, [B].
 
     Args:
-        input_ids: [B, S].
-        mask: [B, S] bool, real tokens; what padding holds is not looked at.
-        labels: [B, S] or None.
+        batch: what its padding holds is not looked at.
         vocab_size: rows of the embeddings.
 
     Raises:
         ValueError: a real token is neither a marker nor in the vocabulary, or a label is neither -100 nor in it.
     """
-    checked = [("input_ids", input_ids, IMAGE_TOKEN_INDEX, "an image goes")]
-    if labels is not None:
-        checked.append(("labels", labels, IGNORE_INDEX, "nothing is learnt"))
-    is_image = (input_ids == IMAGE_TOKEN_INDEX) & mask
+    checked = [("input_ids", batch.input_ids, IMAGE_TOKEN_INDEX, "an image goes")]
+    if batch.labels is not None:
+        checked.append(("labels", batch.labels, IGNORE_INDEX, "nothing is learnt"))
+    is_image = (batch.input_ids == IMAGE_TOKEN_INDEX) & batch.mask
     # A label at a marker goes with it.
-    odd = [((ids < 0) & (ids != mark) | (ids >= vocab_size)) & mask & ~is_image for _, ids, mark, _ in checked]
+    odd = [((ids < 0) & (ids != mark) | (ids >= vocab_size)) & batch.mask & ~is_image for _, ids, mark, _ in checked]
     markers, *counts = torch.stack([part.sum(dim=1) for part in (is_image, *odd)]).tolist()
     for (name, ids, mark, meaning), where, count in zip(checked, odd, counts, strict=True):
         row = next((i for i, number in enumerate(count) if number), None)

@@ -6,15 +6,13 @@ D language-model width.
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-
-logger = logging.getLogger(__name__)
+from llava.transfer import to_device
 
 
 @dataclass
@@ -30,6 +28,7 @@ class Spliced:
         left: whether rows are padded on the left.
         images: how many images the batch holds.
         tiles: how many pictures they are for the vision tower.
+        plan: the same on the host.
     """
 
     inputs_embeds: Tensor
@@ -40,17 +39,20 @@ class Spliced:
     left: bool
     images: int = 0
     tiles: int = 0
+    plan: SplicePlan | None = None
 
 
 @dataclass
 class SplicePlan:
-    """Where every token of the spliced batch comes from; see `plan_splice`."""
+    """Where every token of the spliced batch comes from, on the host; see `plan_splice`."""
 
     source: Tensor  # [B, L] int64 into [B * S text tokens, K visual tokens, one row of zeros]
     attention_mask: Tensor  # [B, L] bool
     position_ids: Tensor  # [B, L]
     image_index: Tensor  # [B, L]
     left: bool
+    lengths: list[int]  # real tokens of each row
+    labels: Tensor | None = None  # [B, L], set by `splice`
 
 
 def plan_splice(
@@ -62,6 +64,8 @@ def plan_splice(
 ) -> SplicePlan:
     """Lay out the rows of a batch, with each marker as wide as its image.
 
+    All of it is on the host, where lengths become shapes and nothing waits for the device.
+
     Args:
         input_ids: [B, S] int64; IMAGE_TOKEN_INDEX stands for an image. Markers in row-major order take the images
             in order.
@@ -71,19 +75,18 @@ def plan_splice(
         left: pad on the left.
     """
     b, s = input_ids.shape
-    device = input_ids.device
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & mask
-    widths = mask.long().masked_scatter(is_image, image_lengths.to(device))
+    widths = mask.long().masked_scatter(is_image, image_lengths)
     ends = widths.cumsum(dim=1)
     row_lengths = ends[:, -1]
     kept_lengths = row_lengths if max_length is None else row_lengths.clamp(max=max_length)
-    total, length = torch.stack([row_lengths.sum(), kept_lengths.max()]).tolist()
+    total, length = int(row_lengths.sum()), int(kept_lengths.max())
 
     # One entry for each token of all rows, padding left out: the place in input_ids that it comes from, its row, its
     # position in the row.
-    place = torch.repeat_interleave(torch.arange(b * s, device=device), widths.flatten(), output_size=total)
+    place = torch.repeat_interleave(torch.arange(b * s), widths.flatten(), output_size=total)
     row = place // s
-    position = torch.arange(total, device=device) - (row_lengths.cumsum(0) - row_lengths)[row]
+    position = torch.arange(total) - (row_lengths.cumsum(0) - row_lengths)[row]
     from_image = is_image.flatten()[place]
     image_number = (is_image.flatten().cumsum(0) - 1)[place].masked_fill(~from_image, -1)
     # Visual tokens appear in the order in which they lie in memory, so a running count is their index.
@@ -92,26 +95,26 @@ def plan_splice(
     shift = length - kept_lengths if left else torch.zeros_like(kept_lengths)
     column = position + shift[row]
     inside = position < kept_lengths[row]
-    # What is cut off is written to a column of its own after the row, and dropped with it: no boolean indexing,
-    # whose result length the host would have to wait for.
+    # What is cut off is written to a column of its own after the row, and dropped with it.
     target = row * (length + 1) + torch.where(inside, column, length)
 
     def rows(values: Tensor, fill: int) -> Tensor:
-        out = torch.full((b * (length + 1),), fill, dtype=values.dtype, device=device)
+        out = torch.full((b * (length + 1),), fill, dtype=values.dtype)
         return out.index_put_((target,), values).view(b, length + 1)[:, :length]
 
     zero_row = b * s + int(image_lengths.sum())
     source = rows(source, zero_row)
-    return SplicePlan(source, source != zero_row, rows(position, 0), rows(image_number, -1), left)
+    mask, positions, images = source != zero_row, rows(position, 0), rows(image_number, -1)
+    return SplicePlan(source, mask, positions, images, left, kept_lengths.tolist())
 
 
 def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | None, plan: SplicePlan) -> Spliced:
-    """Gather embeddings and labels as planned.
+    """Gather embeddings and labels as planned; the result is where the text's embeddings are.
 
     Args:
         text_embeds: [B, S, D]; what stands at markers and padding is not read.
         visual_tokens: [K, D] of all images in order; None without images.
-        labels: [B, S] int64 or None.
+        labels: [B, S] int64 on the host, or None.
         plan: from `plan_splice`.
     """
     d = text_embeds.shape[-1]
@@ -119,10 +122,16 @@ def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | N
     if visual_tokens is not None:
         parts.append(visual_tokens.to(text_embeds))  # the projector may be on another device
     parts.append(text_embeds.new_zeros(1, d))
-    embeds = torch.cat(parts)[plan.source]
-    if labels is not None:
-        flat = labels.flatten()
-        is_text = (plan.image_index < 0) & plan.attention_mask
-        gathered = flat[plan.source.clamp(max=flat.numel() - 1)]
-        labels = gathered.masked_fill(~is_text, IGNORE_INDEX)
-    return Spliced(embeds, plan.attention_mask.long(), plan.position_ids, labels, plan.image_index, plan.left)
+    plan = replace(plan, labels=None if labels is None else _place_labels(labels, plan))
+    given = [plan.source, plan.attention_mask.long(), plan.position_ids, plan.image_index]
+    if plan.labels is not None:
+        given.append(plan.labels)
+    source, mask, positions, images, *rest = to_device(torch.stack(given), text_embeds.device)
+    embeds = torch.cat(parts)[source]
+    return Spliced(embeds, mask, positions, rest[0] if rest else None, images, plan.left, plan=plan)
+
+
+def _place_labels(labels: Tensor, plan: SplicePlan) -> Tensor:
+    flat = labels.flatten()
+    is_text = (plan.image_index < 0) & plan.attention_mask
+    return flat[plan.source.clamp(max=flat.numel() - 1)].masked_fill(~is_text, IGNORE_INDEX)

@@ -23,6 +23,7 @@ from llava.model.prompt_inputs import check_texts
 from llava.model.vision_modules import Reduction, VisionModules
 from llava.reduction.base import Reducers, VisionFeatures, VisualTokens
 from llava.reduction.stand_in import reduce_features
+from llava.transfer import to_device
 
 
 class VisualEncoding(VisionModules):
@@ -70,7 +71,9 @@ class VisualEncoding(VisionModules):
             assert methods.projector is not None
             tokens = methods.projector(read, self.mm_projector, self.mm_projector_crosslayer)
             return tokens.features.flatten(0, 1), tokens
-        flat = read.features.flatten(0, 1) if read.mask is None else read.features[read.mask]
+        flat, real = read.features.flatten(0, 1), read.host_mask.flatten()
+        if not bool(real.all()):
+            flat = flat.index_select(0, to_device(real.nonzero()[:, 0], flat.device))
         if methods.needs.projected:
             return flat, read
         return self.mm_projector(flat.to(self._projector_dtype())), read
@@ -122,18 +125,18 @@ class VisualEncoding(VisionModules):
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
             projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
-        index = index.masked_fill(index == NEWLINE, len(projected) - 1).to(projected.device)
-        return projected[index], torch.tensor([len(layout) for layout in layouts])
+        index = index.masked_fill(index == NEWLINE, len(projected) - 1)
+        return projected[to_device(index, projected.device)], torch.tensor([len(layout) for layout in layouts])
 
     def _tiles(self, images: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Pixels of all tiles [T, 3, H, W], and how many tiles each image is."""
         tower, pictures = self._tower(), image_list(images)
         check_side(pictures, tower.image_size)
         counts = tile_counts(pictures)
-        pixels = torch.cat([picture.reshape(-1, *picture.shape[-3:]).to(tower.device) for picture in pictures])
         if not self.training:  # there the loss shows it, without waiting for the device
-            check_finite(pixels, counts)
-        return pixels, counts
+            check_finite(pictures)
+        tiles = [picture.reshape(-1, *picture.shape[-3:]) for picture in pictures]
+        return torch.cat([to_device(tile, tower.device) for tile in tiles]), counts
 
     def _beside(
         self, texts: Sequence[str] | None, counts: list[int], image_sizes: ImageSizes, methods: Reducers
@@ -145,7 +148,7 @@ class VisualEncoding(VisionModules):
             if sizes is not None:
                 tower = self._tower()
                 masks = [padded_patches(size, tower.image_size, tower.grid) for size in sizes]
-                beside["padding"] = torch.stack(masks).to(tower.device)
+                beside["padding"] = to_device(torch.stack(masks), tower.device)
         if needs.text is None:
             return beside
         assert methods.encoder is not None
@@ -157,8 +160,8 @@ class VisualEncoding(VisionModules):
         distinct = list(dict.fromkeys(texts))  # images of one sample share its text
         embeds, mask = self._embed_texts([methods.encoder.phrases(text) for text in distinct], needs.text)
         rows = torch.tensor([distinct.index(text) for text in texts]).repeat_interleave(torch.tensor(counts))
-        beside["text"] = embeds[rows.to(embeds.device)]
-        beside["text_mask"] = None if mask is None else mask[rows.to(mask.device)]
+        beside["text"] = embeds[to_device(rows, embeds.device)]
+        beside["text_mask"] = None if mask is None else mask[to_device(rows, mask.device)]
         return beside
 
     def _embed_texts(self, phrases: list[list[str]], kind: str) -> tuple[Tensor, Tensor | None]:
@@ -205,9 +208,10 @@ class VisualEncoding(VisionModules):
         """For each image, indices into the projected tokens, or NEWLINE."""
         spec, sizes = self._layout_spec(tokens.grid), size_pairs(image_sizes, len(counts))
         t, m = tokens.features.shape[:2]
-        # The one copy to the host: lengths and places of the tokens become shapes and indices.
-        mask = torch.ones(t, m, dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
-        source = torch.arange(m).expand(t, m) if tokens.source is None else tokens.source.cpu()
+        mask = tokens.host_mask
+        # Only where several tiles are put together do lengths depend on which patches were kept.
+        is_read = spec.merge_type != "flat" and max(counts, default=1) > 1
+        source = torch.arange(m).expand(t, m) if tokens.source is None or not is_read else tokens.source.cpu()
         packed = mask.flatten().cumsum(0) - 1
         layouts, start = [], 0
         for i, count in enumerate(counts):

@@ -176,8 +176,10 @@ class VisualTokens:
         features: [N, M, C]; rows beyond an image's count are zero.
         mask: [N, M] bool, True at real tokens, which come first in each row; None where all are real.
         source: [N, M] int64, the patch each token came from, in raster order of the grid; -1 for an aggregate of
-            several patches and for rows beyond the count. None where token i is patch i.
+            several patches and for rows beyond the count. None where token i is patch i. On the host where the
+            method knows it without looking at the pixels.
         grid: (h, w), where `source` counts cells of a coarser grid in place of patches; None: the patches'.
+        lengths: tokens of each image, where the host knows them: then it need not wait for `mask`.
         assignment: [N, patches] int64, the token that each patch went into, -1 for one that went into none; None where
             a method does not say.
     """
@@ -186,7 +188,20 @@ class VisualTokens:
     mask: Tensor | None = None
     source: Tensor | None = None
     grid: tuple[int, int] | None = None
+    lengths: list[int] | None = None
     assignment: Tensor | None = None
+    _host_mask: Tensor | None = field(default=None, init=False, repr=False)
+
+    @property
+    def host_mask(self) -> Tensor:
+        """[N, M] bool on the host, real tokens; waits for the device where neither `lengths` nor anything tells."""
+        if self._host_mask is None:
+            n, m = self.features.shape[:2]
+            if self.lengths is not None:
+                self._host_mask = torch.arange(m) < torch.tensor(self.lengths).unsqueeze(1)
+            else:
+                self._host_mask = torch.ones(n, m, dtype=torch.bool) if self.mask is None else self.mask.cpu()
+        return self._host_mask
 
     @property
     def counts(self) -> Tensor:
@@ -283,7 +298,11 @@ class TowerReducer(Reducer, abc.ABC):
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """The tokens that leave the tower, [N, M, C]."""
         return VisualTokens(
-            vision.features, vision.mask, vision.source, vision.grid if self.keeps_grid else None, vision.assignment
+            vision.features,
+            vision.mask,
+            vision.source,
+            vision.grid if self.keeps_grid else None,
+            assignment=vision.assignment,
         )
 
 

@@ -45,6 +45,11 @@ class BudgetedReducer(EncoderReducer):
         return outlier_counts(descending) if fixed is None else torch.full((n,), fixed, device=descending.device)
 
 
+def on_host(counts: Tensor, fixed: int | None) -> list[int]:
+    """`counts` [N] on the host; only where they are not the same `fixed` number is the device waited for."""
+    return counts.tolist() if fixed is None else [fixed] * len(counts)
+
+
 def outlier_counts(descending: Tensor) -> Tensor:
     """How many scores of each row lie above the upper fence Q3 + 1.5 (Q3 - Q1).
 
@@ -75,23 +80,21 @@ def take_rows(features: Tensor, index: Tensor) -> Tensor:
     return features.gather(1, index.unsqueeze(-1).expand(-1, -1, features.shape[2]))
 
 
-def take_in_raster_order(features: Tensor, is_kept: Tensor, count: int | None = None) -> VisualTokens:
+def take_in_raster_order(features: Tensor, is_kept: Tensor, lengths: list[int] | None = None) -> VisualTokens:
     """The patches of `features` [N, P, C] that `is_kept` [N, P] bool marks, as they are.
 
     Args:
-        features: to take from.
-        is_kept: what to take.
-        count: patches that each row marks, where all mark the same number: the device is then not waited for.
+        features: [N, P, C].
+        is_kept: [N, P] bool.
+        lengths: how many each row of `is_kept` marks, where the host knows it.
     """
     n, p, _ = features.shape
+    lengths = on_host(is_kept.sum(dim=1), None) if lengths is None else lengths
     patch = torch.arange(p, device=features.device).expand(n, p)
-    most = int(is_kept.sum(dim=1).max()) if count is None else count
-    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, :most]
-    if count is not None:
-        return VisualTokens(take_rows(features, source), source=source)
+    source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : max(lengths)]
     mask = source < p
     tokens = take_rows(features, source.clamp(max=p - 1))
-    return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1))
+    return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1), lengths=lengths)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

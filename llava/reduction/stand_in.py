@@ -151,8 +151,9 @@ def reduce_features(vision: VisionFeatures, reducers: Reducers) -> VisualTokens:
         )
     tokens: VisualTokens = after(vision)
     if vision.source is not None:
-        own = vision.source if tokens.source is None else vision.source.gather(1, tokens.source.clamp(min=0))
-        tokens.source = own if tokens.source is None else own.masked_fill(tokens.source < 0, -1)
+        place = None if tokens.source is None else tokens.source.to(vision.source.device)
+        own = vision.source if place is None else vision.source.gather(1, place.clamp(min=0))
+        tokens.source = own if place is None else own.masked_fill(place < 0, -1)
         tokens.assignment = None
     elif tokens.grid is None and inside is not None:
         tokens.grid = vision.grid

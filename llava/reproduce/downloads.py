@@ -1,6 +1,6 @@
 """What the papers' experiments start from: where it comes from, how large it is, and how much it holds.
 
-Sizes are those that the sources state, in GB; None where they state none.
+Sizes are in GB and roughly right, for planning; None where they are not known.
 """
 
 from __future__ import annotations

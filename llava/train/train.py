@@ -15,8 +15,9 @@ import yaml
 from transformers import set_seed
 
 from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.data.dataset import LazySupervisedDataset
 from llava.files import atomic_folder, note_files
-from llava.model.language_model.packed import PACKED_SDPA
+from llava.model.language_model.packed import BY_BOUNDARIES, PACKED_SDPA, best_packed_attention
 from llava.reduction import ReductionConfig
 from llava.train.checkpoints.folders import STATE_FILE
 from llava.train.checkpoints.output_dir import RUN_FILES, holding_output_dir
@@ -30,11 +31,18 @@ from llava.train.checkpoints.resume import (
 from llava.train.data import make_supervised_data_module, prepare_data, report_rejects
 from llava.train.feature_key import check_cache_fits, use_feature_cache
 from llava.train.launching.process import open_run_log, set_up_logging
+from llava.train.lengths import sample_lengths
 from llava.train.logs.run_info import write_run_info
 from llava.train.logs.trackers import wandb_run
 from llava.train.modeling import count_trainable, load_model, load_tokenizer, read_config, run_kind
 from llava.train.preflight.doctor import preflight
-from llava.train.settings.arguments import DataArguments, ModelArguments, TrainingArguments, require_package
+from llava.train.settings.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    require_package,
+    runs_on_cpu,
+)
 from llava.train.settings.parsing import Arguments, parse_args
 from llava.train.trainer import LLaVATrainer
 
@@ -88,13 +96,15 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     set_seed(training.seed)  # a new projector and new adapters are drawn from it
     training.attn_implementation = training.attn_implementation or best_attention(arguments)
     checkpoint = checkpoint_to_resume(training)
-    if training.packing and training.attn_implementation == "sdpa":
-        training.attn_implementation = PACKED_SDPA
     config = read_config(arguments)
+    choose_packing(training, config)
     tokenizer = load_tokenizer(arguments, checkpoint)
     dataset = prepare_data(arguments, config, tokenizer, checkpoint)
     use_feature_cache(dataset, arguments)
     preflight(arguments, config, dataset)
+    lengths = None
+    if training.tokens_per_batch and isinstance(dataset, LazySupervisedDataset):
+        lengths = sample_lengths(arguments, config, dataset)
     model = load_model(arguments, config, tokenizer)
     check_cache_fits(dataset, model, arguments)
     log_trainable(model)
@@ -104,10 +114,11 @@ def _train(arguments: Arguments) -> LLaVATrainer | None:
     trainer = LLaVATrainer(
         kind=run_kind(arguments),
         settings=settings,
+        sample_lengths=lengths,
         model=model,
         args=training,
         train_dataset=dataset,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=training.packing),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer, packing=bool(training.packing)),
         processing_class=tokenizer,
     )
     write_run_config(arguments, checkpoint)
@@ -129,6 +140,25 @@ def best_attention(arguments: Arguments) -> str:
             return "sdpa"
         return "flash_attention_2"
     return "sdpa"
+
+
+def choose_packing(training: Any, config: Any) -> None:
+    """Settle `packing` where it was left open, and with it the attention of the run.
+
+    It is on where it is faster (docs/benchmarks.md): on the CPU, and on a GPU whose attention goes by the samples'
+    boundaries. A batch of one sample has no padding to leave out.
+    """
+    attention = training.attn_implementation
+    if attention == "sdpa":
+        is_16_bit = training.bf16 or training.fp16
+        attention = best_packed_attention(config, is_16_bit=is_16_bit and not training.use_cpu)
+    if training.packing is None:
+        is_fast = attention in BY_BOUNDARIES or (attention == PACKED_SDPA and runs_on_cpu(training))
+        has_padding = training.per_device_train_batch_size > 1
+        training.packing = bool(training.tokens_per_batch or (has_padding and is_fast))
+        logger.info("packing: %s, as is faster here", training.packing)
+    if training.packing:
+        training.attn_implementation = attention
 
 
 def report_idle_gpus(training: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, seed_worker
 
 from llava.data.stored_features import StoredFeatures
 from llava.data.streaming import StreamingSupervisedDataset
@@ -41,8 +41,9 @@ from llava.train.logs.divergence import DivergedError, diverged, samples_of_step
 from llava.train.logs.metrics_file import MetricsFile, strict_json
 from llava.train.logs.progress import TrainingBar
 from llava.train.logs.run_meter import RunMeter
-from llava.train.sampler import EpochSampler, ModalityLengthSampler
+from llava.train.sampler import EpochSampler, ModalityLengthSampler, TokenBatchSampler
 from llava.train.settings.arguments import TrainingArguments, split_names
+from llava.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def parameter_group_names(
 class _EpochCallback(TrainerCallback):
     """Tells the sampler the epoch; accelerate does not when a resumed run skips batches on several ranks."""
 
-    def __init__(self, sampler: EpochSampler) -> None:
+    def __init__(self, sampler: EpochSampler | TokenBatchSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -125,6 +126,7 @@ class LLaVATrainer(Trainer):
     Args:
         kind: what is trained, and so what a checkpoint holds.
         settings: of the run, as a checkpoint keeps them; see `llava.train.checkpoints.resume`.
+        sample_lengths: tokens of each sample, which `--tokens_per_batch` needs; see `llava.train.lengths`.
         kwargs: those of transformers' Trainer.
     """
 
@@ -132,9 +134,17 @@ class LLaVATrainer(Trainer):
         args: TrainingArguments
         model: Any
 
-    def __init__(self, *, kind: RunKind, settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        kind: RunKind,
+        settings: dict[str, Any] | None = None,
+        sample_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self._settings = settings
+        self._sample_lengths = sample_lengths
         self._asked_groups: list[dict[str, Any]] = []
         self.add_callback(_OnScheduleCallback)
         self.add_callback(_FirstLineCallback(self))
@@ -150,7 +160,7 @@ class LLaVATrainer(Trainer):
             self.remove_callback(printer)
         self.add_callback(TrainingBar(False if self.args.disable_tqdm else None))
         self._batches_so_far: BatchMeter | None = BatchMeter()
-        self.sampler: EpochSampler | None = None
+        self.sampler: EpochSampler | TokenBatchSampler | None = None
         self.add_callback(MetricsFile)
         self.add_callback(_LossCallback(self._meter))
 
@@ -246,6 +256,14 @@ class LLaVATrainer(Trainer):
                 meter.note(outputs["counts"])
         return (loss, outputs) if return_outputs else loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        # Without waiting for the device, also for streams, which do not go through accelerate.
+        if isinstance(data, torch.Tensor):
+            data = to_device(data, self.args.device)
+        elif isinstance(data, StoredFeatures):
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers'."""
         loss = super().training_step(*args, **kwargs)
@@ -283,7 +301,7 @@ class LLaVATrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        seed = self._data_seed
         sampler = EpochSampler(len(dataset), seed)
         if self.args.group_by_modality_length:
             sampler = ModalityLengthSampler(
@@ -292,31 +310,55 @@ class LLaVATrainer(Trainer):
                 batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
                 seed=seed,
             )
+        self._follow_epochs(sampler)
+        return sampler
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _follow_epochs(self, sampler: EpochSampler | TokenBatchSampler) -> None:
         self.sampler = sampler
         self.remove_callback(_EpochCallback)
         self.add_callback(_EpochCallback(sampler))
-        return sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """As transformers', or of a stream, which is dealt to the processes already."""
-        if not isinstance(self.train_dataset, StreamingSupervisedDataset):
-            return super().get_train_dataloader()
+        """As transformers'; or of a stream or of batches by tokens, which are dealt to the processes already."""
         args = self.args
+        if isinstance(self.train_dataset, StreamingSupervisedDataset):
+            seeds, batches = None, {"batch_size": self._train_batch_size}
+        elif args.tokens_per_batch:
+            seeds = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+            batches = {"batch_sampler": self._token_batches(), "persistent_workers": args.dataloader_persistent_workers}
+        else:
+            return super().get_train_dataloader()
         return DataLoader(
             self.train_dataset,
-            batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(_init_worker, None),
+            worker_init_fn=partial(_init_worker, seeds),
+            **batches,
         )
 
-    def _prepare_input(self, data: Any) -> Any:
-        # Streams do not go through accelerate, which copies pinned batches so.
-        if isinstance(data, torch.Tensor | StoredFeatures) and self.accelerator.non_blocking:
-            data = data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
+    def _token_batches(self) -> TokenBatchSampler:
+        args = self.args
+        if self._sample_lengths is None:
+            raise ValueError("tokens_per_batch needs the trainer's sample_lengths; see llava.train.lengths")
+        sampler = TokenBatchSampler(
+            self._sample_lengths,
+            args.tokens_per_batch,
+            self._data_seed,
+            rank=args.process_index,
+            ranks=args.world_size,
+            accumulation=args.gradient_accumulation_steps,
+            kinds=[n > 0 for n in self.train_dataset.modality_lengths] if args.group_by_modality_length else None,
+            drop_last=args.dataloader_drop_last,
+        )
+        logger.info("tokens_per_batch: %s", sampler.describe())
+        self._follow_epochs(sampler)
+        return sampler
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         # Where all samples of a step were skipped nothing is learned: the loss is 0 / 1, not 0 / 0.

@@ -11,9 +11,8 @@ import torch
 from llava.cost.bench.report import tables
 from llava.cost.bench.run import Plan, run
 from llava.cost.bench.workload import Workload
-from llava.cost.command import BUDGETS
+from llava.cost.command import all_methods
 from llava.model.weights import parse_dtype
-from llava.reduction.registry import available
 
 FORMATS = ("markdown", "json")
 
@@ -51,7 +50,7 @@ def bench(
         raise ValueError(f"device {place!r}: torch sees no GPU here")
     chosen = {name: name for name in methods if name != "all"}
     if "all" in methods:
-        chosen |= {name: BUDGETS.get(name, name) for names in available().values() for name in names}
+        chosen |= all_methods()
     plan = Plan(
         model=model,
         methods=chosen,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
 from llava.reduction.base import DecoderReducer, Drop
+from llava.transfer import to_device
 
 
 @dataclass
@@ -27,7 +28,6 @@ class Pools:
         others: [B] int64, real tokens of a row outside all pools.
         queries: Q, the most queries of a row, at least 1.
         left: whether rows are padded on the left.
-        answers: tokens with a label.
         is_answer: [B, L] bool, tokens with a label; None without labels.
     """
 
@@ -39,7 +39,6 @@ class Pools:
     others: Tensor
     queries: int
     left: bool
-    answers: int = 0
     is_answer: Tensor | None = None
 
     def to(self, device: torch.device) -> None:
@@ -71,9 +70,14 @@ class Pools:
 
 
 def plan_pools(
-    image_index: Tensor, mask: Tensor, labels: Tensor | None, pool_of: str, left: bool | None = None
+    image_index: Tensor,
+    mask: Tensor,
+    labels: Tensor | None,
+    pool_of: str,
+    left: bool | None = None,
+    device: torch.device | None = None,
 ) -> Pools:
-    """Find the pools and the queries of a batch. This is the one copy to the host.
+    """Find the pools and the queries of a batch, on the host.
 
     Args:
         image_index: [B, L] int64, -1 for text and padding.
@@ -82,12 +86,11 @@ def plan_pools(
         pool_of: "image" or "sample".
         left: the side on which rows are padded; None: as they are, and on the left where there is no padding, so that
             they end alike and the next token is read off the last column.
+        device: where the hidden states are; None: the host.
     """
-    device = image_index.device
-    image, real, targets = torch.stack([image_index, mask.long(), mask.long() if labels is None else labels]).cpu()
-    real = real.bool()
-    b = len(image)
-    image = image.masked_fill(~real, -1)
+    device = image_index.device if device is None else device
+    b, real = len(image_index), mask
+    image = image_index.masked_fill(~real, -1)
     is_image = image >= 0
     if pool_of == "image":
         before = torch.cat([image.new_full((b, 1), -1), image[:, :-1]], dim=1)
@@ -100,20 +103,19 @@ def plan_pools(
         row = has_image.nonzero()[:, 0]
     pool = pool.masked_fill(~is_image, -1)
     # Rows without an image have nothing to rank.
-    is_query = _queries(real, None if labels is None else targets) & is_image.any(dim=1, keepdim=True)
+    is_query = _queries(real, labels) & is_image.any(dim=1, keepdim=True)
     sizes = torch.bincount(pool[is_image], minlength=len(row))
     protected = torch.bincount(pool[is_image & is_query], minlength=len(row))
     return Pools(
-        pool=pool.to(device),
-        is_query=is_query.to(device),
+        pool=to_device(pool, device),
+        is_query=to_device(is_query, device),
         sizes=sizes,
         row=row,
         least=torch.where(is_query.any(dim=1)[row], protected, sizes),
         others=(real & ~is_image).sum(dim=1),
         queries=max(1, int(is_query.sum(dim=1).max())),
         left=bool(real[real.any(dim=1), -1].all()) if left is None else left,
-        answers=0 if labels is None else int((targets != IGNORE_INDEX).sum()),
-        is_answer=None if labels is None else (labels != IGNORE_INDEX) & mask,
+        is_answer=None if labels is None else to_device((labels != IGNORE_INDEX) & real, device),
     )
 
 
@@ -142,11 +144,13 @@ def keep_best(scores: Tensor, pool: Tensor, counts: Tensor, sizes: Tensor) -> Te
     flat, device = pool.flatten(), pool.device
     order = scores.flatten().argsort(descending=True, stable=True)
     order = order[flat[order].argsort(stable=True)]  # pool by pool (-1 first), the best first
-    starts = (flat.numel() - int(sizes.sum()) + sizes.cumsum(0) - sizes).to(device)
+    # Of each pool the place of its first token and how many to keep; of pool -1, which stands at the end, all.
+    starts = flat.numel() - int(sizes.sum()) + sizes.cumsum(0) - sizes
+    table = torch.nn.functional.pad(torch.stack([starts, counts]), (0, 1))
+    table[1, -1] = flat.numel()
+    starts, limit = to_device(table, device)
     place = torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=device))
-    rank = place - torch.cat([starts, starts.new_zeros(1)])[flat]  # pool -1 reads the zero at the end
-    limit = torch.cat([counts.to(device), counts.new_full((1,), flat.numel()).to(device)])
-    return (rank < limit[flat]).view_as(pool)
+    return (place - starts[flat] < limit[flat]).view_as(pool)
 
 
 def pack_columns(keep: Tensor, lengths: list[int], left: bool) -> tuple[Tensor, Tensor]:
@@ -162,7 +166,7 @@ def pack_columns(keep: Tensor, lengths: list[int], left: bool) -> tuple[Tensor, 
     """
     b, old = keep.shape
     length = max(lengths)
-    count = torch.tensor(lengths, device=keep.device).unsqueeze(1)
+    count = to_device(torch.tensor(lengths), keep.device).unsqueeze(1)
     shift = length - count if left else torch.zeros_like(count)
     target = torch.where(keep, keep.cumsum(1) - 1 + shift, length)
     columns = torch.zeros(b, length + 1, dtype=torch.int64, device=keep.device)

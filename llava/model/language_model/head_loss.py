@@ -8,11 +8,13 @@ Shapes: B rows, L tokens a row, A tokens that predict an answer, D width, V word
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from llava.constants import IGNORE_INDEX
@@ -20,6 +22,19 @@ from llava.constants import IGNORE_INDEX
 # All ranks must call the head equally often, whatever their batches hold: where it is sharded (ZeRO-3), each call
 # gathers it from all of them.
 CHUNKS = 8
+# Elsewhere a small batch takes fewer: each chunk adds a gradient of the head's size to the others.
+CHUNK_LOGITS = 2**24
+
+
+def chunk_count(rows: float, vocabulary: int) -> int:
+    """Chunks of so many tokens that predict an answer, where the head is not sharded: 2 at least, CHUNKS at most."""
+    return min(CHUNKS, max(2, math.ceil(rows * vocabulary / CHUNK_LOGITS)))
+
+
+def is_sharded(head: nn.Module) -> bool:
+    """Whether a call of the head gathers its weights from other ranks: under ZeRO-3 or FSDP."""
+    weights = [*head.parameters()]
+    return hasattr(head, "_fsdp_wrapped_module") or any(hasattr(w, "ds_id") or isinstance(w, DTensor) for w in weights)
 
 
 def head_loss(
@@ -33,8 +48,8 @@ def head_loss(
     """The loss that the head's logits of all tokens would have.
 
     Args:
-        head: [..., D] to logits [..., V]. It is called as a module, CHUNKS times forward and CHUNKS - 1 times more
-            backward, also where nothing is learnt.
+        head: [..., D] to logits [..., V]. It is called as a module, once a chunk forward and, but for one, backward.
+            Where it is sharded, these are CHUNKS, also where nothing is learnt.
         hidden: [B, L, D], of the last layer.
         labels: [B, L] int64, -100 where nothing is learnt. Each is predicted from the token before it in its row.
         loss_function: transformers' `ForCausalLMLoss`, or what takes the same arguments and sums over tokens.
@@ -57,7 +72,9 @@ def head_loss(
         shared: dict[str, Any] = {"vocab_size": logits.shape[-1], "num_items_in_batch": count}
         return loss_function(logits=logits, labels=None, shift_labels=targets, **shared)
 
-    sizes = [(most + i) // CHUNKS for i in range(CHUNKS)]
+    words = getattr(head, "out_features", None)  # unknown to the layers of some quantizations
+    chunks = CHUNKS if words is None or is_sharded(head) else chunk_count(most, words)
+    sizes = [(most + i) // chunks for i in range(chunks)]
     *earlier, last = zip(rows.split(sizes), targets[index].split(sizes), strict=True)
     losses = [checkpoint(loss_of, *chunk, use_reentrant=False, determinism_check="none") for chunk in earlier]
     # The backward pass begins with the last chunk, whose logits may wait for it.

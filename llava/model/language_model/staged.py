@@ -4,9 +4,9 @@ It also runs batches packed, with or without a reducer: hidden states then lie i
 attention and ranking see the samples apart.
 
 It serves every backbone of transformers that has `layers`, `norm` and `rotary_emb`; the layers are transformers' own.
-A batch is planned on the host, from one copy of its image indices; after that all lengths are known, and nothing here
-waits for the device (transformers' masks of padded batches do). What decoding needs of the prefill (which tokens each
-stage has, and how far its positions are shifted) lies in the cache.
+A batch is planned on the host, which knows it from the splice or copies it once; after that all lengths are known, and
+nothing here waits for the device. What decoding needs of the prefill (which tokens each stage has, and how far its
+positions are shifted) lies in the cache.
 
 Shapes: B rows, L tokens a row, P pools of image tokens that compete for places, Q query tokens a row, D width,
 T tokens of all rows, padding left out.
@@ -14,7 +14,6 @@ T tokens of all rows, padding left out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,15 @@ from transformers.utils.output_capturing import capture_outputs
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.drop_plan import Pools, keep_best, pack_columns, plan_pools
 from llava.model.language_model.merged_rows import plan_merged
-from llava.model.language_model.packed import CAN_PACK
+from llava.model.language_model.packed import (
+    BY_BOUNDARIES,
+    CAN_PACK,
+    PACKED_SDPA,
+    boundaries,
+    rows_for_sdpa,
+    window_mask,
+)
+from llava.model.splice import SplicePlan
 from llava.reduction.base import DecoderReducer, EnteringTokens, LayerInput
 
 
@@ -44,6 +51,7 @@ class StagedPass:
         packed: whether to run the batch as one row without padding; the output then is one row too.
         left: whether rows are padded on the left; None: as the mask shows.
         reducer: what drops image tokens; None drops none.
+        plan: the batch on the host, where a splice made it; without one it is copied there.
         kept: set by the runner: [B, L'] int64, the columns that reach the end; -1 at padding.
         place: set by the runner where the batch is packed: [T], index of each token of the row into [B, L'].
         answers: set by the runner: tokens with a label, known on the host.
@@ -54,9 +62,18 @@ class StagedPass:
     packed: bool = False
     left: bool | None = None
     reducer: DecoderReducer | None = None
+    plan: SplicePlan | None = None
     kept: Tensor | None = None
     place: Tensor | None = None
     answers: int | None = None
+
+    def on_host(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`image_index`, the [B, L] bool mask of real tokens, and `labels`, on the host."""
+        if self.plan is not None:
+            return self.plan.image_index, self.plan.attention_mask, self.plan.labels
+        given = [self.image_index, mask.long()] + ([] if self.labels is None else [self.labels])
+        image_index, real, *labels = torch.stack(given).cpu()
+        return image_index, real.bool(), labels[0] if labels else None
 
     def kept_labels(self) -> Tensor:
         """The labels of the tokens that reach the end, [B, L'], or [1, T] where packed."""
@@ -135,6 +152,7 @@ class Rows:
         mask: [B, L'] bool, real tokens.
         position_ids: [B, L'] int64.
         lengths: real tokens of each row, known on the host; None in decoding.
+        left: whether padding stands on the left, and nowhere else; None: that is not known.
         real: [T] int64 where the batch is packed, index of the real tokens into [B, L'].
     """
 
@@ -142,6 +160,7 @@ class Rows:
     mask: Tensor
     position_ids: Tensor
     lengths: list[int] | None = None
+    left: bool | None = None
     real: Tensor | None = None
 
     @property
@@ -183,13 +202,22 @@ class Rows:
         wanted = new.store(self.index().gather(1, columns))
         return stored.flatten(0, 1).index_select(0, wanted.flatten()).unflatten(0, wanted.shape)
 
-    def boundaries(self) -> dict[str, Any]:
-        """Where the samples of a packed row begin and end, as transformers' attention functions are told."""
-        if self.real is None or self.lengths is None:
+    def boundaries(self, attention: str) -> dict[str, Any]:
+        """What attention is told in place of a mask: where samples begin and end. Empty where it needs the mask.
+
+        For kernels that go by boundaries, the padding of a row is a sample of its own.
+        """
+        if self.lengths is None:
             return {}
-        ends = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=self.real.device)
-        longest = max(self.lengths)
-        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        device, lengths = self.mask.device, self.lengths
+        if self.real is not None:
+            rows = rows_for_sdpa(lengths, device) if attention == PACKED_SDPA else {}
+            return {**boundaries(lengths, device), **rows}
+        if self.left is None or attention not in BY_BOUNDARIES:
+            return {}
+        width = self.mask.shape[1]
+        pairs = [(width - n, n) if self.left else (n, width - n) for n in lengths]
+        return boundaries([n for pair in pairs for n in pair], device)
 
 
 @merge_with_config_defaults
@@ -222,7 +250,8 @@ def forward_in_stages(
             "tokens], for each stage makes its own causal mask of it"
         )
     use_cache = bool(use_cache) and not (staged is not None and staged.packed)
-    cache = open_cache(model, past_key_values) if use_cache else None
+    drops = staged is None or staged.reducer is not None
+    cache = open_cache(model, past_key_values, drops) if use_cache else None
     kwargs["use_cache"] = use_cache
     if staged is None:
         hidden = _decode(model, hidden, attention_mask, position_ids, past_key_values, kwargs)
@@ -231,14 +260,21 @@ def forward_in_stages(
     return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
 
 
-def open_cache(model: Any, cache: Any) -> StagedCache:
+def open_cache(model: Any, cache: Any, drops: bool) -> DynamicCache:
     """The given cache, or a new one.
+
+    Args:
+        model: whose config says how long its layers' windows are.
+        cache: that is given, or None.
+        drops: whether its layers will have different lengths.
 
     Raises:
         ValueError: a cache of another kind, which has one length for all layers.
     """
     if cache is None:
-        return StagedCache(config=model.config)
+        return StagedCache(config=model.config) if drops else DynamicCache(config=model.config)
+    if not drops:
+        return cache
     if not isinstance(cache, StagedCache):
         raise ValueError(
             f"a {type(cache).__name__} can't hold the stages of a decoder reduction: leave out past_key_values and "
@@ -252,22 +288,26 @@ def _prefill(
     hidden: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: StagedCache | None,
+    cache: DynamicCache | None,
     staged: StagedPass,
     kwargs: dict[str, Any],
 ) -> Tensor:
     reducer = staged.reducer
     rows = _entering_rows(hidden, attention_mask, position_ids)
-    pool_of = "image" if reducer is None else reducer.pool
-    pools = plan_pools(staged.image_index, rows.mask, staged.labels, pool_of, staged.left)
-    counts, first_rows, start = pools.sizes, rows, 0
-    rows.lengths = pools.row_lengths(counts)
+    image_index, real, labels = staged.on_host(rows.mask)
+    staged.answers = None if labels is None else int((labels != IGNORE_INDEX).sum())
+    rows.lengths = real.sum(dim=1).tolist()
+    rows.left = None if staged.plan is None else staged.plan.left
     if staged.packed:
         check_packing(model.config)
         rows.pack()
     hidden = rows.store(hidden)
+    first_rows, start = rows, 0
     stage = _Stage(model, hidden, rows, start, cache, kwargs)
-    _choose_queries(reducer, hidden, rows, pools)
+    if reducer is not None:
+        pools = plan_pools(image_index, real, labels, reducer.pool, staged.left, hidden.device)
+        counts = pools.sizes
+        _choose_queries(reducer, hidden, rows, pools)
     for drop in [] if reducer is None else reducer.drops(len(model.layers)):
         assert reducer is not None
         judged = stage.run(hidden, drop.ranked_by)
@@ -286,16 +326,17 @@ def _prefill(
         pool, is_query = rows.of(pools.pool, -1), rows.of(pools.is_query)
         keep = rows.mask & keep_best(scores.to(pool.device).masked_fill(is_query, torch.inf), pool, kept, counts)
         if int(merged.sum()):
-            rows, hidden = _merge_rows(reducer, given, scores, keep, rows, pools, hidden)
+            new, hidden = _merge_rows(reducer, given, scores, keep, rows, pools, hidden)
         else:
-            columns, mask = pack_columns(keep, pools.row_lengths(kept), pools.left)
-            new = _drop_rows(rows, columns, mask, pools.row_lengths(kept), reducer.renumbers)
-            rows, hidden = new, rows.take(hidden, columns, new)
-        counts, start = kept + merged, drop.after
+            lengths = pools.row_lengths(kept)
+            columns, mask = pack_columns(keep, lengths, pools.left)
+            new = _drop_rows(rows, columns, mask, lengths, reducer.renumbers)
+            hidden = rows.take(hidden, columns, new)
+        new.left = pools.left
+        rows, counts, start = new, kept + merged, drop.after
         stage = _Stage(model, hidden, rows, start, cache, kwargs)
     hidden = stage.run(hidden, len(model.layers))
     _remember(cache, range(start, len(model.layers)), rows, first_rows)
-    staged.answers = pools.answers
     staged.kept, staged.place = rows.columns.masked_fill(~rows.mask, -1), rows.real
     return hidden
 
@@ -390,8 +431,8 @@ def _merge_rows(
     return new, new.store(full.gather(1, columns.unsqueeze(-1).expand(-1, -1, full.shape[-1])))
 
 
-def _remember(cache: StagedCache | None, layers: range, rows: Rows, first: Rows) -> None:
-    if cache is None:
+def _remember(cache: DynamicCache | None, layers: range, rows: Rows, first: Rows) -> None:
+    if not isinstance(cache, StagedCache):
         return
     last, first_last = (r.position_ids.masked_fill(~r.mask, 0).amax(dim=1, keepdim=True) for r in (rows, first))
     cache.stages.append(CachedStage(layers, rows.mask, last - first_last.to(last.device)))
@@ -436,10 +477,12 @@ class _Stage:
     """Layers that see the same tokens: they share masks and rotary embeddings."""
 
     def __init__(
-        self, model: Any, hidden: Tensor, rows: Rows, start: int, cache: StagedCache | None, kwargs: dict[str, Any]
+        self, model: Any, hidden: Tensor, rows: Rows, start: int, cache: DynamicCache | None, kwargs: dict[str, Any]
     ) -> None:
         self.model, self.rows, self.cache = model, rows, cache
-        self.kwargs = {**kwargs, **rows.boundaries()}
+        self.attention = model.config._attn_implementation
+        self.boundaries = rows.boundaries(self.attention)
+        self.kwargs = {**kwargs, **self.boundaries}
         self.next = start
         self.layer_types = _layer_types(model.config)
         self.masks = dict(self._masks(hidden))
@@ -447,17 +490,22 @@ class _Stage:
         self.position_embeddings = model.rotary_emb(hidden, position_ids=self.position_ids)
 
     def _masks(self, hidden: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-        """For each kind of layer the mask that transformers makes for it; a packed row has boundaries instead."""
+        """For each kind of layer the mask that transformers makes for it, unless attention goes by boundaries."""
         following = self.layer_types[self.next :]
         for kind in dict.fromkeys(following):
             mask = None
-            if self.rows.real is None:
+            if self.boundaries:
+                if self.attention == PACKED_SDPA and kind == "sliding_attention":
+                    mask = window_mask(self.boundaries["max_length_q"], self.model.config.sliding_window, hidden.device)
+            else:
+                is_padded = self.rows.is_padded
                 mask = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
                     config=self.model.config,
                     inputs_embeds=hidden,
-                    attention_mask=self.rows.mask if self.rows.is_padded else None,
+                    attention_mask=self.rows.mask if is_padded else None,
                     past_key_values=self.cache,
                     layer_idx=self.next + following.index(kind),  # whose cache has this stage's length
+                    allow_is_causal_skip=not is_padded,  # it would wait to see whether there is padding
                 )
             yield kind, mask
 

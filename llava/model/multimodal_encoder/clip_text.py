@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from llava.model.weights import check_files, check_json, raise_for_keys, raise_for_nonfinite, without_load_report
+from llava.transfer import to_device
 
 # A fast tokenizer sets padding and truncation on itself, which two threads must not do at once.
 _TOKENIZING = threading.Lock()
@@ -91,9 +92,14 @@ class ClipText(nn.Module):
             self._tokenizer = self._load_tokenizer(name_or_path)
         length = self.config.max_position_embeddings
         with _TOKENIZING:
-            ids = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+            tokens = self._tokenizer(
+                list(texts), padding=True, padding_side="right", truncation=True, max_length=length, return_tensors="pt"
+            )
+        ids = to_device(tokens.input_ids, self.text_projection.weight.device)
         with torch.no_grad():
-            pooled = self.text_model(**ids.to(self.text_projection.weight.device)).pooler_output
+            # Only the end token is read, which does not see the padding after it: a mask would change nothing, and
+            # transformers would wait for the device to look into it.
+            pooled = self.text_model(ids).pooler_output
             return self.text_projection(pooled)
 
     def embed_segments(self, texts: Sequence[str], name_or_path: str) -> list[Tensor]:

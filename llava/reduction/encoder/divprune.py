@@ -52,7 +52,7 @@ class DivPrune(BudgetedReducer):
         count = self.fixed_count(p)
         chosen = farthest_first(vision.projected.detach(), count)
         is_kept = torch.zeros(n, p, dtype=torch.bool, device=chosen.device).scatter_(1, chosen, True)
-        return take_in_raster_order(vision.projected, is_kept, count)
+        return take_in_raster_order(vision.projected, is_kept, [count] * n)
 
 
 def farthest_first(features: Tensor, count: int) -> Tensor:

@@ -16,7 +16,13 @@ from torch.nn.functional import pad
 from llava.reduction.base import Needs, VisionFeatures, VisualTokens
 from llava.reduction.options import Variant, Within
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetedReducer, mean_attention, nearest_neighbours, take_in_raster_order
+from llava.reduction.selection import (
+    BudgetedReducer,
+    mean_attention,
+    nearest_neighbours,
+    on_host,
+    take_in_raster_order,
+)
 
 
 @dataclass
@@ -26,11 +32,13 @@ class Selection:
     Attributes:
         kept: [N, M] int64, indices of patches; the first `counts` of each row are real.
         counts: [N] int64.
+        lengths: `counts` on the host.
         repeated: [N, M] bool, slots whose patch stands in the row before; None: there are none.
     """
 
     kept: Tensor
     counts: Tensor
+    lengths: list[int]
     repeated: Tensor | None = None
 
     def real(self) -> Tensor:
@@ -74,7 +82,8 @@ class PruMerge(BudgetedReducer):
         attention, keys = score(vision, 1 if is_release else vision.num_heads)
         selection = self.select(attention)
         if self.neighbours == 0:
-            return take_in_raster_order(vision.features, selection.is_kept(attention.shape[1]))
+            lengths = selection.lengths if selection.repeated is None else None
+            return take_in_raster_order(vision.features, selection.is_kept(attention.shape[1]), lengths)
         merge = merge_release if is_release else merge_paper
         return merge(vision.features, attention, keys, selection, self.neighbours)
 
@@ -82,7 +91,8 @@ class PruMerge(BudgetedReducer):
         """The patches to keep, for attention [N, P]."""
         ranked, order = attention.sort(dim=1, descending=True, stable=True)
         counts = self.kept_counts(ranked)
-        return Selection(order[:, : int(counts.max())], counts)
+        lengths = on_host(counts, self.fixed_count(attention.shape[1]))
+        return Selection(order[:, : max(lengths)], counts, lengths)
 
 
 def cls_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +159,8 @@ def merge_release(
     weights.scatter_(1, last, (attention * pruned).unsqueeze(1))
     source = pad(kept, (0, 1)).masked_fill(~real, -1)
     mask = torch.arange(kept.shape[1] + 1, device=kept.device) <= selection.counts.unsqueeze(1)
-    return VisualTokens(weights.to(features.dtype) @ features, mask, source)
+    lengths = [kept + 1 for kept in selection.lengths]
+    return VisualTokens(weights.to(features.dtype) @ features, mask, source, lengths=lengths)
 
 
 def merge_paper(
@@ -162,7 +173,8 @@ def merge_paper(
     weights = _neighbour_weights(attention, nearest, is_neighbour, rows=kept.shape[1])
     alone = ~is_neighbour.any(dim=2, keepdim=True)
     weights.scatter_add_(2, kept.unsqueeze(-1), alone.to(weights.dtype)).mul_(real.unsqueeze(-1))
-    return VisualTokens(weights.to(features.dtype) @ features, real, kept.masked_fill(~real, -1))
+    source = kept.masked_fill(~real, -1)
+    return VisualTokens(weights.to(features.dtype) @ features, real, source, lengths=selection.lengths)
 
 
 def _neighbour_weights(attention: Tensor, nearest: Tensor, is_neighbour: Tensor, rows: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llava.reduction.encoder.prumerge import PruMerge, Selection
 from llava.reduction.registry import register
+from llava.reduction.selection import on_host
 
 
 @register("prumerge_plus")
@@ -32,12 +33,13 @@ class PruMergePlus(PruMerge):
         """The patches to keep, for attention [N, P]: the outliers, then those added in raster order."""
         ranked, order = attention.sort(dim=1, descending=True, stable=True)
         counts = self.kept_counts(ranked)
+        p = attention.shape[1]
+        fixed = self.fixed_count(p)
         if self.variant == "paper":
-            return _append(order, counts, _even_rest)
-        fixed = self.fixed_count(attention.shape[1])
+            return _append(order, counts, _even_rest, None if fixed is None else fixed + min(fixed, p - fixed))
         if fixed is None:
             return _append(order, counts, _stepped)
-        return _append_repeating(order, fixed, self._step(attention.shape[1]))
+        return _append_repeating(order, fixed, self._step(p))
 
     def _step(self, patches: int) -> int:
         """Distance of the added patches under a fixed budget."""
@@ -46,8 +48,13 @@ class PruMergePlus(PruMerge):
         return max(1, patches // (self.tokens or patches))
 
 
-def _append(order: Tensor, counts: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> Selection:
-    """The first `counts` of each row of `order` [N, P], then in raster order those that `choose` picks of the rest."""
+def _append(
+    order: Tensor, counts: Tensor, choose: Callable[[Tensor, Tensor], Tensor], fixed: int | None = None
+) -> Selection:
+    """The first `counts` of each row of `order` [N, P], then in raster order those that `choose` picks of the rest.
+
+    `fixed`: how many patches that makes, where it does not depend on the image.
+    """
     n, p = order.shape
     patch = torch.arange(p, device=order.device).expand(n, p)
     rank = torch.empty_like(order).scatter_(1, order, patch)
@@ -55,7 +62,8 @@ def _append(order: Tensor, counts: Tensor, choose: Callable[[Tensor, Tensor], Te
     added = choose(is_kept, counts.unsqueeze(1)) & ~is_kept
     position = torch.where(is_kept, rank, torch.where(added, p + patch, 2 * p))
     total = (is_kept | added).sum(dim=1)
-    return Selection(position.argsort(dim=1)[:, : int(total.max())], total)
+    lengths = on_host(total, fixed)
+    return Selection(position.argsort(dim=1)[:, : max(lengths)], total, lengths)
 
 
 def _stepped(is_kept: Tensor, counts: Tensor) -> Tensor:
@@ -88,4 +96,5 @@ def _append_repeating(order: Tensor, count: int, step: int) -> Selection:
     kept = torch.cat([order[:, :count], added], dim=1)
     repeated = torch.zeros_like(kept, dtype=torch.bool)
     repeated[:, count:] = rank.gather(1, added) < count
-    return Selection(kept, torch.full((n,), kept.shape[1], device=kept.device), repeated)
+    m = kept.shape[1]
+    return Selection(kept, torch.full((n,), m, device=kept.device), [m] * n, repeated)

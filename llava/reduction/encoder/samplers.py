@@ -15,6 +15,7 @@ from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.options import Count
 from llava.reduction.registry import register
 from llava.reduction.selection import BudgetedReducer, uniform_positions
+from llava.transfer import to_device
 
 
 class Sampler(BudgetedReducer):
@@ -33,8 +34,9 @@ class Sampler(BudgetedReducer):
         """[N, P, C] to [N, M, C]."""
         n, p = vision.features.shape[:2]
         grid = vision.grid if vision.grid is not None else (1, p)
-        kept = self.choose(grid, self.fixed_count(p) or p).to(vision.features.device)
-        return VisualTokens(vision.features[:, kept], source=kept.expand(n, -1))
+        kept = self.choose(grid, self.fixed_count(p) or p)
+        features = vision.features.index_select(1, to_device(kept, vision.features.device))
+        return VisualTokens(features, source=kept.expand(n, -1))
 
 
 @register("sequential")

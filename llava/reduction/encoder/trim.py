@@ -14,7 +14,7 @@ from torch import Tensor
 from llava.reduction.base import Needs, VisionFeatures, VisualTokens
 from llava.reduction.options import Variant
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetedReducer, precise_product, take_in_raster_order
+from llava.reduction.selection import BudgetedReducer, on_host, precise_product, take_in_raster_order
 
 
 @register("trim")
@@ -42,11 +42,12 @@ class Trim(BudgetedReducer):
         scores = self.score(vision)
         ranked, order = scores.sort(dim=1, descending=True, stable=True)
         counts = self.kept_counts(ranked)
+        lengths = on_host(counts, self.fixed_count(scores.shape[1]))
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
         is_kept = rank < counts.unsqueeze(1)
-        return append_mean(take_in_raster_order(vision.features, is_kept), vision.features, ~is_kept)
+        return append_mean(take_in_raster_order(vision.features, is_kept, lengths), vision.features, ~is_kept)
 
     def score(self, vision: VisionFeatures) -> Tensor:
         """How much each patch stands out, [N, P] float32."""
@@ -73,8 +74,10 @@ def append_mean(tokens: VisualTokens, features: Tensor, rest: Tensor) -> VisualT
     is_mean = (slot == counts) & (number > 0)
     padded = torch.nn.functional.pad(tokens.features, (0, 0, 0, 1))
     assert tokens.source is not None
+    lengths = tokens.lengths
     return VisualTokens(
         torch.where(is_mean.unsqueeze(2), mean, padded),
         (slot < counts) | is_mean,
         torch.nn.functional.pad(tokens.source, (0, 1), value=-1),
+        lengths=None if lengths is None else [kept + (kept < features.shape[1]) for kept in lengths],
     )

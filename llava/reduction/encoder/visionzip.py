@@ -71,7 +71,7 @@ class VisionZip(EncoderReducer):
         patches = min(dominant - (vision.cls is not None), p)
         best = vision.attention["selected"].sum(dim=1).topk(patches, dim=1).indices
         is_kept = torch.zeros(n, p, dtype=torch.bool, device=best.device).scatter_(1, best, True)
-        kept = take_in_raster_order(vision.features, is_kept, count=patches)
+        kept = take_in_raster_order(vision.features, is_kept, [patches] * n)
         assert kept.source is not None
         parts, sources = [kept.features], [kept.source]
         if vision.cls is not None:

@@ -69,7 +69,7 @@ class GroupingReducer(ProjectorReducer):
         tokens = run(mm_projector, self.group(features, vision.grid)).flatten(1, -2)
         n, m = tokens.shape[:2]
         cells = grid[0] * grid[1]
-        source = torch.arange(cells, device=tokens.device).repeat_interleave(m // cells)
+        source = torch.arange(cells).repeat_interleave(m // cells)
         return VisualTokens(tokens, source=source.expand(n, -1), grid=grid)
 
 

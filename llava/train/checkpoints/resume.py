@@ -69,6 +69,7 @@ SHAPING = (
     "gradient_accumulation_steps",
     "group_by_modality_length",
     "image_aspect_ratio",
+    "image_tokens_estimate",
     "label_smoothing_factor",
     "lora_alpha",
     "lora_dropout",
@@ -81,6 +82,7 @@ SHAPING = (
     "per_device_train_batch_size",
     "seed",
     "streaming",
+    "tokens_per_batch",
     "train_sampling_strategy",
     "version",
 )

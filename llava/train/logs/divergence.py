@@ -107,7 +107,6 @@ def samples_of_steps(trainer: Any, steps: list[int]) -> dict[int, list[str]]:
     found = {}
     for step in steps:
         epoch, place = divmod(step - 1, in_epoch)
-        indices = sampler.order_of_epoch(epoch)[place * size : (place + 1) * size]
-        rows = [dataset.row(index) for index in indices.tolist()]
+        rows = [dataset.row(index) for index in sampler.samples_of_step(epoch, place, size)]
         found[step] = [sample_name(json.loads(row["sample"]), row["index"], row["file"]) for row in rows]
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def run_info(arguments: Arguments, resumed_from: str | None) -> dict[str, Any]:
     """
     training = arguments.training
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from": resumed_from,
         "command": sys.argv,
         "config": resolved(arguments),

@@ -96,7 +96,7 @@ def check_batches(arguments: Arguments, samples: int, processes: int, report: Re
     """Note that an epoch has no batch, where incomplete ones are dropped."""
     training = arguments.training
     batch = training.per_device_train_batch_size * processes
-    if training.dataloader_drop_last and samples < batch:
+    if training.dataloader_drop_last and not training.tokens_per_batch and samples < batch:
         report.add(
             "data",
             f"--dataloader_drop_last True leaves no batch of {samples} samples: {processes} x "

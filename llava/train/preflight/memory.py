@@ -90,7 +90,7 @@ def activation_bytes(model: Any, training: Any, length: int) -> tuple[float, flo
         length: tokens of a sample.
     """
     config, size = model.config, compute_dtype(training).itemsize
-    tokens = training.per_device_train_batch_size * length
+    tokens = getattr(training, "tokens_per_batch", 0) or training.per_device_train_batch_size * length
     checkpointed = bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", None))
     seen = [tokens] * config.num_hidden_layers
     activations = formulas.activation_bytes(formulas.Widths.of(config), seen, size, checkpointed)

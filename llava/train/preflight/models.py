@@ -200,7 +200,9 @@ class VisualCount:
             for name in ("features", "mask", "source")
             if (value := getattr(self._tile, name)) is not None
         }
-        return self._inner.layout_lengths(dataclasses.replace(self._tile, **changes), [tiles], [size])[0]
+        lengths = None if self._tile.lengths is None else self._tile.lengths * tiles
+        tile = dataclasses.replace(self._tile, **changes, lengths=lengths)
+        return self._inner.layout_lengths(tile, [tiles], [size])[0]
 
 
 def without_meta(tokens: VisualTokens, grid: tuple[int, int]) -> VisualTokens:

@@ -192,15 +192,19 @@ def _level(dataset: LazySupervisedDataset) -> str:
 
 
 def row_chunks(
-    dataset: LazySupervisedDataset, with_images: bool = False, shuffled: bool = False
+    dataset: LazySupervisedDataset,
+    with_images: bool = False,
+    shuffled: bool = False,
+    places: np.ndarray | None = None,
 ) -> Iterator[list[tuple[dict[str, Any], str | None, int]]]:
     """Rows, their image folders and places in the table, each once, whatever their weight.
 
     Args:
         with_images: leave out rows without images.
         shuffled: in an order of chunks drawn at random, so that a part stands for the whole.
+        places: rows of the table that are meant; None: all.
     """
-    places = dataset.places()
+    places = dataset.places() if places is None else places
     if with_images:
         places = places[dataset.table.data.column("images").to_numpy()[places] > 0]
     chunks = np.split(places, range(CHUNK, len(places), CHUNK))

@@ -264,7 +264,19 @@ class TrainingArguments(transformers.TrainingArguments):
     stop_after_nonfinite_steps: int = flag(
         3, "Stop when the loss was NaN or infinite in so many steps in a row, seen when a line is logged; 0: never."
     )
-    packing: bool = flag(False, "Run a batch as one row without padding, in which the samples do not see each other.")
+    packing: bool | None = flag(
+        None,
+        "Run a batch as one row without padding, in which the samples do not see each other. Default: auto, where that "
+        "is faster.",
+    )
+    tokens_per_batch: int = flag(
+        0,
+        "Fill a micro-batch with samples up to so many tokens, visual ones included, in place of a number of samples. "
+        "0: per_device_train_batch_size counts.",
+    )
+    image_tokens_estimate: int = flag(
+        0, "With --tokens_per_batch and an adaptive method: tokens that an image is expected to keep. 0: all."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, list):

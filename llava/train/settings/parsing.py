@@ -162,6 +162,7 @@ def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
     frozen_projector = values["freeze_mm_mlp_adapter"]
     tower = values["unfreeze_mm_vision_tower"]
     grouped = values["group_by_modality_length"]
+    budget = values["tokens_per_batch"]
     rules = {
         "--bits 4 or 8 freezes the language model: add --lora_enable True to train adapters": (quantized and not lora),
         "--bits 4 or 8 does not go with ZeRO-3, which cannot split such weights: use scripts/zero2.json": (
@@ -219,6 +220,23 @@ def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
         ),
         "--packing needs flash_attention_2 or sdpa: leave out --attn_implementation eager": (
             values["packing"] and values["attn_implementation"] == "eager"
+        ),
+        "--tokens_per_batch fills rows without padding, which needs packing: leave out --packing False and "
+        "--attn_implementation eager": (
+            budget and (values["packing"] is False or values["attn_implementation"] == "eager")
+        ),
+        f"--tokens_per_batch {budget} is less than --model_max_length {values['model_max_length']}, which a sample may "
+        "have: raise the one or lower the other": 0 < budget < values["model_max_length"],
+        "--tokens_per_batch fixes the tokens of a step, --global_batch_size its samples: set --global_batch_size 0 and "
+        "choose --gradient_accumulation_steps": budget and values["global_batch_size"],
+        "--streaming knows no lengths, so --tokens_per_batch cannot fill rows by them: leave one out": (
+            budget and values["streaming"]
+        ),
+        "--tokens_per_batch and --train_sampling_strategy both choose the order: leave one out": (
+            budget and values["train_sampling_strategy"] != "random"
+        ),
+        "--image_tokens_estimate has no effect without --tokens_per_batch": (
+            values["image_tokens_estimate"] and not budget
         ),
         "--feature_cache holds what a frozen vision tower made: leave it out with --unfreeze_mm_vision_tower True": (
             values["feature_cache"] and tower

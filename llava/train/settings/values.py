@@ -56,9 +56,11 @@ RANGES = {
             "neftune_noise_alpha",
             "dataloader_num_workers",
             "global_batch_size",
+            "image_tokens_estimate",
             "preflight_seconds",
             "save_total_limit",
             "stop_after_nonfinite_steps",
+            "tokens_per_batch",
         ),
         NOT_NEGATIVE,
     ),
@@ -170,6 +172,8 @@ def plain_text(action: Action, text: str) -> str | None:
         return _path_text(name, text)
     if name in JSON_FLAGS:
         return _json_text(name, text)
+    if name == "packing" and text.lower() == "auto":
+        return None
     if text.lower() in NO_WORDS:
         choices = [*(action.choices or ())]
         if "no" in choices:

@@ -1,0 +1,73 @@
+"""How many tokens each sample of a run has when its images are in place, without opening one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from llava.data.dataset import LazySupervisedDataset
+from llava.data.samples import BadSampleError
+from llava.mm_utils import parse_grid_pinpoints
+from llava.train.preflight.models import VisualCount, build_without_weights
+from llava.train.preflight.samples import label, measure, row_chunks
+from llava.train.settings.parsing import Arguments
+
+logger = logging.getLogger(__name__)
+
+
+def sample_lengths(arguments: Arguments, config: Any, dataset: LazySupervisedDataset) -> list[int]:
+    """Tokens of each sample, up to `model_max_length`; every process must call it, and reads its share.
+
+    Exact where a method keeps a fixed number of tokens. With anyres an image counts for the most that it may have, and
+    with an adaptive method for `image_tokens_estimate`, or for all that it had before.
+
+    Args:
+        arguments: of the run.
+        config: from `read_config`.
+        dataset: of the run.
+
+    Raises:
+        BadSampleError: a sample that cannot be trained on, where such samples stop the run.
+    """
+    training = arguments.training
+    visual = tokens_of_an_image(arguments, config) if dataset.column("images").any() else 0
+    places = dataset.places()
+    share = np.array_split(places, training.world_size)[training.process_index]
+    rows = chain.from_iterable(row_chunks(dataset, places=share))
+    own = [_length(dataset, row, visual, training.model_max_length) for row, *_ in rows]
+    shares = gather_object([own]) if training.world_size > 1 else [own]
+    lengths: list[int] = dataset.of_samples(np.array(list(chain.from_iterable(shares)))).tolist()
+    return lengths
+
+
+def tokens_of_an_image(arguments: Arguments, config: Any) -> int:
+    """The most tokens that an image has in the language model, or what is expected of an adaptive method."""
+    training, data = arguments.training, arguments.data
+    count = VisualCount(build_without_weights(arguments, config), arguments)
+    if count.is_adaptive and training.image_tokens_estimate:
+        return training.image_tokens_estimate
+    if count.is_adaptive:
+        logger.warning(
+            "the method is adaptive, so --tokens_per_batch counts all tokens of an image and leaves rows emptier than "
+            "they could be: say with --image_tokens_estimate how many stay (image_tokens in an earlier run's log)"
+        )
+    if data.image_aspect_ratio == "anyres" and data.image_grid_pinpoints:
+        return max(count.count(tuple(size)) for size in parse_grid_pinpoints(data.image_grid_pinpoints))
+    return count.count((1, 1))
+
+
+def _length(dataset: LazySupervisedDataset, row: dict[str, Any], visual: int, max_length: int) -> int:
+    try:
+        if row["problem"] is not None:
+            raise BadSampleError(row["problem"], row["kind"])
+        ids, labels = dataset.maker.tokens(json.loads(row["sample"]), label(row))
+    except BadSampleError:
+        if dataset.maker.on_bad_sample == "stop":
+            raise
+        return 1  # the placeholder's
+    return min(measure(ids, labels, [visual] * int(row["images"]), max_length).total, max_length)
