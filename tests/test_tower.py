@@ -57,6 +57,18 @@ def test_two_blocks_at_once() -> None:
 
 
 @torch.no_grad()
+def test_hidden_states_of_blocks() -> None:
+    tower = tiny_model().get_vision_tower()
+    vision = tower(pixels(), Needs(hidden=(4, 0)))
+    expected = tower.vision_tower(pixels(), output_hidden_states=True).hidden_states
+    for block in (4, 0):
+        torch.testing.assert_close(vision.hidden_states[block], expected[block][:, 1:], **CLOSE)
+    torch.testing.assert_close(vision.features, expected[3][:, 1:], **CLOSE)
+    with pytest.raises(ValueError, match=r"hidden states after \[5\] blocks .* which has 4"):
+        tower(pixels(), Needs(hidden=(5,)))
+
+
+@torch.no_grad()
 def test_nothing_is_computed_that_is_not_declared() -> None:
     tower, ran = tiny_model().get_vision_tower(), []
     for number, layer in enumerate(tower.vision_tower.encoder.layers):
@@ -266,6 +278,33 @@ def test_a_method_after_the_tower_follows_or_is_refused() -> None:
         model.set_reduction({"tower": {"name": "tome", "per_block": 2}, "encoder": "visionzip"})
     with pytest.raises(ValueError, match=r"tower's method 'tome' keeps patches here and there, .* on the whole grid"):
         ReductionConfig.parse({"tower": {"name": "tome", "per_block": 2}, "projector": "avgpool"})
+
+
+class Smaller(TowerReducer):
+    """Run the tower on 2 x 2 patches."""
+
+    keeps_grid = True
+
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return 2, 2
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@torch.no_grad()
+def test_a_smaller_picture(kind: str) -> None:
+    """What follows sees a smaller grid: a projector that fuses neighbours, and the layout of tiles."""
+    model = inside(Smaller(), tower=kind)
+    inner, encoder = model.get_model(), model.get_vision_tower().vision_tower
+    tokens = inner.read_tiles(pixels(), None, inner.reducers())
+    small = torch.nn.functional.interpolate(pixels(), (28, 28), mode="bicubic", antialias=True)
+    hidden = encoder(small, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[3]
+    torch.testing.assert_close(tokens.features, hidden[:, -4:], **CLOSE)
+    assert tokens.grid == (2, 2)
+    inner.projector_reducer = build("avgpool", kernel=2)
+    assert inner.encode_images(pixels())[1].tolist() == [1, 1]
+    model = inside(Smaller(), tower=kind, anyres=True)
+    picture = [torch.randn(5, 3, SIDE, SIDE)]
+    assert model.count_visual_tokens(picture, image_sizes=[(112, 112)]) == [(16 + 64 + 8, 4 + 16 + 4)]
 
 
 def test_a_model_keeps_its_method_in_the_tower() -> None:

@@ -33,6 +33,7 @@ class Needs:
         queries: the block whose queries are read, all of them.
         cls_query: the block whose query of CLS is read.
         cls: whether the class token of the selected hidden state is read.
+        hidden: numbers of blocks after which the hidden state is read (0: the embeddings), see `VisionFeatures`.
         patch_embeds: whether the patches in CLIP's shared space are read.
         projected: whether the projector's output for all patches is read. The method's tokens then are of that width,
             and do not go through the projector again.
@@ -47,6 +48,7 @@ class Needs:
     queries: Place | None = None
     cls_query: Place | None = None
     cls: bool = False
+    hidden: tuple[int, ...] = ()
     patch_embeds: bool = False
     projected: bool = False
     text: Literal["pooled", "segments", "words"] | None = None

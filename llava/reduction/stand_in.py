@@ -99,6 +99,7 @@ class StandIn:
             num_heads=self.heads,
             attention={place: draw(self.tiles, self.heads, handed).softmax(dim=2) for place in needs.attention},
             cls=draw(self.tiles, self.width) if first else None,
+            hidden_states={block: draw(self.tiles, handed, self.width) for block in needs.hidden},
             patch_embeds=draw(self.tiles, handed, self.embeds),
             projected=draw(self.tiles, handed, self.projected) if needs.projected else None,
             text=self._text(needs, draw),

@@ -168,7 +168,14 @@ class VisionTower(nn.Module):
 
     def depth_run(self, needs: Needs, read: Sequence[int]) -> int:
         """How many blocks run for what a reducer `needs` and for the blocks that are `read`."""
-        return max(*(read or self.blocks_read()), *(self.block_number(place) for place in needs.places), 0)
+        blocks = [self.block_number(place) for place in needs.places]
+        lacking = [block for block in needs.hidden if not 0 <= block <= self.depth]
+        if lacking:
+            raise ValueError(
+                f"the reduction reads the hidden states after {lacking} blocks of the vision tower {self.name!r}, "
+                f"which has {self.depth}"
+            )
+        return max(*(read or self.blocks_read()), *blocks, *needs.hidden, 0)
 
     def check_methods(self, reducers: Reducers) -> None:
         """Look for what the methods ask of this tower and cannot have together.
@@ -177,7 +184,7 @@ class VisionTower(nn.Module):
             ValueError: says which method, and what to do.
         """
         blocks, needs = self.blocks_read(reducers.projector), reducers.needs
-        first_read = min((self.block_number(place) for place in needs.places), default=None)
+        first_read = min((*needs.hidden, *(self.block_number(place) for place in needs.places)), default=None)
         if self.has_cls and self.select_feature == "cls_patch" and (reducers.tower or needs != Needs()):
             method = reducers.tower or reducers.encoder
             assert method is not None
@@ -302,14 +309,15 @@ class VisionTower(nn.Module):
         selected = (read or self.blocks_read())[0]
         grid = self.grid if reducer is None else reducer.input_grid(self.grid)
         tokens = TowerTokens.of(self._embed(pixels, grid), int(self.has_cls))
-        wanted = {selected, *read, *places.values()}
+        wanted = {selected, *read, *needs.hidden, *places.values()}
         states = {0: tokens} if 0 in wanted else {}
         for number in range(self.depth_run(needs, read)):
             tokens = self._run_block(number, tokens, selected, reducer)
             if number + 1 in wanted:
                 states[number + 1] = tokens
         result = self._features(states[selected], grid, reducer)
-        result.hidden_states = {block: self._select(states[block].features) for block in read}
+        read_states = dict.fromkeys((*read, *needs.hidden))
+        result.hidden_states = {block: self._select(states[block].features) for block in read_states}
         self.read_attention({number: states[number].features for number in places.values()}, needs, result)
         if needs.cls and self.has_cls:
             result.cls = states[selected].features[:, 0]
