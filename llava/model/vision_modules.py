@@ -35,6 +35,7 @@ class VisionModules:
     vision_tower: VisionTower | None
     mm_projector: nn.Module
     mm_projector_crosslayer: nn.Module | None
+    tokenizer: Any
     tower_reducer: TowerReducer | None
     encoder_reducer: EncoderReducer | None
     projector_reducer: ProjectorReducer | None
@@ -47,6 +48,7 @@ class VisionModules:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision_tower = None
+        self.tokenizer = None  # the language model's, for a reducer that reads words
         self.tower_reducer = None
         self.encoder_reducer = None
         self.mm_projector_crosslayer = None

@@ -11,7 +11,6 @@ shared space, D language-model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ class VisualEncoding(VisionModules):
     """Mixin for the inner model: encodes images with the modules that `VisionModules` holds."""
 
     training: bool
-    tokenizer: Any = None  # of the language model, for a reducer that reads words
 
     def encode_tiles(
         self, pixels: Tensor, text: Tensor | None = None, reduction: Reduction = None, **beside: Tensor | None
