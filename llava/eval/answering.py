@@ -230,6 +230,7 @@ class Answerer:
             inputs_embeds=spliced.inputs_embeds,
             attention_mask=spliced.attention_mask,
             image_index=spliced.image_index,
+            plan=spliced.plan,
             **self._generation(),
         )
         answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]

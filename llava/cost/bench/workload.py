@@ -168,12 +168,13 @@ class Answering:
     def _new_cache(self) -> Any:
         return DynamicCache() if self.reducers.decoder is None else StagedCache(config=self.model.config)
 
-    def _prompt(self) -> dict[str, Tensor]:
+    def _prompt(self) -> dict[str, Any]:
         spliced = splice_inputs(self.model, self.inputs, self.reducers)
         return {
             "inputs_embeds": spliced.inputs_embeds,
             "attention_mask": spliced.attention_mask,
             "image_index": spliced.image_index,
+            "plan": spliced.plan,
         }
 
     def _forward(self, cache: Any, **inputs: Any) -> Tensor:
