@@ -67,8 +67,8 @@ def make_batch(args: argparse.Namespace, image_tokens: int, model: Any) -> dict[
 def layer_lengths(model: Any, image_tokens: int) -> list[int]:
     """Tokens that each layer sees."""
     reducer, layers = model.get_model().decoder_reducer, len(model.get_model().layers)
-    fractions = [1.0] * layers if reducer is None else reducer.kept_fractions(layers)
-    return [int(image_tokens * kept) + TEXT_BEFORE + TEXT_AFTER for kept in fractions]
+    counts = [image_tokens] * layers if reducer is None else reducer.layer_counts(layers, image_tokens)
+    return [count + TEXT_BEFORE + TEXT_AFTER for count in counts]
 
 
 def layer_flops(model: Any, lengths: list[int]) -> float:

@@ -3,7 +3,7 @@
     python benchmarks/encoder_reducers.py [--batch 8] [--repeats 5] [--device cuda --dtype bfloat16]
 
 The tower is CLIP-L/336 with random weights. Both are timed in one run, by turns; what counts as the reducer's cost is
-all that is not done without it: the last block's layer norm, its key and query projections or CLIP's visual projection,
+all that is not done without it: a block's layer norm, its key and query projections or CLIP's visual projection,
 and the reducer. TRIM's text tower, which runs once a sample, is timed apart. The tower's forward is that of all tokens,
 as it runs without reduction.
 """
@@ -33,6 +33,8 @@ METHODS = {
     "trim 1/4, paper": ("trim", {"ratio": 1 / 4, "variant": "paper"}),
     "spatial 12 x 12": ("spatial", {"rows": 12, "columns": 12}),
     "random 1/4": ("random", {"ratio": 1 / 4}),
+    "visionzip 54 + 10": ("visionzip", {}),
+    "divprune 64": ("divprune", {"tokens": 64}),
 }
 
 
@@ -71,9 +73,9 @@ def main() -> None:
     tower.add_text_tower(CLIPTextConfig(hidden_size=768, num_attention_heads=12, projection_dim=768))
     tower.eval().to(args.device, dtype)
     pixels = torch.randn(args.batch, 3, tower.image_size, tower.image_size, device=args.device, dtype=dtype)
-    block = tower.vision_tower.encoder.layers[-1]
     features = tower(pixels).features
-    # The input of the last block is the selected hidden state with CLS in front.
+    # What enters the block that is read: the selected hidden state with CLS in front, or as good as it.
+    projected = torch.randn(*features.shape[:2], 4096, device=args.device, dtype=dtype)
     hidden = torch.nn.functional.pad(features, (0, 0, 1, 0)).normal_()
     hidden[:, 1:] = features
 
@@ -82,9 +84,10 @@ def main() -> None:
 
         def run() -> object:
             vision = VisionFeatures(features, grid=tower.grid)
-            if reducer.needs & {"keys", "queries", "cls_query"}:
-                tower.project_attention(block, hidden, reducer.needs, vision)
-            if "patch_embeds" in reducer.needs:
+            needs = reducer.needs
+            tower.read_attention({tower.block_number(place): hidden for place in needs.places}, needs, vision)
+            vision.cls, vision.projected = hidden[:, 0], projected if needs.projected else None
+            if needs.patch_embeds:
                 vision.text = text
                 vision.patch_embeds = tower.text_tower.embed_patches(features, tower.vision_tower.post_layernorm)
             return reducer(vision)

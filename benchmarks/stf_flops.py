@@ -17,7 +17,7 @@ from llava.cost.question import layer_works
 from llava.cost.sizes import Sizes
 from llava.cost.tokens import projector_passes
 from llava.reduction import build
-from llava.reduction.base import ProjectorReducer
+from llava.reduction.base import ProjectorReducer, Reducers
 
 GRID, DEPTH, SELECTED = (24, 24), 24, 23  # CLIP-L/336, of which mm_vision_select_layer=-2 is read
 VISION_WIDTH, WIDTH = 1024, 4096  # C, D
@@ -43,7 +43,7 @@ def llm_flops(tokens: int) -> float:
 def projector_flops(options: dict[str, Any] | None) -> tuple[int, float, float]:
     """Visual tokens an image, and the arithmetic of the fusion of blocks and of `mm_projector`."""
     reducer = None if options is None else cast(ProjectorReducer, build(**options))
-    tokens, passes = projector_passes(open_model("7b"), reducer)
+    tokens, passes = projector_passes(open_model("7b"), Reducers(projector=reducer))
     fusion = 2 if reducer is not None and reducer.blocks(DEPTH, SELECTED) else 0  # its linear layers come first
     costs = [flops([linear(layer, rows)]) for layer, rows in passes]
     return tokens, sum(costs[:fusion]), sum(costs[fusion:])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from llava import cli
 from llava.model.builder import load_pretrained_model
+from llava.reduction import available
 from llava.train.launching import launch
 from llava.train.launching.launch import ENTRY, launch_command
 from llava.train.settings.config import LaunchOptions
@@ -43,6 +44,21 @@ def test_the_help_lists_commands_that_exist() -> None:
     for command in ("train", "eval", "report", "merge", "convert"):
         assert command in result.output
         assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+
+
+def test_methods_are_listed_and_described() -> None:
+    result = CliRunner().invoke(cli.app, ["methods"])
+    assert result.exit_code == 0, result.output
+    rows = {row.split("|")[1].strip(" `"): row for row in result.stdout.splitlines()[2:]}
+    assert sorted(rows) == sorted(name for names in available().values() for name in names)
+    assert rows["visionzip"].startswith("| `visionzip` | encoder | dominant=None, contextual=None, tokens=None")
+    assert "| 64 |" in rows["tome"] and rows["stf"].endswith("| yes |")
+    described = {name: CliRunner().invoke(cli.app, ["methods", name]).stdout for name in rows}
+    assert "| contextual token | mean of target and members |" in described["visionzip"]
+    assert "dominant=None  # tokens kept as they are" in described["visionzip"]
+    assert "| centre | sum over the neighbours |" in described["prumerge"]
+    assert "ratio=None  # of the patches: int(P * ratio) are kept" in described["prumerge_plus"]
+    assert CliRunner().invoke(cli.app, ["methods", "nothing"]).exit_code != 0
 
 
 def test_train_in_this_process(world: TinyWorld, tmp_path: Path) -> None:

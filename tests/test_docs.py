@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -43,3 +44,12 @@ def test_every_method_has_a_row_in_the_docs() -> None:
     for names in available().values():
         for name in names:
             assert f"| `{name}` |" in text
+
+
+def test_the_docs_have_each_table_of_differences() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for names in available().values():
+        for name in names:
+            about = inspect.getdoc(registry.method_class(name)) or ""
+            missing = [line for line in about.splitlines() if line.startswith("|") and line not in text]
+            assert missing == [], name

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from llava.model.language_model.families import LlavaLlamaForCausalLM
-from llava.reduction import VisionFeatures, available, build
+from llava.reduction import available, build
+from llava.reduction.registry import method_class
+from llava.reduction.stand_in import StandIn, TowerShape
 from tests.tiny_models import pad, prompt
 from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 
@@ -20,7 +22,15 @@ ENCODER_CASES = [
     for name in available()["encoder"]
     for variant in VARIANTS.get(name, (None,))
     for kind, budget in BUDGETS.items()
-    if kind != "adaptive" or name in ADAPTIVE
+    if (kind != "adaptive" or name in ADAPTIVE) and all(hasattr(method_class(name), option) for option in budget)
+]
+TOWER_CASES = [
+    pytest.param({"name": "tome", "tokens": 7}, id="tome-paper"),
+    pytest.param({"name": "tome", "per_block": 3, "variant": "lightcompress"}, id="tome-lightcompress"),
+    pytest.param({"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "prumerge"}}, id="tome-prumerge"),
+    pytest.param(
+        {"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "divprune", "tokens": 4}}, id="tome-divprune"
+    ),
 ]
 PROJECTOR_CASES = [
     pytest.param({"name": "stf", "mbtf": 1}, id="stf-release"),
@@ -30,7 +40,7 @@ PROJECTOR_CASES = [
     pytest.param({"name": "avgpool"}, id="avgpool"),
     pytest.param({"name": "token_concat", "kernel": 4}, id="token_concat"),
 ]
-CASES = [*ENCODER_CASES, *PROJECTOR_CASES]
+CASES = [*TOWER_CASES, *ENCODER_CASES, *PROJECTOR_CASES]
 # Batches of one sample, of three alike, and of three that differ: two images, none, one.
 ROWS = {
     "one": [prompt(3, "image", 4)],
@@ -125,12 +135,9 @@ def test_bfloat16_answers(model: Any, reduction: dict[str, Any]) -> None:
 @pytest.mark.parametrize("reduction", ENCODER_CASES)
 @pytest.mark.parametrize("grid", [(16, 16), (12, 20), (1, 7)], ids=str)
 def test_any_grid(grid: tuple[int, int], reduction: dict[str, Any]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    p = grid[0] * grid[1]
-    y, keys, queries, embeds = (torch.randn(2, n, 8, generator=generator) for n in (p, p + 1, p + 1, p))
-    text = torch.randn(2, 8, generator=generator)
-    vision = VisionFeatures(y, grid=grid, keys=keys, queries=queries, num_heads=2, patch_embeds=embeds, text=text)
-    tokens = build(**reduction)(vision)
+    p, reducer = grid[0] * grid[1], build(**reduction)
+    vision = StandIn(TowerShape(grid), tiles=2, width=8, heads=2, embeds=8).features(reducer.needs)
+    tokens = reducer(vision)
     assert (tokens.counts >= 1).all()
     assert (tokens.counts <= p + 1).all() or reduction["name"] == "prumerge_plus"
     assert tokens.source is not None

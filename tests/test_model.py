@@ -9,6 +9,7 @@ import torch
 
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.image_inputs import tile_counts
+from llava.reduction.base import Needs
 from tests.tiny_models import BACKBONES, PINPOINTS, SIDE, pad, prompt, tiny_model
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -269,10 +270,10 @@ def test_the_tower_hands_on_the_last_blocks_keys_and_queries() -> None:
     pixels = torch.randn(2, 3, SIDE, SIDE)
     tower.vision_tower(pixels)
     keys, queries = seen["k_proj"], seen["q_proj"]
-    vision = tower(pixels, needs={"keys", "queries"})
+    vision = tower(pixels, Needs(keys="last", queries="last"))
     torch.testing.assert_close(vision.keys, keys)
     torch.testing.assert_close(vision.queries, queries)
-    torch.testing.assert_close(tower(pixels, needs={"cls_query"}).queries, queries[:, :1])
+    torch.testing.assert_close(tower(pixels, Needs(cls_query="last")).queries, queries[:, :1])
 
 
 @pytest.mark.parametrize("layer", [-6, 5])

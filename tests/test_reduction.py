@@ -21,7 +21,7 @@ from tests.tiny_models import tiny_model
 
 def test_available_lists_methods_by_site() -> None:
     methods = available()
-    assert list(methods) == ["encoder", "projector", "decoder"]
+    assert list(methods) == ["tower", "encoder", "projector", "decoder"]
     assert "prumerge" in methods["encoder"]
 
 
@@ -51,7 +51,7 @@ def test_parse(value: Any, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("prunemerge", "unknown reduction method 'prunemerge'; known methods are: encoder: .*prumerge"),
+        ("prunemerge", "unknown reduction method 'prunemerge'; known methods are: tower: .*encoder: .*prumerge"),
         ({"name": "PruMerge"}, "unknown reduction method 'PruMerge'"),
         (
             {"encoder": {"name": "prumerge", "rato": 0.5}},
@@ -64,7 +64,7 @@ def test_parse(value: Any, expected: dict[str, Any]) -> None:
         ({"encoder": {"name": "prumerge", "tokens": 9, "ratio": 0.5}}, "ratio and tokens both say how many"),
         ({"encoder": {"name": "prumerge", "neighbours": -1}}, "neighbours=-1 must be a whole number"),
         ({"encoder": {"ratio": 0.5}}, "expected a method's name or a mapping with the key 'name'"),
-        ({"tower": {"name": "prumerge"}}, "unknown site tower; the sites are: encoder, projector, decoder"),
+        ({"llm": {"name": "prumerge"}}, "unknown site llm; the sites are: tower, encoder, projector, decoder"),
         ({"decoder": {"name": "prumerge"}}, "method 'prumerge' works at the site 'encoder', not 'decoder'"),
         ("{name: [", "neither a method's name nor valid JSON or YAML"),
         (3, "expected a method's name or a mapping"),

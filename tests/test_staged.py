@@ -13,10 +13,11 @@ from transformers import DynamicCache, GenerationConfig
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.drop_plan import keep_best, pack_columns, plan_pools
+from llava.model.language_model.packed import PACKED_SDPA
 from llava.model.language_model.staged import StagedCache, StagedPass
 from llava.reduction import build
-from llava.reduction.base import LayerInput
-from llava.reduction.decoder.ranking import attention_from_queries
+from llava.reduction.base import DecoderReducer, Drop, EnteringTokens, LayerInput, MergedTokens
+from llava.reduction.decoder.ranking import attention_from_queries, pool_columns
 from tests.test_model import FIRST, ROWS, SIZES, alone, pictures
 from tests.tiny_models import SIDE, pad, prompt, tiny_model
 
@@ -29,6 +30,7 @@ METHODS = (
     {"name": "pyramiddrop", "lambda": 0.7, "stages": 3},
     {"name": "fastv", "layer": 2, "ratio": 0.6},
     {"encoder": {"name": "prumerge", "ratio": 0.5}, "decoder": PYRAMID},
+    {"name": "dart", "layer": 2, "tokens": 8, "image_pivots": 2, "text_pivots": 2},
 )
 BACKBONES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -149,7 +151,9 @@ def test_pools_of_images_and_of_samples() -> None:
     assert images.pool.tolist() == [[-1, 0, 0, 1, -1, 2], [-1, -1, -1, 3, 3, -1]]
     assert (images.sizes.tolist(), images.row.tolist()) == ([2, 1, 1, 2], [0, 0, 0, 1])
     assert images.least.tolist() == [0, 0, 1, 0]  # the last token ranks, and stays
-    assert images.row_lengths(images.counts(0.5)) == [2 + 1 + 0 + 1, 4 + 1]
+    kept, merged = images.counts(build("pyramiddrop"), Drop(1, 0.5, 1), images.sizes)
+    assert images.row_lengths(kept) == [2 + 1 + 0 + 1, 4 + 1]
+    assert merged.tolist() == [0, 0, 0, 0]
     samples = plan_pools(image_index, mask, None, "sample")
     assert samples.pool.tolist() == [[-1, 0, 0, 0, -1, 0], [-1, -1, -1, 1, 1, -1]]
     assert (samples.sizes.tolist(), samples.row.tolist()) == ([4, 2], [0, 1])
@@ -164,7 +168,10 @@ def test_queries_are_the_tokens_before_answers() -> None:
     assert [row.nonzero().flatten().tolist() for row in pools.is_query] == [[1, 4], [], [3]]
     assert pools.queries == 2
     # The first row's image is a query itself; the second row has no answer, and is not dropped.
-    assert pools.counts(0.0).tolist() == [1, 1, 0]
+    assert pools.counts(build("pyramiddrop"), Drop(1, 0.0, 1), pools.sizes)[0].tolist() == [1, 1, 0]
+    pools.ask(torch.tensor([[True] * 6, [False] * 5 + [True], [True, False] * 3]))
+    assert [row.nonzero().flatten().tolist() for row in pools.is_query] == [[0, 2, 3, 4, 5], [5], [0, 2, 4]]
+    assert (pools.queries, pools.least.tolist()) == (5, [0, 0, 0])
 
 
 # Stages
@@ -177,6 +184,68 @@ def test_a_sample_does_not_depend_on_its_batch(anyres: bool, side: str, reductio
     settings = {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"} if anyres else {}
     model = staged_model("llama", reduction, anyres=anyres, **settings)
     check_batch(model, side, anyres)
+
+
+class Blend(DecoderReducer):
+    """Keep a third, ranked by the loudest text tokens, and blend the others into two: the even and the odd ones."""
+
+    def drops(self, num_layers: int) -> list[Drop]:
+        return [Drop(2, 0.4, 1), Drop(4, 3, 3)]
+
+    def merged(self, drop: Drop, dropped: Tensor) -> Tensor:
+        return dropped.clamp(max=2)
+
+    def queries(self, given: EnteringTokens) -> Tensor:
+        loud = given.hidden.norm(dim=2)
+        return (given.pool < 0) & given.mask & (loud > 0.65)
+
+    def score(self, given: LayerInput) -> Tensor:
+        return attention_from_queries(given)
+
+    def merge(self, given: LayerInput, scores: Tensor, keep: Tensor) -> MergedTokens:
+        row, column, is_real = pool_columns(given)
+        dropped = is_real & ~keep[row.unsqueeze(1), column]
+        order = (dropped.cumsum(1) - 1).masked_fill(~dropped, -1)
+        member = torch.stack([dropped & (order % 2 == part) for part in range(2)], dim=1).to(given.output.dtype)
+        tokens = given.output[row.unsqueeze(1), column]
+        features = member @ tokens / member.sum(dim=2, keepdim=True).clamp(min=1)
+        return MergedTokens(features, column.gather(1, member.argmax(dim=2)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_method_that_merges_does_not_depend_on_its_batch(side: str) -> None:
+    model = staged_model(reduction="none")
+    model.model.decoder_reducer = Blend()
+    check_batch(model, side, anyres=False)
+
+
+@torch.no_grad()
+def test_merged_tokens_come_after_the_kept_ones_of_their_image() -> None:
+    model = staged_model(reduction="none")
+    model.model.decoder_reducer = Blend()
+    ids = prompt(3, "image", 4, "image", 5).unsqueeze(0)
+    spliced = model.splice_images(ids, images=pictures(False)[:2])
+    staged = StagedPass(spliced.image_index, reducer=model.model.decoder_reducer)
+    hidden = model.model(inputs_embeds=spliced.inputs_embeds, staged=staged, use_cache=True)
+    assert [layer.get_seq_length() for layer in hidden.past_key_values.layers] == [45, 45, 29, 29, 23, 23]
+    kept = staged.kept[0].tolist()
+    images = [[column for column in kept if first <= column < first + 16] for first in (4, 24)]
+    for columns in images:
+        assert columns[:3] == sorted(columns[:3])
+        assert len(columns) == 5
+    texts = [column for column in kept if column not in images[0] + images[1]]
+    assert kept == [*texts[:4], *images[0], *texts[4:8], *images[1], *texts[8:]]
+
+
+@torch.no_grad()
+def test_a_method_that_merges_packed() -> None:
+    model = staged_model(reduction="none")
+    model.set_attn_implementation(PACKED_SDPA)
+    model.model.decoder_reducer = Blend()
+    batch = padded("right")
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] < 0, IGNORE_INDEX)
+    losses = [model(**batch, labels=labels, packed=packed).loss for packed in (False, True)]
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": evaluation.report,
     "flops": costs.flops,
     "bench": costs.bench,
+    "methods": costs.methods,
     "merge": checkpoints.merge,
     "convert": checkpoints.convert,
 }

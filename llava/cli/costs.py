@@ -121,3 +121,13 @@ def bench(
         typer.echo(text, nl=False)
     else:
         output.write_text(text, encoding="utf-8")
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Of one method: what it does, and where releases differ.")] = None,
+    model: Annotated[str, typer.Option(help="Whose costs are shown: 7b, 13b, another known name or a folder.")] = "7b",
+) -> None:
+    """List the methods of reduction with site, options and cost, or describe one."""
+    from llava.cost.methods import describe, table
+
+    typer.echo(table(model) if name is None else describe(name), nl=False)

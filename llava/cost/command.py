@@ -17,7 +17,8 @@ from llava.cost.training import TrainingRun, training_cost
 from llava.reduction.registry import available
 
 BUDGETS = {name: f"{{name: {name}, ratio: 0.25}}" for name in ("sequential", "spatial", "random")}
-"""For `all`: the samplers have no budget of their own."""
+BUDGETS["tome"] = "{name: tome, tokens: 144}"
+"""For `all`: methods that have no budget of their own."""
 
 
 def all_methods() -> dict[str, str]:

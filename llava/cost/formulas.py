@@ -173,17 +173,27 @@ def block(
     keys: float | None = None,
     batch: float = 1,
     fused: bool = True,
+    fed: float | None = None,
 ) -> list[Work]:
-    """One layer for `queries` new tokens of each row, which see `keys` tokens, themselves included (default: those)."""
-    rows = batch * queries
-    stream, inner = rows * widths.width, rows * widths.intermediate
-    norm = Work(other=7 * stream, read=stream, written=stream)
-    add = Work(other=stream, read=2 * stream, written=stream)
+    """One layer for `queries` new tokens of each row, which see `keys` tokens, themselves included (default: those).
+
+    `fed` of them are left for the feed-forward layers, the ones after the first four (default: all).
+    """
+    rows, left = batch * queries, batch * (queries if fed is None else fed)
+    inner = left * widths.intermediate
     activate = Work(other=2 * inner, read=(1 + widths.gated) * inner, written=inner)
+    norms = [
+        work
+        for stream in (rows * widths.width, left * widths.width)
+        for work in (
+            Work(other=7 * stream, read=stream, written=stream),
+            Work(other=stream, read=2 * stream, written=stream),
+        )
+    ]
     return [
-        *(linear(layer, rows) for layer in linears),
+        *(linear(layer, rows if fed is None or i < 4 else left) for i, layer in enumerate(linears)),
         *attention(widths, queries, queries if keys is None else keys, batch, fused),
-        *repeat([norm, add], 2),
+        *norms,
         activate,
     ]
 

@@ -85,7 +85,7 @@ def _stf() -> Iterator[Figure]:
     model = open_model("7b")
     sizes = Sizes.of(model)
     for place, method, value in published.STF_TFLOPS:
-        tokens, _ = projector_passes(model, methods(method)[0].projector)
+        tokens, _ = projector_passes(model, methods(method)[0])
         computed = flops(layer_works(sizes, [(tokens, tokens)] * len(sizes.layers))) / 1e12
         yield Figure(published.STF, place, f"{_in_words(method)}, {tokens} tokens", "TFLOPs", value, computed)
 

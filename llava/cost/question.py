@@ -33,13 +33,17 @@ from llava.cost.tokens import (
     layer_lengths,
     patches_read,
     projector_passes,
+    reduced_tokens,
     reducer_macs,
     tile_count,
+    tower_lengths,
     with_budget,
 )
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
-from llava.reduction.base import DecoderReducer, EncoderReducer, Reducers
+from llava.reduction.base import DecoderReducer, Reducers
+from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
+from llava.reduction.stand_in import TowerShape
 
 PARTS = ("vision", "reducer", "projector", "prefill", "decoding")
 
@@ -130,14 +134,14 @@ def question_cost(model: Any, reduction: Any = None, scenario: Scenario | None =
     scenario = scenario or Scenario()
     sizes = Sizes.of(model)
     tiles, share = tiles_of(model, scenario)
-    reducers, note = methods(reduction, share)
+    reducers, note = methods(reduction, share, model)
     precision = find_precision(scenario.dtype, find_device(scenario.device))
     images = entering_tokens(model, reducers, scenario)
     lengths = layer_lengths(reducers.decoder, len(sizes.layers), images, scenario.text_tokens)
     reduced, passes = reducing(model, sizes, reducers, tiles, scenario)
     return QuestionCost(
         works={
-            "vision": vision_works(sizes, depth_run(model, reducers), tiles, scenario.fused),
+            "vision": vision_works(sizes, tower_lengths(model, reducers), tiles, scenario.fused),
             "reducer": [*reduced, *ranking_works(sizes, reducers.decoder, lengths, scenario.batch)],
             "projector": [linear(layer, rows) for layer, rows in passes],
             "prefill": prefill_works(sizes, lengths, scenario),
@@ -155,9 +159,18 @@ def question_cost(model: Any, reduction: Any = None, scenario: Scenario | None =
     )
 
 
-def methods(reduction: Any, share: float | None = None) -> tuple[Reducers, str]:
-    """New reducers of a reduction, an adaptive one with a budget, and a note; `share` as for `with_budget`."""
-    reducers = ReductionConfig.parse(reduction).build_all()
+def methods(reduction: Any, share: float | None = None, model: Any = None) -> tuple[Reducers, str]:
+    """New reducers of a reduction, an adaptive one with a budget, and a note.
+
+    Args:
+        reduction: what `ReductionConfig.parse` reads.
+        share: as for `with_budget`.
+        model: in which a method meets the `budget` that it is told.
+    """
+    shape = None
+    if model is not None:
+        shape = ModelShape(TowerShape.of(model.get_model().get_vision_tower()), model.config.num_hidden_layers)
+    reducers = ReductionConfig.parse(reduction).build_all(shape)
     encoder, note = with_budget(reducers.encoder, share)
     return replace(reducers, encoder=encoder), note
 
@@ -187,50 +200,55 @@ def reducing(
     """The encoder method's own work on so many tiles, and the projector's linear layers with the rows of each."""
     if not tiles:
         return [], []
-    reduced, kept = _reducer_works(model, sizes, reducers.encoder, tiles, scenario)
-    entered, passes = projector_passes(model, reducers.projector)
-    rows = tiles if kept is None else tiles * kept / entered  # it sees what the method before it kept
+    reduced, kept = _reducer_works(model, sizes, reducers, tiles, scenario)
+    entered, passes = projector_passes(model, reducers)
+    # It sees what the methods before it kept, unless they read what it makes of all.
+    rows = tiles if kept is None or reducers.needs.projected else tiles * kept / entered
+    if reducers.needs.projected:
+        return reduced, [(layer, rows * seen) for layer, seen in passes]
     if scenario.image_tokens is not None and reducers.projector is None:
         rows = scenario.batch * scenario.image_tokens / entered
     return reduced, [(layer, rows * seen) for layer, seen in passes]
 
 
-def depth_run(model: Any, reducers: Reducers) -> int:
-    """Blocks of the vision tower that run."""
-    tower = model.get_model().get_vision_tower()
-    needs = frozenset() if reducers.encoder is None else reducers.encoder.needs
-    return tower.depth_run(needs, tower.blocks_read(reducers.projector))
-
-
-def vision_works(sizes: Sizes, depth: int, tiles: float, fused: bool = True) -> list[Work]:
-    """The first `depth` blocks of the vision tower on so many tiles."""
+def vision_works(sizes: Sizes, lengths: Sequence[tuple[int, int]], tiles: float, fused: bool = True) -> list[Work]:
+    """The blocks of the vision tower on so many tiles; `lengths` as `tower_lengths` gives them."""
     if not tiles:
         return []
-    one = block(sizes.tower_widths, sizes.blocks[0], sizes.tower_tokens, batch=tiles, fused=fused)
-    return [linear(sizes.patch_embedding, tiles * sizes.patches), *repeat(one, depth)]
+    works = [linear(sizes.patch_embedding, tiles * sizes.patches)]
+    for (entered, fed), count in Counter(lengths).items():
+        one = block(sizes.tower_widths, sizes.blocks[0], entered, batch=tiles, fused=fused, fed=fed)
+        works += repeat(one, count)
+    return works
 
 
 def _reducer_works(
-    model: Any, sizes: Sizes, reducer: EncoderReducer | None, tiles: int, scenario: Any
+    model: Any, sizes: Sizes, reducers: Reducers, tiles: int, scenario: Any
 ) -> tuple[list[Work], int | None]:
-    """What a method after the tower costs besides the blocks that run, and the tokens of a tile that it keeps."""
-    if reducer is None:
-        return [], None
-    tower, width, needs = model.get_model().get_vision_tower(), sizes.tower_widths.width, reducer.needs
-    every, square = tiles * sizes.tower_tokens, Linear(width, width)
+    """What a method after the tower costs besides the blocks that run, and the tokens of a tile that are kept."""
+    if reducers.encoder is None:
+        kept = None if reducers.tower is None or reducers.projector else int(reduced_tokens(model, reducers, 1).counts)
+        return [], kept
+    width, needs = sizes.tower_widths.width, reducers.needs
+    lengths, square = tower_lengths(model, reducers), Linear(width, width)
+    every = tiles * (lengths[-1][1] if lengths else sizes.tower_tokens)
     works, embeds = [], 1
-    if "keys" in needs:
+    works += [linear(square, every) for _ in {needs.keys, *needs.attention} - {None}]
+    if needs.queries is not None:
         works.append(linear(square, every))
-    if "queries" in needs or "cls_query" in needs:
-        works.append(linear(square, every if "queries" in needs else tiles))
-    if "text" in needs:
+    for _ in needs.attention or ([needs.cls_query] if needs.cls_query is not None else []):
+        works.append(linear(square, tiles if sizes.tower_tokens > sizes.patches else every))
+    scores = every * width  # a row of CLS, or all rows of a tower without it
+    works += [Work(macs=scores * (1 if sizes.tower_tokens > sizes.patches else every / tiles)) for _ in needs.attention]
+    if needs.clip_text:
         text = text_tower(model)
         embeds = text.config.projection_dim
-        works += _text_works(text, scenario)
-    if "patch_embeds" in needs:
-        works.append(linear(Linear(width, embeds), tiles * patches_read(tower)))
-    macs, kept = reducer_macs(model, reducer, embeds)
-    own = Work(macs=macs, read=patches_read(tower) * width, written=kept * width)
+        works += _text_works(text, scenario) if needs.text else []
+    handed = tiles * patches_read(model.get_model().get_vision_tower())
+    if needs.patch_embeds:
+        works.append(linear(Linear(width, embeds), handed))
+    macs, kept = reducer_macs(model, reducers, embeds)
+    own = Work(macs=macs, read=handed / tiles * width, written=kept * width)
     return [*works, *repeat([own], tiles)], kept
 
 
@@ -295,9 +313,9 @@ def ranking_works(
 
 def weights_with(model: Any, sizes: Sizes, reducers: Reducers) -> dict[str, int]:
     """Elements of all parameters by part, with the projector and the text tower that the methods need."""
-    _, passes = projector_passes(model, reducers.projector)
+    _, passes = projector_passes(model, reducers)
     projector = sum(layer.weights + layer.outputs for layer, _ in passes)
-    text = sum(p.numel() for p in text_tower(model).parameters()) if reducers.read_text else 0
+    text = sum(p.numel() for p in text_tower(model).parameters()) if reducers.needs.clip_text else 0
     return {**sizes.weights, "projector": projector, "text tower": text}
 
 

@@ -5,6 +5,7 @@ Shapes: T tiles of all images of a sample, P patches, M kept tokens of a tile, C
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +17,9 @@ from llava.cost.formulas import Linear
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.drop_plan import plan_pools
 from llava.model.multimodal_projector.builder import build_projector_modules
-from llava.reduction.base import (
-    DecoderReducer,
-    EncoderReducer,
-    ProjectorReducer,
-    Reducers,
-    VisionFeatures,
-    VisualTokens,
-)
+from llava.reduction.base import DecoderReducer, EncoderReducer, Needs, Reducers, VisionFeatures, VisualTokens
 from llava.reduction.options import values_of
+from llava.reduction.stand_in import StandIn, TowerShape, reduce_features
 
 # What stands for a method whose images say themselves how many patches they keep: its option `ratio`, and whence.
 TYPICAL = {
@@ -90,14 +85,16 @@ def image_lengths(
 
 
 def reduced_tokens(model: Any, reducers: Reducers, tiles: int) -> VisualTokens:
-    """What the methods at encoder and projector make of so many tiles; the features mean nothing."""
+    """What the methods before the language model make of so many tiles; the features mean nothing."""
     tower = model.get_model().get_vision_tower()
-    vision = stand_in(tower, tiles, width=4, heads=1)
+    inside = StandIn(TowerShape.of(tower), tiles)
     if reducers.projector is not None:
-        projected, _ = projector_passes(model, reducers.projector)
-        cells = reducers.projector.reduced_grid(tower.grid)
+        projected, _ = projector_passes(model, reducers)
+        vision = inside.features(Needs(), reducers.tower)
+        assert vision.grid is not None
+        cells = reducers.projector.reduced_grid(vision.grid)
         return reducers.projector(vision, _Stub(projected // (cells[0] * cells[1])))
-    return VisualTokens(vision.features) if reducers.encoder is None else reducers.encoder(vision)
+    return inside.reduced(reducers)
 
 
 class _Stub(nn.Module):
@@ -116,49 +113,35 @@ def patches_read(tower: Any) -> int:
     return tower.num_patches + int(tower.has_cls and tower.select_feature == "cls_patch")
 
 
-def stand_in(tower: Any, tiles: int, width: int, heads: int, embeds: int = 2) -> VisionFeatures:
-    """Random features of a tower's shapes, on the CPU.
-
-    Args:
-        tower: for its grid and class token.
-        tiles: T.
-        width: of features, keys and queries.
-        heads: into which keys and queries are divided.
-        embeds: width of the space that CLIP shares between images and texts.
-    """
-    generator = torch.Generator().manual_seed(0)
-    patches = patches_read(tower)
-    inside = tower.num_patches + int(tower.has_cls)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return VisionFeatures(
-        draw(tiles, patches, width),
-        grid=tower.grid,
-        keys=draw(tiles, inside, width),
-        queries=draw(tiles, inside, width),
-        num_heads=heads,
-        patch_embeds=draw(tiles, patches, embeds),
-        text=draw(tiles, embeds),
-    )
-
-
-def reducer_macs(model: Any, reducer: EncoderReducer, embeds: int) -> tuple[float, int]:
+def reducer_macs(model: Any, reducers: Reducers, embeds: int) -> tuple[float, int]:
     """Multiply-adds of a method after the tower on one tile, and M: torch counts them on the method itself."""
-    tower = model.get_model().get_vision_tower()
-    vision = stand_in(tower, 1, tower.hidden_size, tower.config.num_attention_heads, embeds)
+    tower, config = model.get_model().get_vision_tower(), model.config
+    heads = tower.config.num_attention_heads
+    inside = StandIn(TowerShape.of(tower), 1, tower.hidden_size, heads, embeds, config.hidden_size)
+    vision = inside.features(reducers.needs, reducers.tower)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        tokens = reducer(vision)
+        tokens = reduce_features(vision, reducers)
     return counter.get_total_flops() / 2, int(tokens.counts.sum())
 
 
-def projector_passes(model: Any, reducer: ProjectorReducer | None) -> tuple[int, list[tuple[Linear, int]]]:
+def tower_lengths(model: Any, reducers: Reducers) -> list[tuple[int, int]]:
+    """For each block of the vision tower that runs, the tokens of a tile at its attention and at its MLP."""
+    tower = model.get_model().get_vision_tower()
+    read = tower.blocks_read(reducers.projector)
+    depth = tower.depth_run(reducers.needs, read)
+    lengths, _ = StandIn(TowerShape.of(tower, read[0])).tokens_in_tower(reducers.tower)
+    lengths = lengths[: depth + 1] + lengths[-1:] * (depth + 1 - len(lengths))
+    return list(itertools.pairwise(lengths))
+
+
+def projector_passes(model: Any, reducers: Reducers) -> tuple[int, list[tuple[Linear, int]]]:
     """How many tokens come out of the projector for a tile, and its linear layers with the rows that each one sees.
+
+    Without a method in the projector, all patches of the tower enter.
 
     The modules are made without weights and run on the meta device, with a method in the projector or without.
     """
-    tower = model.get_model().get_vision_tower()
+    tower, reducer = model.get_model().get_vision_tower(), reducers.projector
     passes: list[tuple[Linear, int]] = []
 
     def note(layer: nn.Module, entered: tuple[Tensor, ...], left: Tensor) -> None:
@@ -171,11 +154,13 @@ def projector_passes(model: Any, reducer: ProjectorReducer | None) -> tuple[int,
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
                     layer.register_forward_hook(note)
-        features = torch.empty(1, patches_read(tower), tower.hidden_size)
         if reducer is None:
+            features = torch.empty(1, patches_read(tower), tower.hidden_size)
             return modules["mm_projector"](features).shape[1], passes
+        grid = tower.grid if reducers.tower is None else reducers.tower.input_grid(tower.grid)
+        features = torch.empty(1, grid[0] * grid[1], tower.hidden_size)
         states = dict.fromkeys(tower.blocks_read(reducer), features)
-        vision = VisionFeatures(features, grid=tower.grid, hidden_states=states)
+        vision = VisionFeatures(features, grid=grid, hidden_states=states)
         return reducer(vision, **modules).features.shape[1], passes
 
 
@@ -194,8 +179,10 @@ def layer_lengths(reducer: DecoderReducer | None, layers: int, images: Sequence[
     index = torch.full((1, total), -1)
     index[0, : sum(images)] = torch.arange(len(images)).repeat_interleave(torch.tensor(images))
     pools = plan_pools(index, torch.ones_like(index, dtype=torch.bool), None, reducer.pool)
-    lengths, left = [total], {drop.after: drop.keep for drop in reducer.drops(layers)}
+    lengths, present, drops = [total], pools.sizes, {drop.after: drop for drop in reducer.drops(layers)}
     for layer in range(1, layers):
-        kept = left.get(layer)
-        lengths.append(lengths[-1] if kept is None else pools.row_lengths(pools.counts(kept))[0])
+        if layer in drops:
+            kept, merged = pools.counts(reducer, drops[layer], present)
+            present = kept + merged
+        lengths.append(pools.row_lengths(present)[0])
     return lengths

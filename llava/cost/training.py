@@ -34,7 +34,6 @@ from llava.cost.formulas import (
     step_macs_of,
 )
 from llava.cost.question import (
-    depth_run,
     entering_tokens,
     layer_works,
     methods,
@@ -45,7 +44,7 @@ from llava.cost.question import (
     weights_with,
 )
 from llava.cost.sizes import Sizes, open_model
-from llava.cost.tokens import layer_lengths
+from llava.cost.tokens import layer_lengths, tower_lengths
 from llava.model.language_model.head_loss import chunk_count
 
 GIB = 2**30
@@ -176,14 +175,14 @@ def training_cost(model: Any, reduction: Any = None, run: TrainingRun | None = N
     run = run or TrainingRun()
     sizes = Sizes.of(model).with_training(run.trains, run.lora_rank, run.trains_tower)
     tiles, share = tiles_of(model, run)
-    reducers, note = methods(reduction, share)
+    reducers, note = methods(reduction, share, model)
     images = entering_tokens(model, reducers, run)
     lengths = layer_lengths(reducers.decoder, len(sizes.layers), images, run.text_tokens)
     b, rows = run.batch, run.text_tokens if run.head_rows is None else run.head_rows
     reduced, passes = reducing(model, sizes, reducers, tiles, run)
     ranked = ranking_works(sizes, reducers.decoder, lengths, b, run.answers)
     macs = {
-        "vision": tower_step_macs(sizes, depth_run(model, reducers), tiles),
+        "vision": tower_step_macs(sizes, tower_lengths(model, reducers), tiles),
         "reducer": flops([*reduced, *ranked], 1),
         "projector": projector_step_macs(passes, after=run.trains_tower),
         "layers": sum(layer_step_macs(sizes, i, b * n, b * n * n) for i, n in enumerate(lengths)),
@@ -203,10 +202,10 @@ def _recomputed(sizes: Sizes, lengths: Sequence[int], batch: int) -> float:
     return forward - sum(batch * n * layer[-1].weights for n, layer in zip(lengths, sizes.layers, strict=True))
 
 
-def tower_step_macs(sizes: Sizes, depth: int, tiles: float) -> float:
+def tower_step_macs(sizes: Sizes, lengths: Sequence[tuple[int, int]], tiles: float) -> float:
     """Multiply-adds of the vision tower in a training step, backward too where its blocks learn."""
-    forward = flops(vision_works(sizes, depth, tiles), 1)
-    if not any(layer.trained for block in sizes.blocks[:depth] for layer in block):
+    forward = flops(vision_works(sizes, lengths, tiles), 1)
+    if not any(layer.trained for block in sizes.blocks[: len(lengths)] for layer in block):
         return forward
     return 3 * forward - tiles * sizes.patches * sizes.patch_embedding.weights  # pixels have no gradient
 

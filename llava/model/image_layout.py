@@ -139,3 +139,23 @@ def unpadded_box(columns: int, rows: int, image_size: tuple[int, int]) -> tuple[
         return border, rows - border, 0, columns
     border = (columns - int(round(width * (rows / height), 7))) // 2
     return 0, rows, border, columns - border
+
+
+def padded_patches(image_size: tuple[int, int], side: int, grid: tuple[int, int]) -> Tensor:
+    """[h * w] bool, the patches of a padded square that show nothing of the picture.
+
+    Args:
+        image_size: (width, height) of the original picture in pixels.
+        side: of the square, in pixels.
+        grid: (h, w), patches of the square.
+    """
+    width, height = image_size
+    shown = round(min(image_size) * side / max(image_size))
+    before = (side - shown) // 2
+    after = side - shown - before
+    cells = grid[0] if width >= height else grid[1]
+    patch = side // cells
+    line = torch.arange(cells)
+    is_padding = (line < before // patch) | (line >= cells - after // patch)
+    square = is_padding.unsqueeze(1) if width >= height else is_padding.unsqueeze(0)
+    return square.expand(grid).flatten()

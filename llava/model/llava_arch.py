@@ -83,7 +83,15 @@ class LlavaMetaForCausalLM:
     has_plain_head: ClassVar[bool] = False
     training: bool
     device: torch.device
-    tokenizer: Any = None  # set by load_pretrained_model; finds the question in a prompt where no texts are given
+
+    @property
+    def tokenizer(self) -> Any:
+        """The language model's, as load_pretrained_model sets it; finds the question where no texts are given."""
+        return self.get_model().tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.get_model().tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(

@@ -15,8 +15,10 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.model.projector_method import method_of_adapter
 from llava.model.weights import load_into, raise_for_keys, read_weights, strip_prefixes
-from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducers
+from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducers, TowerReducer
+from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
+from llava.reduction.stand_in import TowerShape
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class VisionModules:
     vision_tower: VisionTower | None
     mm_projector: nn.Module
     mm_projector_crosslayer: nn.Module | None
+    tower_reducer: TowerReducer | None
     encoder_reducer: EncoderReducer | None
     projector_reducer: ProjectorReducer | None
     decoder_reducer: DecoderReducer | None
@@ -44,6 +47,7 @@ class VisionModules:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision_tower = None
+        self.tower_reducer = None
         self.encoder_reducer = None
         self.mm_projector_crosslayer = None
         self.projector_reducer = None
@@ -54,23 +58,29 @@ class VisionModules:
 
     def _add_vision_modules(self) -> None:
         config = self.config
-        reducers = self._build_reducers(ReductionConfig.of_model(config))
-        self.vision_tower = build_vision_tower(config, with_text=reducers.read_text)
+        self.vision_tower = build_vision_tower(config)
         self.vision_tower.requires_grad_(False)
+        reducers = self._build_reducers(ReductionConfig.of_model(config))
+        if reducers.needs.clip_text:
+            add_text_tower(self.vision_tower, config)
         config.mm_hidden_size = self.vision_tower.hidden_size
         self._set_projector(build_projector_modules(config, self.vision_tower, reducers.projector))
         self._add_newline()
         self._set_reducers(reducers)
 
     def _build_reducers(self, reduction: ReductionConfig) -> Reducers:
-        reducers = reduction.build_all()
+        tower = self.vision_tower
+        shape = None if tower is None else ModelShape(TowerShape.of(tower), self.config.num_hidden_layers)
+        reducers = reduction.build_all(shape)
         if reducers.decoder is not None:
             reducers.decoder.drops(self.config.num_hidden_layers)  # raises for layers that are not there
+        if tower is not None:
+            tower.check_methods(reducers)
         return reducers
 
     def _set_reducers(self, reducers: Reducers) -> None:
-        self.encoder_reducer, self.projector_reducer = reducers.encoder, reducers.projector
-        self.decoder_reducer = reducers.decoder
+        self.tower_reducer, self.encoder_reducer = reducers.tower, reducers.encoder
+        self.projector_reducer, self.decoder_reducer = reducers.projector, reducers.decoder
 
     def reducers(self, reduction: Reduction = None) -> Reducers:
         """The methods of one call. The model stays as it is, so that calls in several threads do not meet.
@@ -85,7 +95,7 @@ class VisionModules:
         if isinstance(reduction, Reducers):
             return reduction
         if reduction is None:
-            return Reducers(self.encoder_reducer, self.projector_reducer, self.decoder_reducer)
+            return Reducers(self.tower_reducer, self.encoder_reducer, self.projector_reducer, self.decoder_reducer)
         own = ReductionConfig.of_model(self.config)
         wanted = ReductionConfig.parse(reduction).keeping_projector_of(own)
         reducers = self._build_reducers(wanted)
@@ -94,7 +104,7 @@ class VisionModules:
         misfit = None if wanted.projector == own.projector else self._projector_misfit(reducers.projector, wanted)
         if misfit:
             raise ValueError(misfit)
-        if reducers.read_text and self.vision_tower.text_tower is None:
+        if reducers.needs.clip_text and self.vision_tower.text_tower is None:
             raise ValueError(
                 f"the method '{wanted.encoder['name']}' reads the prompt's text, and this model was opened without "
                 f"CLIP's text tower: open it with load_pretrained_model(..., reduction={wanted.encoder['name']!r}), or "
@@ -223,7 +233,7 @@ class VisionModules:
         if self.vision_tower is not None:
             self._fit_projector(reducers.projector, reduction, keep_projector)
         tower = self.vision_tower
-        if reducers.read_text and tower is not None and tower.text_tower is None:
+        if reducers.needs.clip_text and tower is not None and tower.text_tower is None:
             add_text_tower(tower, self.config)
             cast(nn.Module, tower.text_tower).to(device=tower.device, dtype=tower.dtype)
             tower.load_weights({name for name, _ in tower.named_parameters() if name.startswith("text_tower.")})

@@ -11,16 +11,18 @@ shared space, D language-model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.data.stored_features import StoredFeatures
 from llava.model.image_inputs import ImageSizes, check_finite, check_side, image_list, size_pairs, tile_counts
-from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout
+from llava.model.image_layout import NEWLINE, LayoutSpec, image_layout, padded_patches
 from llava.model.prompt_inputs import check_texts
 from llava.model.vision_modules import Reduction, VisionModules
 from llava.reduction.base import Reducers, VisionFeatures, VisualTokens
+from llava.reduction.stand_in import reduce_features
 from llava.transfer import to_device
 
 
@@ -28,33 +30,40 @@ class VisualEncoding(VisionModules):
     """Mixin for the inner model: encodes images with the modules that `VisionModules` holds."""
 
     training: bool
+    tokenizer: Any = None  # of the language model, for a reducer that reads words
 
     def encode_tiles(
-        self, pixels: Tensor, text: Tensor | None = None, reduction: Reduction = None
+        self, pixels: Tensor, text: Tensor | None = None, reduction: Reduction = None, **beside: Tensor | None
     ) -> tuple[Tensor, VisualTokens]:
         """Tower, reducers and projector.
 
         Args:
             pixels: [T, 3, H, W].
-            text: [T, E], embedding of the text that goes with each tile, for a reducer that reads it.
+            text: [T, E] or [T, S, E], embedding of the text that goes with each tile, for a reducer that reads it.
             reduction: see `Reduction`.
+            beside: what else `VisionFeatures` has that does not come from the tower: `text_mask`, `padding`.
 
         Returns:
             The projected tokens of all tiles [T * M, D] or, where counts differ, those that `mask` marks as real;
             and the reducer's output, for what came from where.
         """
         methods = self.reducers(reduction)
-        return self._project(self.read_tiles(pixels, text, methods), methods)
+        return self._project(self.read_tiles(pixels, text, methods, **beside), methods)
 
-    def read_tiles(self, pixels: Tensor, text: Tensor | None, methods: Reducers) -> VisionFeatures | VisualTokens:
-        """Tower and encoder reducer: what the projector reads of T tiles. Arguments as for `encode_tiles`."""
-        tower, reducer = self._tower(), methods.encoder
-        needs = () if reducer is None else reducer.needs
-        vision: VisionFeatures = tower(pixels, needs=needs, blocks=tower.blocks_read(methods.projector))
-        vision.text = text
+    def read_tiles(
+        self, pixels: Tensor, text: Tensor | None, methods: Reducers, **beside: Tensor | None
+    ) -> VisionFeatures | VisualTokens:
+        """Tower and encoder reducer: what the projector reads of T tiles; tokens that it made, where the encoder
+        reducer reads those. Arguments as for `encode_tiles`."""
+        tower = self._tower()
+        vision: VisionFeatures = tower(pixels, methods.needs, tower.blocks_read(methods.projector), methods.tower)
+        for name, value in {"text": text, **beside}.items():
+            setattr(vision, name, value)
         if methods.projector is not None:
             return vision
-        return VisualTokens(vision.features) if reducer is None else reducer(vision)
+        if methods.needs.projected:
+            vision.projected = self.mm_projector(vision.features.to(self._projector_dtype()))
+        return reduce_features(vision, methods)
 
     def _project(self, read: VisionFeatures | VisualTokens, methods: Reducers) -> tuple[Tensor, VisualTokens]:
         """The projector, with a reducer in it; results as for `encode_tiles`."""
@@ -65,6 +74,8 @@ class VisualEncoding(VisionModules):
         flat, real = read.features.flatten(0, 1), read.host_mask.flatten()
         if not bool(real.all()):
             flat = flat.index_select(0, to_device(real.nonzero()[:, 0], flat.device))
+        if methods.needs.projected:
+            return flat, read
         return self.mm_projector(flat.to(self._projector_dtype())), read
 
     def _project_stored(self, stored: StoredFeatures, methods: Reducers) -> tuple[Tensor, VisualTokens]:
@@ -108,8 +119,8 @@ class VisualEncoding(VisionModules):
             projected, tokens = self._project_stored(images, reducers)
         else:
             pixels, counts = self._tiles(images)
-            text = self._embed_texts(texts, counts) if reducers.read_text else None
-            projected, tokens = self.encode_tiles(pixels, text, reducers)
+            beside = self._beside(texts, counts, image_sizes, reducers)
+            projected, tokens = self.encode_tiles(pixels, reduction=reducers, **beside)
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
@@ -127,19 +138,57 @@ class VisualEncoding(VisionModules):
         tiles = [picture.reshape(-1, *picture.shape[-3:]) for picture in pictures]
         return torch.cat([to_device(tile, tower.device) for tile in tiles]), counts
 
-    def _embed_texts(self, texts: Sequence[str] | None, counts: list[int]) -> Tensor:
-        """Embedding of the text of each tile, [T, E]; `counts` tiles an image."""
-        tower = self._tower()
+    def _beside(
+        self, texts: Sequence[str] | None, counts: list[int], image_sizes: ImageSizes, methods: Reducers
+    ) -> dict[str, Tensor | None]:
+        """What a method reads besides what the tower makes, for each tile; `counts` tiles an image."""
+        needs, beside = methods.needs, dict[str, Tensor | None]()
+        if needs.padding and max(counts, default=0) == 1 and getattr(self.config, "image_aspect_ratio", None) == "pad":
+            sizes = size_pairs(image_sizes, len(counts))
+            if sizes is not None:
+                tower = self._tower()
+                masks = [padded_patches(size, tower.image_size, tower.grid) for size in sizes]
+                beside["padding"] = to_device(torch.stack(masks), tower.device)
+        if needs.text is None:
+            return beside
+        assert methods.encoder is not None
         if texts is None:
             raise ValueError(
                 "this model's reduction reads the prompt's text: pass texts=[...], one for each sample of the batch"
             )
         check_texts(texts, len(counts), "image")
-        assert tower.text_tower is not None
         distinct = list(dict.fromkeys(texts))  # images of one sample share its text
-        embeds = tower.text_tower.embed_texts(distinct, tower.name)
+        embeds, mask = self._embed_texts([methods.encoder.phrases(text) for text in distinct], needs.text)
         rows = torch.tensor([distinct.index(text) for text in texts]).repeat_interleave(torch.tensor(counts))
-        return embeds[to_device(rows, embeds.device)]
+        beside["text"] = embeds[to_device(rows, embeds.device)]
+        beside["text_mask"] = None if mask is None else mask[to_device(rows, mask.device)]
+        return beside
+
+    def _embed_texts(self, phrases: list[list[str]], kind: str) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the phrases of Q questions as `Needs.text` says, [Q, E] or [Q, S, E]; [Q, S], what is real."""
+        if kind == "words":
+            return self._embed_words(phrases)
+        tower = self._tower()
+        assert tower.text_tower is not None
+        texts = [" ".join(parts) for parts in phrases]
+        if kind == "pooled":
+            return tower.text_tower.embed_texts(texts, tower.name), None
+        return pad_rows(tower.text_tower.embed_segments(texts, tower.name))
+
+    def _embed_words(self, phrases: list[list[str]]) -> tuple[Tensor, Tensor]:
+        """The language model's embeddings of the tokens of each word, without context."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model's reduction reads the words of the question: open the model with load_pretrained_model, or "
+                "set model.tokenizer"
+            )
+        ids = [
+            [token for word in words for token in self.tokenizer(word, add_special_tokens=False).input_ids]
+            for words in phrases
+        ]
+        nothing = [self.tokenizer.bos_token_id or 0]  # of a question without a word, as in a batch without images
+        device = self.embed_tokens.weight.device
+        return pad_rows([self.embed_tokens(torch.tensor(row or nothing, device=device)) for row in ids])
 
     def layout_lengths(
         self, tokens: VisualTokens | None, tiles: list[int], image_sizes: ImageSizes = None
@@ -186,6 +235,13 @@ class VisualEncoding(VisionModules):
             tile_size=tower.image_size,
             pinpoints=getattr(config, "image_grid_pinpoints", None),
         )
+
+
+def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Q tensors [S, E] of different S, at least 1, as one [Q, S, E]; and [Q, S] bool, what is no padding."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=lengths.device) < lengths.unsqueeze(1)
 
 
 def store_features(read: VisionFeatures | VisualTokens, counts: list[int]) -> StoredFeatures:

@@ -7,7 +7,7 @@ D language-model width, h x w the grid of patches (P = h * w).
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,25 +16,84 @@ from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 from llava.reduction.options import check_fields, values_of
+from llava.reduction.tower.tokens import BlockTokens, Regrouping
+
+Place = int | Literal["selected", "last"]
+"""A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
+`mm_vision_select_layer` selects, or the last one."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method after the tower reads besides `features`. The tower computes this and nothing else.
+
+    Attributes:
+        attention: blocks whose attention from CLS to the patches is read.
+        keys: the block whose keys are read.
+        queries: the block whose queries are read, all of them.
+        cls_query: the block whose query of CLS is read.
+        cls: whether the class token of the selected hidden state is read.
+        hidden: numbers of blocks after which the hidden state is read (0: the embeddings), see `VisionFeatures`.
+        patch_embeds: whether the patches in CLIP's shared space are read.
+        projected: whether the projector's output for all patches is read. The method's tokens then are of that width,
+            and do not go through the projector again.
+        text: how the prompt's question is read, if it is: "pooled", one CLIP embedding of it, cut at the text tower's
+            length; "segments", one CLIP embedding for every stretch of that length; "words", the language model's
+            embedding of each token of the method's `phrases`.
+        padding: whether patches that only pad the picture are told from others.
+    """
+
+    attention: tuple[Place, ...] = ()
+    keys: Place | None = None
+    queries: Place | None = None
+    cls_query: Place | None = None
+    cls: bool = False
+    hidden: tuple[int, ...] = ()
+    patch_embeds: bool = False
+    projected: bool = False
+    text: Literal["pooled", "segments", "words"] | None = None
+    padding: bool = False
+
+    @property
+    def places(self) -> set[Place]:
+        """Blocks whose attention or projections are read."""
+        named = (self.keys, self.queries, self.cls_query)
+        return {*self.attention, *(place for place in named if place is not None)}
+
+    @property
+    def clip_text(self) -> bool:
+        """Whether CLIP's text tower, or the projections beside it, must be there."""
+        return self.patch_embeds or self.text in ("pooled", "segments")
 
 
 @dataclass
 class VisionFeatures:
     """Output of the vision tower for N images.
 
-    Only `features` is always there. The rest is computed where the reducer names it in `needs`.
+    Only `features` is always there. The rest is computed where the reducer names it in `needs`. After a method in the
+    tower, P counts the tokens that it left.
 
     Attributes:
         features: [N, P, C], the selected hidden state without CLS; the first of `hidden_states`, if there are any.
-        grid: (h, w), rows and columns of the patches.
-        keys: [N, 1 + P, C], output of the last block's key projection, CLS first (no CLS row for a tower without it).
+        grid: (h, w), rows and columns of the patches; None where tokens do not lie on a grid.
+        keys: [N, 1 + P, C], output of a block's key projection, CLS first (no CLS row for a tower without it).
         queries: [N, 1 + P, C], the same for the queries; a reducer that needs `cls_query` reads row 0 only and
             may be handed [N, 1, C].
         num_heads: heads of the tower's attention, into which keys and queries are divided.
+        attention: by place as the reducer named it, [N, H, P] float32, the softmaxed attention that CLS pays the
+            patches, head by head, its own column left out after the softmax; in a tower without CLS, the mean of what
+            all patches pay.
+        cls: [N, C], the class token of the selected hidden state; None for a tower without it.
         hidden_states: block number -> [N, P, C], output of that many blocks, without CLS; in the order in which the
             reducer named the blocks.
         patch_embeds: [N, P, E], the patches in the space that CLIP shares between images and texts.
-        text: [N, E], the embedding there of the text that goes with each image.
+        projected: [N, P, D], what the projector makes of `features`.
+        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments or words.
+        text_mask: [N, S] bool, real segments or words, which come first; None: all are.
+        padding: [N, P] bool, patches that only pad the picture; None: there are none, or it is not known.
+        mask: [N, P] bool, real tokens, where a method in the tower left different numbers; None: all are.
+        source: [N, P] int64 after a method in the tower, as `VisualTokens` has it; None: token i is patch i.
+        assignment: [N, patches] int64 after a method in the tower, see `VisualTokens`.
     """
 
     features: Tensor
@@ -42,15 +101,45 @@ class VisionFeatures:
     keys: Tensor | None = None
     queries: Tensor | None = None
     num_heads: int = 1
+    attention: Mapping[Place, Tensor] = field(default_factory=dict)
+    cls: Tensor | None = None
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     patch_embeds: Tensor | None = None
+    projected: Tensor | None = None
     text: Tensor | None = None
+    text_mask: Tensor | None = None
+    padding: Tensor | None = None
+    mask: Tensor | None = None
+    source: Tensor | None = None
+    assignment: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is no tensor, or of a shape that does not go with `features`."""
-        n, p, _ = _float_shape("features", self.features, "[N, P, C]", (None, None, None))
+        n, p, c = _float_shape("features", self.features, "[N, P, C]", (None, None, None))
         if self.grid is not None and not _is_grid(self.grid, (p, p - 1)):  # with CLS, one more than the grid has
             raise ValueError(f"grid={self.grid!r}: expected (rows, columns) of the {p} patches in features")
+        self._check_projections(n, p)
+        if not isinstance(self.attention, Mapping):
+            raise ValueError(f"attention is {type(self.attention).__name__}: expected {{place: tensor}}")
+        for place, rows in self.attention.items():
+            _float_shape(f"attention[{place!r}]", rows, "[N, H, P]", (n, None, p))
+        if self.cls is not None:
+            _float_shape("cls", self.cls, "[N, C]", (n, c))
+        if not isinstance(self.hidden_states, Mapping):
+            raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
+        for block, state in self.hidden_states.items():
+            _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
+        if self.projected is not None:
+            _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
+        embeds = None
+        if self.patch_embeds is not None:
+            *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
+        if self.text is not None:
+            several = isinstance(self.text, Tensor) and self.text.ndim == 3
+            sizes = (n, None, embeds) if several else (n, embeds)
+            _float_shape("text", self.text, "[N, E] or [N, S, E]", sizes)
+
+    def _check_projections(self, n: int, p: int) -> None:
         width = None
         if self.keys is not None:
             _, tokens, width = _float_shape("keys", self.keys, "[N, P or 1 + P, C]", (n, (p, p + 1), None))
@@ -59,15 +148,6 @@ class VisionFeatures:
         heads = self.num_heads
         if not isinstance(heads, int) or heads < 1 or (width or 0) % heads:
             raise ValueError(f"num_heads={heads!r}: expected a whole number that divides the {width or 'C'} channels")
-        if not isinstance(self.hidden_states, Mapping):
-            raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
-        for block, state in self.hidden_states.items():
-            _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
-        embeds = None
-        if self.patch_embeds is not None:
-            *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
-        if self.text is not None:
-            _float_shape("text", self.text, "[N, E]", (n, embeds))
 
 
 def _float_shape(
@@ -102,6 +182,8 @@ class VisualTokens:
             method knows it without looking at the pixels.
         grid: (h, w), where `source` counts cells of a coarser grid in place of patches; None: the patches'.
         lengths: tokens of each image, where the host knows them: then it need not wait for `mask`.
+        assignment: [N, patches] int64, the token that each patch went into, -1 for one that went into none; None where
+            a method does not say.
     """
 
     features: Tensor
@@ -109,6 +191,7 @@ class VisualTokens:
     source: Tensor | None = None
     grid: tuple[int, int] | None = None
     lengths: list[int] | None = None
+    assignment: Tensor | None = None
     _host_mask: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -140,6 +223,8 @@ class Reducer(nn.Module):
     """
 
     method: ClassVar[str] = ""  # the name that it is registered under
+    is_trained: ClassVar[bool] = False  # whether it needs weights that were trained with it
+    budget_conflicts: ClassVar[tuple[str, ...]] = ("ratio",)  # options that a budget takes the place of, besides those
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -153,25 +238,91 @@ class Reducer(nn.Module):
     def validate(self) -> None:
         """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
 
+    @classmethod
+    def budget_choices(cls, entering: int) -> Sequence[Mapping[str, Any]]:
+        """Options to choose from for a `budget`, from the fewest tokens to the most; none: it can't be told one.
+
+        Args:
+            entering: visual tokens of a tile that come to the method.
+        """
+        if not hasattr(cls, "tokens"):  # a field's default
+            return ()
+        return [{"tokens": count} for count in range(1, entering + 1)]
+
     def mistake(self, message: str) -> ValueError:
         """An error that names the method."""
         return ValueError(f"method '{self.method}': {message}")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the method reads besides `features`: keys, queries, cls_query, patch_embeds, text."""
-        return frozenset()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in values_of(self).items())
 
 
+class TowerReducer(Reducer, abc.ABC):
+    """Acts inside the vision tower, between a block's attention and its MLP.
+
+    It says in which blocks, and what becomes of the tokens there; `llava.model.multimodal_encoder.regrouping` runs the
+    blocks and does sizes, order, `source`, CLS and the padding of ragged rows.
+    """
+
+    keeps_grid: ClassVar[bool] = False  # whether tokens still lie on a grid, which a projector may fuse
+
+    @property
+    def tracks_sizes(self) -> bool:
+        """Whether a token counts in the next block as many patches as went into it; otherwise one."""
+        return True
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention counts a token as often as its size says: log(size) is added to the logits of its key."""
+        return False
+
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of the picture that enters, for a tower of (h, w): it is resized to them.
+
+        Raises:
+            ValueError: the options do not suit the grid.
+        """
+        return grid
+
+    def blocks(self, depth: int, selected: int) -> Sequence[int]:
+        """Numbers (from 0) of the blocks in which `regroup` is called; the first `selected` of `depth` lead to what is
+        read.
+
+        Raises:
+            ValueError: the tower does not have the blocks that the options name.
+        """
+        return ()
+
+    def regroup(self, given: BlockTokens) -> Regrouping | None:
+        """What becomes of the tokens in a block of `blocks`; None: they stay as they are."""
+        return None
+
+    def forward(self, vision: VisionFeatures) -> VisualTokens:
+        """The tokens that leave the tower, [N, M, C]."""
+        return VisualTokens(
+            vision.features,
+            vision.mask,
+            vision.source,
+            vision.grid if self.keeps_grid else None,
+            assignment=vision.assignment,
+        )
+
+
 class EncoderReducer(Reducer, abc.ABC):
     """Acts on the vision tower's output, before the projector."""
 
+    @property
+    def needs(self) -> Needs:
+        """What the method reads besides `features`."""
+        return Needs()
+
+    def phrases(self, question: str) -> list[str]:
+        """What is embedded of the prompt's question, where `needs.text` asks for it: one text, or words."""
+        return [question]
+
     @abc.abstractmethod
     def forward(self, vision: VisionFeatures) -> VisualTokens:
-        """[N, P, C] patches in, [N, M, C] tokens out."""
+        """[N, P, C] patches in, [N, M, C] tokens out; [N, M, D] where the method `needs` what is projected."""
 
 
 class ProjectorReducer(Reducer, abc.ABC):
@@ -201,6 +352,11 @@ class ProjectorReducer(Reducer, abc.ABC):
             ValueError: the method can't divide a grid of (h, w) patches.
         """
 
+    def token_count(self, grid: tuple[int, int]) -> int:
+        """Tokens that a tile of (h, w) patches becomes."""
+        rows, columns = self.reduced_grid(grid)
+        return rows * columns
+
     @abc.abstractmethod
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:
         """New modules for `forward`, by their names in the model: `mm_projector`, and what comes before it.
@@ -224,14 +380,32 @@ class Drop:
 
     Attributes:
         after: number of layers that have run before it, at least 1.
-        keep: int(V * keep) of the V tokens with which an image entered the language model stay, in [0, 1].
+        keep: what stays: a fraction of the V tokens with which an image entered the language model, int(V * keep), in
+            [0, 1]; or a whole number of tokens.
         ranked_by: number (from 0) of the layer whose input and weights rank the tokens; `after` for the layer that
             comes next, less for one that has run.
     """
 
     after: int
-    keep: float
+    keep: float | int
     ranked_by: int
+
+
+@dataclass
+class EnteringTokens:
+    """A batch as it enters the language model, for a method that chooses which tokens rank.
+
+    Attributes:
+        hidden: [B, L, D], the input embeddings.
+        mask: [B, L] bool, real tokens.
+        pool: [B, L] int64, see `LayerInput`.
+        answer: [B, L] bool, tokens that are learnt; None outside of training.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    pool: Tensor
+    answer: Tensor | None = None
 
 
 @dataclass
@@ -243,8 +417,19 @@ class LayerInput:
         hidden: [B, L, D], what enters the layer.
         position_embeddings: cosine and sine of the rotary embedding, [B or 1, L, head width] each.
         mask: [B, L] bool, real tokens.
-        queries: [B, Q] int64, columns of the tokens whose attention counts: the one before each answer, or the last.
+        queries: [B, Q] int64, columns of the tokens whose attention counts: the one before each answer, or the last;
+            or those of `DecoderReducer.queries`.
         query_mask: [B, Q] bool, which of them are real.
+        output: [B, L, D], what the drop works on: the output of the layers that have run.
+        norm: the language model's last norm.
+        pool: [B, L] int64, the pool (an image, or all of a sample) in which a token competes, numbered from 0 row by
+            row; -1 for what is never dropped.
+        answer: [B, L] bool, tokens that are learnt; None outside of training.
+        drop: the drop that is made.
+        entered: [P] int64 on the host, tokens of each pool that entered the language model.
+        present: [P] int64 on the host, tokens of each pool that are still there.
+        kept: [P] int64 on the host, tokens of each pool that stay as they are.
+        merged: [P] int64 on the host, tokens that others of the pool are merged into.
     """
 
     layer: nn.Module
@@ -253,6 +438,28 @@ class LayerInput:
     mask: Tensor
     queries: Tensor
     query_mask: Tensor
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    norm: nn.Module = field(default_factory=nn.Identity)
+    pool: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    answer: Tensor | None = None
+    drop: Drop = Drop(1, 1.0, 0)
+    entered: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    present: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    merged: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+@dataclass
+class MergedTokens:
+    """Tokens that dropped ones become. They come after the kept ones of their pool, in this order.
+
+    Attributes:
+        features: [P, M, D], those of each pool.
+        columns: [P, M] int64, for each the column of a dropped token of the same pool, in whose place it stands.
+    """
+
+    features: Tensor
+    columns: Tensor
 
 
 class DecoderReducer(Reducer, abc.ABC):
@@ -273,28 +480,72 @@ class DecoderReducer(Reducer, abc.ABC):
             ValueError: a drop does not lie between two layers.
         """
 
-    def kept_fractions(self, num_layers: int) -> list[float]:
-        """For each layer the fraction of the image tokens that entered which it sees."""
-        left = {drop.after: drop.keep for drop in self.drops(num_layers)}
-        fractions = [1.0]
-        for layer in range(1, num_layers):
-            fractions.append(left.get(layer, fractions[-1]))
-        return fractions
+    def kept(self, drop: Drop, entered: Tensor, present: Tensor) -> Tensor:
+        """[P] int64 on the host, tokens of each pool that stay as they are; `present` are cut to, if it says more.
+
+        Args:
+            drop: one of `drops`.
+            entered: [P] int64, tokens of each pool that entered the language model.
+            present: [P] int64, those that are still there.
+        """
+        if isinstance(drop.keep, int):
+            return torch.full_like(entered, drop.keep)
+        return (entered.double() * drop.keep).long()
+
+    def merged(self, drop: Drop, dropped: Tensor) -> Tensor:
+        """[P] int64 on the host, tokens that `dropped` [P] ones of each pool are merged into; see `merge`."""
+        return torch.zeros_like(dropped)
+
+    def queries(self, given: EnteringTokens) -> Tensor | None:
+        """[B, L] bool, the tokens whose attention ranks, in rows with images; None: those before answers, or the last.
+
+        The tokens are text, and are never dropped.
+        """
+        return None
 
     @abc.abstractmethod
     def score(self, given: LayerInput) -> Tensor:
-        """[B, L] float32: the higher a token's score, the longer it stays."""
+        """[B, L] float32: the higher a token's score, the longer it stays. Of each pool the best `given.kept` stay."""
+
+    def merge(self, given: LayerInput, scores: Tensor, keep: Tensor) -> MergedTokens:
+        """What dropped tokens become, for a method whose `merged` says how many.
+
+        Args:
+            given: see there.
+            scores: [B, L], what `score` returned.
+            keep: [B, L] bool, tokens that stay.
+        """
+        raise NotImplementedError
+
+    def layer_counts(self, num_layers: int, entered: int) -> list[int]:
+        """For each layer the tokens that it sees of an image that entered with `entered`."""
+        first = present = torch.tensor([entered])
+        left = {}
+        for drop in self.drops(num_layers):
+            kept = torch.minimum(self.kept(drop, first, present), present)
+            present = kept + self.merged(drop, present - kept)
+            left[drop.after] = int(present)
+        counts = [entered]
+        for layer in range(1, num_layers):
+            counts.append(left.get(layer, counts[-1]))
+        return counts
 
 
 @dataclass(frozen=True)
 class Reducers:
     """The methods that one forward pass goes through, by site; None where nothing is reduced."""
 
+    tower: TowerReducer | None = None
     encoder: EncoderReducer | None = None
     projector: ProjectorReducer | None = None
     decoder: DecoderReducer | None = None
 
     @property
+    def needs(self) -> Needs:
+        """What the method after the tower reads."""
+        return Needs() if self.encoder is None else self.encoder.needs
+
+    @property
     def read_text(self) -> bool:
         """Whether images are compared with the prompt's text."""
-        return self.encoder is not None and "text" in self.encoder.needs
+        return self.needs.text is not None

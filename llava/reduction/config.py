@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import yaml
 
-from llava.reduction.base import Reducer, Reducers
-from llava.reduction.registry import SITES, build, method_class, site_of
+from llava.reduction.base import Reducers
+from llava.reduction.budget import ModelShape, check_budget, resolve_budget
+from llava.reduction.registry import SITES, build, is_loaded, method_class, site_of
 from llava.yaml_text import read_yaml
 
+_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 # Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio). Its scripts say TextSim+.
 LEGACY_TRIM_KEY = "mm_vision_token_reduce_func"
 
@@ -28,6 +31,7 @@ class ReductionConfig:
         False
     """
 
+    tower: Mapping[str, Any] = field(default_factory=dict)
     encoder: Mapping[str, Any] = field(default_factory=dict)
     projector: Mapping[str, Any] = field(default_factory=dict)
     decoder: Mapping[str, Any] = field(default_factory=dict)
@@ -38,11 +42,15 @@ class ReductionConfig:
             object.__setattr__(self, site, method)
             if method:
                 _check_method(site, method)
-        if self.encoder and self.projector:
-            raise ValueError(
-                f"reduction: the encoder's method '{self.encoder['name']}' keeps patches here and there, and "
-                f"the projector's method '{self.projector['name']}' fuses neighbours on the whole grid; leave one out"
-            )
+        if not self.projector:
+            return
+        for site in ("tower", "encoder"):
+            method = getattr(self, site)
+            if method and not getattr(method_class(method["name"]), "keeps_grid", False):
+                raise ValueError(
+                    f"reduction: the {site}'s method '{method['name']}' keeps patches here and there, and "
+                    f"the projector's method '{self.projector['name']}' works on the whole grid; leave one out"
+                )
 
     @classmethod
     def parse(cls, value: ReductionConfig | Mapping[str, Any] | str | None) -> ReductionConfig:
@@ -75,6 +83,7 @@ class ReductionConfig:
         """What a model's config asks for: its key `reduction`, otherwise a key of the methods' releases."""
         own = getattr(config, "reduction", None)
         if own is not None:
+            _check_loaded(own)
             return cls.parse(own)
         return cls.parse(_parse_legacy(getattr(config, LEGACY_TRIM_KEY, None)))
 
@@ -92,14 +101,28 @@ class ReductionConfig:
     def __bool__(self) -> bool:
         return bool(self.to_dict())
 
-    def build(self, site: str) -> Reducer | None:
-        """A new reducer for `site`, or None where nothing is asked for."""
-        method = dict(getattr(self, site))
-        return build(method.pop("name"), **method) if method else None
+    def build_all(self, shape: ModelShape | None = None) -> Reducers:
+        """New reducers for all sites.
 
-    def build_all(self) -> Reducers:
-        """New reducers for all sites."""
-        return Reducers(**{site: cast(Any, self.build(site)) for site in SITES})
+        Args:
+            shape: of the model, for a method that is told a `budget`.
+
+        Raises:
+            ValueError: a budget that can't be met, or one without a model to meet it in.
+        """
+        reducers = Reducers()
+        for site in SITES:  # in the order in which visual tokens go through them
+            method = dict(getattr(self, site))
+            if "budget" in method:
+                if shape is None:
+                    raise ValueError(
+                        f"reduction.{site}: budget={method['budget']} is a number of tokens in a model's layers, and "
+                        "there is no model with a vision tower here; give the method its own options"
+                    )
+                method = resolve_budget(method, reducers, shape)
+            if method:
+                reducers = replace(reducers, **{site: cast(Any, build(method.pop("name"), **method))})
+        return reducers
 
 
 def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_ratio_list: str | None) -> Any:
@@ -130,11 +153,33 @@ def join_pyramiddrop_flags(reduction: Any, layer_list: str | None, image_token_r
     return ReductionConfig.parse({**sites, "decoder": {"name": "pyramiddrop", **lists}})
 
 
+def _check_loaded(own: Any) -> None:
+    """Refuse to import what a checkpoint's file names: it may come from anyone.
+
+    Raises:
+        ValueError: a method `module:Class` of a module that nobody has imported.
+    """
+    for name in _names(own):
+        if not is_loaded(name):
+            raise ValueError(
+                f"this model's config.json reduces with {name}, code outside of llava, which is not imported because a "
+                f"file names it: import {name.partition(':')[0]} first, or pass reduction={name!r} (--reduction)"
+            )
+
+
+def _names(value: Any) -> list[str]:
+    """The names of the methods in any of the forms that `ReductionConfig.parse` reads."""
+    value = _parse_text(value) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        return []
+    return [str(value["name"])] if "name" in value else [name for part in value.values() for name in _names(part)]
+
+
 def _parse_text(text: str) -> Any:
     text = text.strip()
     if text.lower() in ("", "none", "null"):
         return None
-    if "{" not in text and ":" not in text:
+    if ("{" not in text and ":" not in text) or _CLASS.fullmatch(text):
         return {"name": text}
     return _load_yaml(text)
 
@@ -179,7 +224,10 @@ def trim_flag(value: str) -> str | None:
 def _check_method(site: str, method: Mapping[str, Any]) -> None:
     try:
         method_class(method["name"], site)
-        build(**method)
+        if "budget" in method:
+            check_budget(method)
+        else:
+            build(**method)
     except ValueError as error:
         raise ValueError(f"reduction.{site}: {error}") from error
 

@@ -75,6 +75,11 @@ def _quantile(descending: Tensor, q: float) -> Tensor:
     return torch.lerp(descending[:, low : low + 1], descending[:, high : high + 1], position - low)
 
 
+def take_rows(features: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [N, M] of `features` [N, P, C], as [N, M, C]."""
+    return features.gather(1, index.unsqueeze(-1).expand(-1, -1, features.shape[2]))
+
+
 def take_in_raster_order(features: Tensor, is_kept: Tensor, lengths: list[int] | None = None) -> VisualTokens:
     """The patches of `features` [N, P, C] that `is_kept` [N, P] bool marks, as they are.
 
@@ -83,13 +88,18 @@ def take_in_raster_order(features: Tensor, is_kept: Tensor, lengths: list[int] |
         is_kept: [N, P] bool.
         lengths: how many each row of `is_kept` marks, where the host knows it.
     """
-    n, p, c = features.shape
+    n, p, _ = features.shape
     lengths = on_host(is_kept.sum(dim=1), None) if lengths is None else lengths
     patch = torch.arange(p, device=features.device).expand(n, p)
     source = patch.masked_fill(~is_kept, p).sort(dim=1).values[:, : max(lengths)]
     mask = source < p
-    tokens = features.gather(1, source.clamp(max=p - 1).unsqueeze(-1).expand(-1, -1, c))
+    tokens = take_rows(features, source.clamp(max=p - 1))
     return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1), lengths=lengths)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """In float32, or float64 where they are that already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def precise_product(a: Tensor, b: Tensor) -> Tensor:
@@ -97,6 +107,19 @@ def precise_product(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
+
+
+def mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """Softmax attention [N, H, S] float32 of queries [N, Q, C] to keys [N, S, C], head by head, the mean over queries.
+
+    Scores of one head are there at a time, for what all take in memory.
+    """
+    width, rows = keys.shape[2] // heads, []
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        logits = precise_product(queries[:, :, part], keys[:, :, part].transpose(1, 2)) * width**-0.5
+        rows.append(logits.softmax(dim=2, dtype=torch.float32).mean(dim=1))
+    return torch.stack(rows, dim=1)
 
 
 def uniform_positions(count: int, length: int) -> Tensor:

@@ -51,8 +51,11 @@ def check_fixed(model: Any) -> None:
     inner = inner_model(model)
     encoder, reason = inner.get_vision_tower().vision_tower, ""
     dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules())
-    if inner.encoder_reducer is not None and "text" in inner.encoder_reducer.needs:
-        reason = f"the method '{inner.encoder_reducer.method}' reads the text, so a picture's depend on the question"
+    needs, method = inner.reducers().needs, getattr(inner.encoder_reducer, "method", "")
+    if needs.text is not None:
+        reason = f"the method '{method}' reads the text, so a picture's depend on the question"
+    elif needs.projected:
+        reason = f"the method '{method}' reads what the projector makes, which is trained, so they change"
     elif any(weight.requires_grad for weight in encoder.parameters()):
         reason = "the vision tower is trained, so they change"
     elif dropout or getattr(encoder.config, "attention_dropout", 0) > 0:
@@ -74,6 +77,7 @@ def feature_key(model: Any, arguments: Arguments, processor: Any) -> dict[str, A
     names = [name for name, _ in tower.vision_tower.named_parameters()]
     place = str(arguments.model.model_name_or_path)
     weights = tower_weights(place, str(arguments.model.vision_tower), names, arguments.training.cache_dir)
+    inside = inner.tower_reducer
     key = {
         "format": FORMAT,
         "vision_tower": {name: getattr(tower.config, name) for name in TOWER_SIZES},
@@ -88,6 +92,8 @@ def feature_key(model: Any, arguments: Arguments, processor: Any) -> dict[str, A
         "reduction": None if reducer is None else {"name": reducer.method, **values_of(reducer)},
         "feature_cache_dtype": data.feature_cache_dtype,
     }
+    if inside is not None:
+        key["tower_reduction"] = {"name": inside.method, **values_of(inside)}
     plain: dict[str, Any] = json.loads(json.dumps(key))
     return plain
 

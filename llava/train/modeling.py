@@ -179,6 +179,7 @@ def load_model(arguments: Arguments, config: Any, tokenizer: Any) -> Any:
     )
     model.get_model().initialize_vision_modules(model_args)
     model.initialize_vision_tokenizer(model_args, tokenizer)
+    model.tokenizer = tokenizer
     write_llava_config(model.config, model_args, data_args, training, tokenizer)
     select_trainable(model, arguments)
     if training.lora_enable:

@@ -25,7 +25,7 @@ from llava.data.streaming import StreamingSupervisedDataset
 from llava.files import CHECKPOINT_FILES, adopt_checkpoint, atomic_folder, note_files, write_file_list
 from llava.model.language_model.batch_counts import Totals
 from llava.model.weights import NonFiniteWeightsError, raise_for_nonfinite
-from llava.reduction.base import EncoderReducer, ProjectorReducer
+from llava.reduction.base import EncoderReducer, ProjectorReducer, TowerReducer
 from llava.train.checkpoints.folders import (
     STATE_FILE,
     CannotWriteError,
@@ -153,7 +153,7 @@ class LLaVATrainer(Trainer):
         self.kind = kind
         self._resumed_from: str | None = None
         self._is_staging = False
-        reducers = [m for m in self.model.modules() if isinstance(m, EncoderReducer | ProjectorReducer)]
+        reducers = [m for m in self.model.modules() if isinstance(m, TowerReducer | EncoderReducer | ProjectorReducer)]
         self._meters = [VisualTokenMeter(reducer) for reducer in reducers]
         self._meter = RunMeter(self.model, self.args)
         for printer in (ProgressCallback, PrinterCallback):

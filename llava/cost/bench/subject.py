@@ -18,6 +18,7 @@ from llava.files import ADAPTER_CONFIG
 from llava.model.builder import load_pretrained_model
 from llava.model.weights import weight_files
 from llava.reduction.base import Reducers
+from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def open_subject(
     """
     if (Path(model) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{model} is a LoRA adapter, which holds no whole model to time: llava merge it first")
-    text = next((one for one in reductions if one.build_all().read_text), None)
+    text = next((one for one in reductions if one.build_all(ModelShape()).needs.clip_text), None)
     if Path(model).is_dir() and weight_files(Path(model)):
         reduction = None if text is None else text.to_dict()
         _, opened, _, _ = load_pretrained_model(

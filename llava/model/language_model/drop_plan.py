@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
+from llava.reduction.base import DecoderReducer, Drop
 from llava.transfer import to_device
 
 
@@ -27,6 +28,7 @@ class Pools:
         others: [B] int64, real tokens of a row outside all pools.
         queries: Q, the most queries of a row, at least 1.
         left: whether rows are padded on the left.
+        is_answer: [B, L] bool, tokens with a label; None without labels.
     """
 
     pool: Tensor
@@ -37,14 +39,30 @@ class Pools:
     others: Tensor
     queries: int
     left: bool
+    is_answer: Tensor | None = None
 
     def to(self, device: torch.device) -> None:
         """Follow the hidden states to another device."""
         self.pool, self.is_query = self.pool.to(device), self.is_query.to(device)
+        self.is_answer = None if self.is_answer is None else self.is_answer.to(device)
 
-    def counts(self, keep: float) -> Tensor:
-        """[P] tokens that each pool has where the fraction `keep` of what entered is to stay."""
-        return torch.maximum((self.sizes.double() * keep).long(), self.least)
+    def counts(self, reducer: DecoderReducer, drop: Drop, present: Tensor) -> tuple[Tensor, Tensor]:
+        """[P] tokens of each pool that stay as they are, and [P] that others are merged into.
+
+        Args:
+            reducer: the method.
+            drop: that it makes.
+            present: [P] tokens of each pool that are still there.
+        """
+        kept = torch.maximum(reducer.kept(drop, self.sizes, present), self.least).minimum(present)
+        return kept, reducer.merged(drop, present - kept)
+
+    def ask(self, is_query: Tensor) -> None:
+        """Let other tokens rank: [B, L] bool, text only. Their number is copied to the host."""
+        is_query = is_query & (self.pool < 0)
+        self.is_query, counts = is_query, is_query.sum(dim=1).cpu()
+        self.queries = max(1, int(counts.max()))
+        self.least = torch.where((counts > 0)[self.row], torch.zeros_like(self.sizes), self.sizes)
 
     def row_lengths(self, counts: Tensor) -> list[int]:
         """Real tokens of each row where the pools have `counts` tokens."""
@@ -97,6 +115,7 @@ def plan_pools(
         others=(real & ~is_image).sum(dim=1),
         queries=max(1, int(is_query.sum(dim=1).max())),
         left=bool(real[real.any(dim=1), -1].all()) if left is None else left,
+        is_answer=None if labels is None else to_device((labels != IGNORE_INDEX) & real, device),
     )
 
 

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.drop_plan import Pools, keep_best, pack_columns, plan_pools
+from llava.model.language_model.merged_rows import plan_merged
 from llava.model.language_model.packed import (
     BY_BOUNDARIES,
     CAN_PACK,
@@ -37,7 +38,7 @@ from llava.model.language_model.packed import (
     window_mask,
 )
 from llava.model.splice import SplicePlan
-from llava.reduction.base import DecoderReducer, LayerInput
+from llava.reduction.base import DecoderReducer, EnteringTokens, LayerInput
 
 
 @dataclass
@@ -306,27 +307,33 @@ def _prefill(
     if reducer is not None:
         pools = plan_pools(image_index, real, labels, reducer.pool, staged.left, hidden.device)
         counts = pools.sizes
+        _choose_queries(reducer, hidden, rows, pools)
     for drop in [] if reducer is None else reducer.drops(len(model.layers)):
         assert reducer is not None
         judged = stage.run(hidden, drop.ranked_by)
         hidden = stage.run(judged, drop.after)
-        left = pools.counts(drop.keep)
+        kept, merged = pools.counts(reducer, drop, counts)
         # In training all ranks must run the same modules in the same order, or ZeRO-3 waits for ever: a batch that
         # drops nothing goes the same way.
-        if not model.training and torch.equal(left, counts):
+        if not model.training and torch.equal(kept, counts):
             continue
         rows.to(hidden.device)
         pools.to(hidden.device)
-        scores = reducer.score(_layer_input(model.layers[drop.ranked_by], judged, stage, pools))
+        given = _layer_input(model, model.layers[drop.ranked_by], judged, hidden, stage, pools)
+        given.drop, given.entered, given.present, given.kept, given.merged = drop, pools.sizes, counts, kept, merged
+        scores = reducer.score(given)
         _remember(cache, range(start, drop.after), rows, first_rows)
         pool, is_query = rows.of(pools.pool, -1), rows.of(pools.is_query)
-        keep = rows.mask & keep_best(scores.to(pool.device).masked_fill(is_query, torch.inf), pool, left, counts)
-        lengths = pools.row_lengths(left)
-        columns, mask = pack_columns(keep, lengths, pools.left)
-        new = _drop_rows(rows, columns, mask, lengths, reducer.renumbers)
+        keep = rows.mask & keep_best(scores.to(pool.device).masked_fill(is_query, torch.inf), pool, kept, counts)
+        if int(merged.sum()):
+            new, hidden = _merge_rows(reducer, given, scores, keep, rows, pools, hidden)
+        else:
+            lengths = pools.row_lengths(kept)
+            columns, mask = pack_columns(keep, lengths, pools.left)
+            new = _drop_rows(rows, columns, mask, lengths, reducer.renumbers)
+            hidden = rows.take(hidden, columns, new)
         new.left = pools.left
-        hidden = rows.take(hidden, columns, new)
-        rows, counts, start = new, left, drop.after
+        rows, counts, start = new, kept + merged, drop.after
         stage = _Stage(model, hidden, rows, start, cache, kwargs)
     hidden = stage.run(hidden, len(model.layers))
     _remember(cache, range(start, len(model.layers)), rows, first_rows)
@@ -367,16 +374,61 @@ def _drop_rows(rows: Rows, columns: Tensor, mask: Tensor, lengths: list[int], re
     return new
 
 
-def _layer_input(layer: Any, hidden: Tensor, stage: _Stage, pools: Pools) -> LayerInput:
+def _choose_queries(reducer: DecoderReducer | None, hidden: Tensor, rows: Rows, pools: Pools) -> None:
+    if reducer is None or not len(pools.sizes):
+        return
+    chosen = reducer.queries(EnteringTokens(rows.unpack(hidden), rows.mask, pools.pool, pools.is_answer))
+    if chosen is not None:
+        pools.ask(chosen & rows.mask)
+
+
+def _layer_input(model: Any, layer: Any, judged: Tensor, hidden: Tensor, stage: _Stage, pools: Pools) -> LayerInput:
+    """What a method ranks by; the fields that say how many stay are the caller's to fill in.
+
+    Args:
+        model: with `norm`.
+        layer: that ranks.
+        judged: the input of the layer that ranks, as it is stored.
+        hidden: the input of the layer that comes next.
+        stage: in which both are.
+        pools: of the batch.
+    """
     rows = stage.rows
     is_query = rows.of(pools.is_query)
     queries = is_query.long().argsort(dim=1, descending=True, stable=True)[:, : pools.queries]
-    stored = (rows.unpack(values.to(rows.mask.device)) for values in (hidden, *stage.position_embeddings))
+    unpacked = [rows.unpack(values.to(rows.mask.device)) for values in (judged, *stage.position_embeddings)]
+    output = unpacked[0] if hidden is judged else rows.unpack(hidden)
+    answer = None if pools.is_answer is None else rows.of(pools.is_answer)
     # Where the model is spread over devices, the layer that ranks may be on another one.
     device = layer.input_layernorm.weight.device
-    parts = (*stored, rows.mask, queries, is_query.gather(1, queries))
-    states, cos, sin, mask, queries, query_mask = (values.to(device) for values in parts)
-    return LayerInput(layer, states, (cos, sin), mask, queries, query_mask)
+    parts = (*unpacked, rows.mask, queries, is_query.gather(1, queries), output, rows.of(pools.pool, -1))
+    states, cos, sin, mask, queries, query_mask, output, pool = (values.to(device) for values in parts)
+    return LayerInput(
+        layer,
+        states,
+        (cos, sin),
+        mask,
+        queries,
+        query_mask,
+        output=output,
+        norm=model.norm,
+        pool=pool,
+        answer=None if answer is None else answer.to(device),
+    )
+
+
+def _merge_rows(
+    reducer: DecoderReducer, given: LayerInput, scores: Tensor, keep: Tensor, rows: Rows, pools: Pools, hidden: Tensor
+) -> tuple[Rows, Tensor]:
+    """The rows after a drop that merges, and their hidden states as they are stored."""
+    merged = reducer.merge(given, scores, keep.to(given.mask.device))
+    plan = plan_merged(merged, given.merged, keep, rows.of(pools.pool, -1), pools)
+    lengths = pools.row_lengths(given.kept + given.merged)
+    columns, mask = pack_columns(plan.stays, lengths, pools.left)
+    columns = plan.order.gather(1, columns)
+    new = _drop_rows(rows, plan.stands_in.gather(1, columns), mask, lengths, reducer.renumbers)
+    full = plan.extend(rows.unpack(hidden), merged.features.to(hidden.device))
+    return new, new.store(full.gather(1, columns.unsqueeze(-1).expand(-1, -1, full.shape[-1])))
 
 
 def _remember(cache: DynamicCache | None, layers: range, rows: Rows, first: Rows) -> None:

@@ -9,12 +9,8 @@ from transformers import CONFIG_MAPPING, CLIPTextConfig, PreTrainedConfig
 from llava.model.multimodal_encoder.vision_tower import VisionTower, resolve_vision_config
 
 
-def build_vision_tower(config: Any, with_text: bool = False) -> VisionTower:
+def build_vision_tower(config: Any) -> VisionTower:
     """The tower of `config.mm_vision_tower`, without its weights.
-
-    Args:
-        config: of the model.
-        with_text: build CLIP's text tower beside the image encoder.
 
     The encoder's own configuration is kept in `config.mm_vision_config`, so that a checkpoint that holds the tower's
     weights opens without the tower's folder.
@@ -24,15 +20,12 @@ def build_vision_tower(config: Any, with_text: bool = False) -> VisionTower:
     # The attention backend is the whole model's; without one the encoder picks its own.
     if getattr(config, "_attn_implementation", None) is not None:
         encoder_config._attn_implementation = config._attn_implementation
-    tower = VisionTower(
+    return VisionTower(
         encoder_config,
         name=config.mm_vision_tower,
         select_layer=getattr(config, "mm_vision_select_layer", -2),
         select_feature=getattr(config, "mm_vision_select_feature", "patch"),
     )
-    if with_text:
-        add_text_tower(tower, config)
-    return tower
 
 
 def add_text_tower(tower: VisionTower, config: Any) -> None:

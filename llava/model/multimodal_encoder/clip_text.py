@@ -5,6 +5,7 @@ Shapes: B texts, N images, P patches, C vision width, E width of the shared spac
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -100,6 +101,31 @@ class ClipText(nn.Module):
             # transformers would wait for the device to look into it.
             pooled = self.text_model(ids).pooler_output
             return self.text_projection(pooled)
+
+    def embed_segments(self, texts: Sequence[str], name_or_path: str) -> list[Tensor]:
+        """For each text [S, E], the embeddings of its S stretches of the tower's length, none cut off.
+
+        Each stretch has positions from 0 on, and is pooled as CLIP does: at the end token if it has it, otherwise where
+        CLIP's pooling then looks, the first token. Padding has id 0.
+
+        Args:
+            texts: B strings.
+            name_or_path: where CLIP's tokenizer is.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer(name_or_path)
+        length, device = self.config.max_position_embeddings, self.text_projection.weight.device
+        with _TOKENIZING:
+            ids = [self._tokenizer(text, truncation=False).input_ids for text in texts]
+        counts = [-(-len(row) // length) for row in ids]
+        padded = torch.zeros(sum(counts), length, dtype=torch.int64)
+        mask = torch.zeros_like(padded)
+        for row, start in zip(ids, itertools.accumulate([0, *counts]), strict=False):
+            part = slice(start * length, start * length + len(row))
+            padded.view(-1)[part], mask.view(-1)[part] = torch.tensor(row), 1
+        with torch.no_grad():
+            pooled = self.text_model(padded.to(device), attention_mask=mask.to(device)).pooler_output
+            return list(self.text_projection(pooled).split(counts))
 
     def _load_tokenizer(self, name_or_path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)

@@ -6,23 +6,27 @@ Shapes: N images, P patches, C vision width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoModel, CLIPTextConfig, PreTrainedConfig
 
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
 from llava.model.multimodal_encoder.processor import load_image_processor
+from llava.model.multimodal_encoder.regrouping import run_block
 from llava.model.weights import check_files, check_json, raise_for_keys, raise_for_nonfinite, without_load_report
-from llava.reduction.base import ProjectorReducer, VisionFeatures
+from llava.reduction.base import Needs, Place, ProjectorReducer, Reducers, TowerReducer, VisionFeatures
+from llava.reduction.selection import mean_attention
+from llava.reduction.tower.tokens import TowerTokens
 
 logger = logging.getLogger(__name__)
 
 SELECT_FEATURES = ("patch", "cls_patch")
-_ATTENTION = frozenset({"keys", "queries", "cls_query"})  # needs that are read off the last block
 
 
 def resolve_vision_config(name_or_path: str) -> PreTrainedConfig:
@@ -45,8 +49,8 @@ def resolve_vision_config(name_or_path: str) -> PreTrainedConfig:
 class VisionTower(nn.Module):
     """Wraps transformers' encoder under the attribute `vision_tower`, so that weight names are LLaVA's.
 
-    Blocks after the selected layer are not run, unless a reducer reads their outputs, or the last one's keys and
-    queries; then only those projections are computed of it.
+    Blocks after the selected layer are not run, unless a reducer reads their outputs, or their attention, keys or
+    queries; then only those projections are computed of the last of them.
 
     Args:
         config: the encoder's configuration.
@@ -145,10 +149,60 @@ class VisionTower(nn.Module):
         named = () if reducer is None else reducer.blocks(self.depth, self.num_blocks)
         return named or (self.num_blocks,)
 
-    def depth_run(self, needs: Collection[str], read: Sequence[int]) -> int:
+    def block_number(self, place: Place) -> int:
+        """The number (from 0) of the block that a reducer names.
+
+        Raises:
+            ValueError: the tower has no such block.
+        """
+        named = {"selected": self.num_blocks - 1, "last": self.depth - 1}
+        number = named.get(place) if isinstance(place, str) else place
+        lowest = 0 if isinstance(place, str) else -self.depth
+        if number is None or not lowest <= number < self.depth:
+            raise ValueError(
+                f"the reduction reads block {place!r} of the vision tower {self.name!r}, which has the blocks 0 to "
+                f"{self.depth - 1} and selects the output of "
+                f"{f'block {self.num_blocks - 1}' if self.num_blocks else 'its embeddings'}"
+            )
+        return number % self.depth
+
+    def depth_run(self, needs: Needs, read: Sequence[int]) -> int:
         """How many blocks run for what a reducer `needs` and for the blocks that are `read`."""
-        attends = bool(_ATTENTION & set(needs))
-        return max(*(read or self.blocks_read()), self.depth - 1 if attends else 0)
+        blocks = [self.block_number(place) for place in needs.places]
+        lacking = [block for block in needs.hidden if not 0 <= block <= self.depth]
+        if lacking:
+            raise ValueError(
+                f"the reduction reads the hidden states after {lacking} blocks of the vision tower {self.name!r}, "
+                f"which has {self.depth}"
+            )
+        return max(*(read or self.blocks_read()), *blocks, *needs.hidden, 0)
+
+    def check_methods(self, reducers: Reducers) -> None:
+        """Look for what the methods ask of this tower and cannot have together.
+
+        Raises:
+            ValueError: says which method, and what to do.
+        """
+        blocks, needs = self.blocks_read(reducers.projector), reducers.needs
+        first_read = min((*needs.hidden, *(self.block_number(place) for place in needs.places)), default=None)
+        if self.has_cls and self.select_feature == "cls_patch" and (reducers.tower or needs != Needs()):
+            method = reducers.tower or reducers.encoder
+            assert method is not None
+            raise method.mistake(
+                "mm_vision_select_feature=cls_patch keeps CLS among the patches, where the method has no place for it; "
+                "set it to patch"
+            )
+        if reducers.tower is None:
+            return
+        reducers.tower.input_grid(self.grid)
+        acts = reducers.tower.blocks(self.depth, blocks[0])
+        if acts and first_read is not None and first_read <= max(acts):
+            assert reducers.encoder is not None
+            raise reducers.encoder.mistake(
+                f"it reads block {first_read} of the vision tower, in which or after which '{reducers.tower.method}' "
+                "still takes tokens away, so that what it reads is not of the tokens that are left; let that method "
+                "end earlier, or choose one that reads a later block or none"
+            )
 
     @property
     def num_patches(self) -> int:
@@ -224,14 +278,21 @@ class VisionTower(nn.Module):
         self.vision_tower = encoder if old.device.type == "meta" else encoder.to(old.device)
         logger.info("vision tower: weights from %s", name)
 
-    def forward(self, pixels: Tensor, needs: Collection[str] = (), blocks: Sequence[int] = ()) -> VisionFeatures:
+    def forward(
+        self,
+        pixels: Tensor,
+        needs: Needs | None = None,
+        blocks: Sequence[int] = (),
+        reducer: TowerReducer | None = None,
+    ) -> VisionFeatures:
         """Encode images.
 
         Args:
             pixels: [N, 3, H, W], normalised by the image processor.
-            needs: names of further `VisionFeatures` to compute, as a reducer declares them.
+            needs: what to compute besides, as a reducer declares it.
             blocks: those whose outputs become `hidden_states`, in this order. The first of them is then `features`
                 too, in place of the selected one, which nobody reads.
+            reducer: the method that acts inside.
 
         Returns:
             Features in the dtype of the tower's weights.
@@ -239,44 +300,96 @@ class VisionTower(nn.Module):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(learns):
             pixels = pixels.to(device=self.device, dtype=self.dtype)
-            return self._encode(pixels, frozenset(needs), blocks)
+            return self._encode(pixels, needs or Needs(), blocks, reducer)
 
-    def _encode(self, pixels: Tensor, needs: frozenset[str], read: Sequence[int]) -> VisionFeatures:
-        encoder = self.vision_tower
-        blocks = encoder.encoder.layers
-        last = len(blocks) - 1
-        attends = bool(needs & _ATTENTION)
+    def _encode(
+        self, pixels: Tensor, needs: Needs, read: Sequence[int], reducer: TowerReducer | None
+    ) -> VisionFeatures:
+        places = {place: self.block_number(place) for place in needs.places}
         selected = (read or self.blocks_read())[0]
-        wanted = {selected, *read, *([last] if attends else [])}
-        hidden = encoder.embeddings(pixels)
-        if hasattr(encoder, "pre_layrnorm"):  # CLIP has one, spelt so; SigLIP has none
-            hidden = encoder.pre_layrnorm(hidden)
-        states = {0: hidden} if 0 in wanted else {}
-        for i in range(self.depth_run(needs, read)):
-            hidden = blocks[i](hidden, None)
-            if i + 1 in wanted:
-                states[i + 1] = hidden
-        result = VisionFeatures(self._select(states[selected]), grid=self.grid)
-        result.hidden_states = {block: self._select(states[block]) for block in read}
-        if attends:
-            self.project_attention(blocks[last], states[last], needs, result)
-        if "patch_embeds" in needs:
+        grid = self.grid if reducer is None else reducer.input_grid(self.grid)
+        tokens = TowerTokens.of(self._embed(pixels, grid), int(self.has_cls))
+        wanted = {selected, *read, *needs.hidden, *places.values()}
+        states = {0: tokens} if 0 in wanted else {}
+        for number in range(self.depth_run(needs, read)):
+            tokens = self._run_block(number, tokens, selected, reducer)
+            if number + 1 in wanted:
+                states[number + 1] = tokens
+        result = self._features(states[selected], grid, reducer)
+        read_states = dict.fromkeys((*read, *needs.hidden))
+        result.hidden_states = {block: self._select(states[block].features) for block in read_states}
+        self.read_attention({number: states[number].features for number in places.values()}, needs, result)
+        if needs.cls and self.has_cls:
+            result.cls = states[selected].features[:, 0]
+        if needs.patch_embeds:
             if self.text_tower is None:
                 raise ValueError("the vision tower was built without CLIP's text tower; see add_text_tower")
-            result.patch_embeds = self.text_tower.embed_patches(result.features, encoder.post_layernorm)
+            result.patch_embeds = self.text_tower.embed_patches(result.features, self.vision_tower.post_layernorm)
         return result
+
+    def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[N, T, C], what enters the first block, for a picture that is resized to `grid` patches where it differs."""
+        encoder, patch = self.vision_tower, self.config.patch_size
+        if grid == self.grid:
+            hidden = encoder.embeddings(pixels)
+        else:
+            side = (grid[0] * patch, grid[1] * patch)
+            smaller = interpolate(pixels.float(), side, mode="bicubic", antialias=True, align_corners=False)
+            hidden = encoder.embeddings(smaller.to(pixels.dtype), interpolate_pos_encoding=True)
+        # CLIP has a norm here, spelt so; SigLIP has none.
+        return encoder.pre_layrnorm(hidden) if hasattr(encoder, "pre_layrnorm") else hidden
+
+    def _run_block(self, number: int, tokens: TowerTokens, selected: int, reducer: TowerReducer | None) -> TowerTokens:
+        block = self.vision_tower.encoder.layers[number]
+        if reducer is None:
+            return replace(tokens, features=block(tokens.features, None))
+        acts = number in reducer.blocks(self.depth, selected)
+        return run_block(block, tokens, reducer, number, selected, acts)
+
+    def _features(self, tokens: TowerTokens, grid: tuple[int, int], reducer: TowerReducer | None) -> VisionFeatures:
+        """The selected hidden state, with what a method in the tower says of its tokens."""
+        features = self._select(tokens.features)
+        if reducer is None or reducer.keeps_grid:
+            return VisionFeatures(features, grid=grid)
+        first = tokens.first
+        return VisionFeatures(
+            features,
+            mask=None if tokens.mask is None else tokens.mask[:, first:],
+            source=tokens.source[:, first:],
+            assignment=(tokens.assignment - first).clamp(min=-1),
+        )
 
     def _select(self, hidden: Tensor) -> Tensor:
         drop_cls = self.has_cls and self.select_feature == "patch"
         return hidden[:, 1:] if drop_cls else hidden
 
-    def project_attention(self, block: Any, hidden: Tensor, needs: frozenset[str], result: VisionFeatures) -> None:
-        """Keys and queries of one block for its input `hidden`, [N, 1 + P, C]; the CLS query alone where it will do."""
-        normed = block.layer_norm1(hidden)
-        result.num_heads = self.config.num_attention_heads
-        if "keys" in needs:
-            result.keys = block.self_attn.k_proj(normed)
-        if "queries" in needs:
-            result.queries = block.self_attn.q_proj(normed)
-        elif "cls_query" in needs:
-            result.queries = block.self_attn.q_proj(normed[:, :1])
+    def read_attention(self, hidden: Mapping[int, Tensor], needs: Needs, result: VisionFeatures) -> None:
+        """Fill in attention, keys and queries.
+
+        Args:
+            hidden: by number of a block, what enters it, [N, 1 + P, C].
+            needs: what is read.
+            result: where it goes.
+        """
+        result.num_heads = self.config.num_attention_heads if needs.places else result.num_heads
+        projected: dict[tuple[int, str, bool], Tensor] = {}
+
+        def project(place: Place, name: str, cls_only: bool = False) -> Tensor:
+            number = self.block_number(place)
+            if (number, name, cls_only) not in projected:
+                block, states = self.vision_tower.encoder.layers[number], hidden[number]
+                normed = block.layer_norm1(states[:, :1] if cls_only else states)
+                projected[number, name, cls_only] = getattr(block.self_attn, f"{name}_proj")(normed)
+            return projected[number, name, cls_only]
+
+        if needs.keys is not None:
+            result.keys = project(needs.keys, "k")
+        if needs.queries is not None:
+            result.queries = project(needs.queries, "q")
+        elif needs.cls_query is not None:
+            result.queries = project(needs.cls_query, "q", cls_only=True)
+        first = int(self.has_cls)
+        result.attention = {
+            place: mean_attention(project(place, "q", self.has_cls), project(place, "k"), result.num_heads)[..., first:]
+            for place in needs.attention
+        }

@@ -22,12 +22,24 @@ class FastV(DecoderReducer):
     """
 
     layer: Count = 2  # K: drop after this many layers
-    ratio: Share = 0.5  # R: the fraction of the image tokens that is dropped
+    ratio: Share | None = None  # R: the fraction of the image tokens that is dropped; 0.5 by default
+    tokens: Count | None = None  # that stay of an image, in place of the ratio
     renumbers = False
 
+    def validate(self) -> None:
+        super().validate()
+        if self.tokens is not None and self.ratio is not None:
+            raise self.mistake("tokens and ratio both say how many tokens stay; leave one out")
+
     def drops(self, num_layers: int) -> list[Drop]:
-        keep = round(1 - self.ratio, 12)  # 1 - 0.9 is 0.09999999999999998, and a token less
+        # 1 - 0.9 is 0.09999999999999998, and a token less
+        keep = self.tokens or round(1 - (0.5 if self.ratio is None else self.ratio), 12)
         return check_drops(self.method, [Drop(self.layer, keep, ranked_by=self.layer - 1)], num_layers)
+
+    def kept(self, drop: Drop, entered: Tensor, present: Tensor) -> Tensor:
+        if self.tokens is not None:
+            return super().kept(drop, entered, present)
+        return (entered.double() * drop.keep).round().long()
 
     def score(self, given: LayerInput) -> Tensor:
         return attention_from_queries(given)

@@ -5,6 +5,9 @@ Paper: PyramidDrop, https://arxiv.org/abs/2410.17247, section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from llava.reduction.base import DecoderReducer, Drop, LayerInput
@@ -25,6 +28,13 @@ class PyramidDrop(DecoderReducer):
     ratios: list[Share] | None = None  # what is left then of the tokens that entered, e.g. [0.5, 0.25, 0.125]
     lambda_: Fraction | None = None  # what each drop leaves of the tokens before it; 0.5 by default
     stages: Count | None = None  # of equal depth; 4 by default
+
+    budget_conflicts = ("layers", "ratios")
+
+    @classmethod
+    def budget_choices(cls, entering: int) -> Sequence[Mapping[str, Any]]:
+        """What each drop leaves, in thousandths."""
+        return [{"lambda": part / 1000} for part in range(1, 1001)]
 
     def validate(self) -> None:
         super().validate()

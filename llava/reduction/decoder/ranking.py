@@ -29,28 +29,66 @@ def check_drops(method: str, drops: list[Drop], num_layers: int) -> list[Drop]:
 def attention_from_queries(given: LayerInput) -> Tensor:
     """Attention that each token receives from the query tokens, averaged over heads and queries.
 
-    Only the rows of the queries are computed, as the layer itself would: its normalisation, projections and rotary
-    embedding, a softmax in float32 over the real tokens up to the query. Nothing is learnt through it.
-
     Returns:
         [B, L] float32; 0 for rows without a query.
     """
+    return mean_over_queries(attention_rows(given).mean(dim=1), given)
+
+
+def mean_over_queries(rows: Tensor, given: LayerInput) -> Tensor:
+    """[B, Q, L] as its mean over the real queries, [B, L]; 0 for rows without a query."""
+    asked = given.query_mask.unsqueeze(-1)
+    return (rows * asked).sum(dim=1) / asked.sum(dim=1).clamp(min=1)
+
+
+def attention_rows(given: LayerInput) -> Tensor:
+    """Attention of the query tokens, head by head, [B, H, Q, L] float32.
+
+    Only the rows of the queries are computed, as the layer itself would: its normalisation, projections and rotary
+    embedding, a softmax in float32 over the real tokens up to the query. Nothing is learnt through it.
+    """
     with torch.no_grad():
-        attention: Any = given.layer.self_attn
-        normed: Any = given.layer.input_layernorm(given.hidden.detach())  # type: ignore[operator]
-        cos, sin = (table.expand(len(normed), -1, -1) for table in given.position_embeddings)
-        keys = _project(attention, "k", normed, cos, sin)
-        queries = _project(attention, "q", *(_take(t, given.queries) for t in (normed, cos, sin)))
+        normed, cos, sin = _normed(given)
+        keys = _project(given.layer.self_attn, "k", normed, cos, sin)
+        queries = _project(given.layer.self_attn, "q", *(_take(t, given.queries) for t in (normed, cos, sin)))
 
         b, h, q, d = queries.shape
         grouped = queries.reshape(b, keys.shape[1], -1, d)  # the heads of a group lie side by side: [B, K, H/K * Q, d]
-        logits = precise_product(grouped, keys.transpose(-1, -2)).view(b, h, q, -1) * attention.scaling
+        scaling: Any = given.layer.self_attn.scaling  # type: ignore[union-attr]
+        logits = precise_product(grouped, keys.transpose(-1, -2)).view(b, h, q, -1) * scaling
         columns = torch.arange(logits.shape[-1], device=logits.device)
         visible = given.mask.unsqueeze(1) & (columns <= given.queries.unsqueeze(-1))  # [B, Q, L]
         lowest = torch.finfo(logits.dtype).min
-        weights = logits.masked_fill(~visible.unsqueeze(1), lowest).softmax(dim=-1).mean(dim=1)
-        asked = given.query_mask.unsqueeze(-1)
-        return (weights * asked).sum(dim=1) / asked.sum(dim=1).clamp(min=1)
+        return logits.masked_fill(~visible.unsqueeze(1), lowest).softmax(dim=-1)
+
+
+def rotated_keys(given: LayerInput) -> Tensor:
+    """Keys of the layer with their rotary embedding, [B, K, L, d]. Nothing is learnt through it."""
+    with torch.no_grad():
+        return _project(given.layer.self_attn, "k", *_normed(given))
+
+
+def pool_columns(given: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens of each pool are, V the most of a pool.
+
+    Returns:
+        The row of each pool [P]; columns [P, V], 0 at padding; and [P, V] bool, what is no padding.
+    """
+    flat, device = given.pool.flatten(), given.pool.device
+    starts = flat.numel() - int(given.present.sum()) + given.present.cumsum(0) - given.present
+    slots = torch.arange(int(given.present.max()) if len(given.present) else 0)
+    is_real = (slots < given.present.unsqueeze(1)).to(device)
+    index = (starts.unsqueeze(1) + slots).clamp(max=flat.numel() - 1).to(device)
+    tokens = flat.argsort(stable=True)[index]  # -1 comes first, then pool after pool
+    row = tokens[:, 0] // given.pool.shape[1]
+    return row, (tokens % given.pool.shape[1]).masked_fill(~is_real, 0), is_real
+
+
+def _normed(given: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's input after its norm, [B, L, D], with cosine and sine of each token."""
+    normed: Any = given.layer.input_layernorm(given.hidden.detach())  # type: ignore[operator]
+    cos, sin = (table.expand(len(normed), -1, -1) for table in given.position_embeddings)
+    return normed, cos, sin
 
 
 def _take(values: Tensor, columns: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.base import Needs, VisionFeatures, VisualTokens
 from llava.reduction.options import Variant, Within
 from llava.reduction.registry import register
 from llava.reduction.selection import (
     BudgetedReducer,
+    mean_attention,
     nearest_neighbours,
     on_host,
-    precise_product,
     take_in_raster_order,
 )
 
@@ -72,8 +72,8 @@ class PruMerge(BudgetedReducer):
     attention: Literal["cls", "received"] = "cls"  # what CLS pays a patch, or the mean of what all pay it
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"keys", "cls_query" if self.attention == "cls" else "queries"})
+    def needs(self) -> Needs:
+        return Needs(keys="last", cls_query="last") if self.attention == "cls" else Needs(keys="last", queries="last")
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C], with a token more where one is appended; its `source` is -1."""
@@ -115,7 +115,7 @@ def cls_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tensor]:
             f"prumerge ranks patches by the attention of CLS, and this vision tower has none: keys of shape "
             f"{tuple(keys.shape)} for {p} patches. Use a CLIP tower, or the option attention=received"
         )
-    return _mean_attention(queries[:, :1], keys, heads)[:, 1:], keys[:, 1:]
+    return mean_attention(queries[:, :1], keys, heads).mean(dim=1)[:, 1:], keys[:, 1:]
 
 
 def received_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tensor]:
@@ -128,24 +128,13 @@ def received_attention(vision: VisionFeatures, heads: int) -> tuple[Tensor, Tens
     if queries.shape != keys.shape:
         raise ValueError(f"attention=received needs all queries: {tuple(queries.shape)} for keys {tuple(keys.shape)}")
     first = keys.shape[1] - vision.features.shape[1]  # 1 where there is a CLS
-    return _mean_attention(queries, keys, heads)[:, first:], keys[:, first:]
+    return mean_attention(queries, keys, heads).mean(dim=1)[:, first:], keys[:, first:]
 
 
 def _projections(vision: VisionFeatures) -> tuple[Tensor, Tensor]:
     if vision.keys is None or vision.queries is None:
         raise ValueError("prumerge reads keys and queries of the tower's last block; pass keys= and queries=")
     return vision.queries, vision.keys
-
-
-def _mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """Softmax attention [N, S] float32 of queries [N, Q, C] to keys [N, S, C], the mean over queries and heads."""
-    width = keys.shape[2] // heads
-    total = torch.zeros((), device=keys.device)
-    for head in range(heads):  # one map at a time, for what all heads take in memory
-        part = slice(head * width, (head + 1) * width)
-        logits = precise_product(queries[:, :, part], keys[:, :, part].transpose(1, 2)) * width**-0.5
-        total = total + logits.softmax(dim=2, dtype=torch.float32).mean(dim=1)
-    return total / heads
 
 
 def merge_release(

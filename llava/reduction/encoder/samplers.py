@@ -66,6 +66,8 @@ class Spatial(Sampler):
     own proportions.
     """
 
+    budget_conflicts = ("ratio", "rows", "columns")
+
     rows: Count | None = None  # of the grid, to keep
     columns: Count | None = None  # patches to keep of each of them
 

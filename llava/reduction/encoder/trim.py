@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.base import Needs, VisionFeatures, VisualTokens
 from llava.reduction.options import Variant
 from llava.reduction.registry import register
 from llava.reduction.selection import BudgetedReducer, on_host, precise_product, take_in_raster_order
@@ -34,8 +34,8 @@ class Trim(BudgetedReducer):
     text: Literal["question", "conversation"] = "question"  # what the patches are compared with
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"patch_embeds", "text"})
+    def needs(self) -> Needs:
+        return Needs(patch_embeds=True, text="pooled")
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C]; the last token of an image is the mean of the rest, its `source` -1."""

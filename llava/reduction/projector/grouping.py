@@ -6,6 +6,10 @@ language-model width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +20,14 @@ from llava.reduction.options import Count
 class GroupingReducer(ProjectorReducer):
     """Fuses the hidden states it reads, groups neighbours and projects each group. A method overrides `group`."""
 
+    is_trained = True
     kernel: Count = 2  # side k of the square of patches that becomes one cell
+
+    @classmethod
+    def budget_choices(cls, entering: int) -> Sequence[Mapping[str, Any]]:
+        """Sides that divide a square grid, the largest first."""
+        side = math.isqrt(entering)
+        return [{"kernel": k} for k in range(side, 0, -1) if side**2 == entering and side % k == 0]
 
     def reduced_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(h, w) patches as (h / k, w / k) cells."""

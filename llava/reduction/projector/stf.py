@@ -50,6 +50,9 @@ class Stf(GroupingReducer):
         if isinstance(self.mbtf, list | tuple) and (not self.mbtf or len(set(self.mbtf)) < len(self.mbtf)):
             raise self.mistake(f"mbtf={self.mbtf!r} must be a list of different blocks such as [23, 12, 3]")
 
+    def token_count(self, grid: tuple[int, int]) -> int:
+        return super().token_count(grid) * (self.tokens_out if self.kernel > 1 else 1)
+
     @property
     def num_blocks(self) -> int:
         """M, the number of blocks to fuse; 0 without MBTF."""

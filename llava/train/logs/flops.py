@@ -12,9 +12,8 @@ import torch
 
 from llava.cost.devices import peak_flops
 from llava.cost.formulas import OPERATIONS, step_macs
-from llava.cost.question import depth_run
 from llava.cost.sizes import Sizes
-from llava.cost.tokens import projector_passes
+from llava.cost.tokens import projector_passes, tower_lengths
 from llava.cost.training import layer_step_macs, projector_step_macs, tower_step_macs
 from llava.model.language_model.batch_counts import Totals
 
@@ -29,20 +28,22 @@ class FlopsModel:
     def __init__(self, model: Any) -> None:
         inner = model.get_model()
         self.sizes = Sizes.of(model)
-        self.tile = tower_step_macs(self.sizes, depth_run(model, inner.reducers()), tiles=1)
+        self.tile = tower_step_macs(self.sizes, tower_lengths(model, inner.reducers()), tiles=1)
         learns = any(p.requires_grad for p in inner.mm_projector.parameters())
         tower_learns = any(p.requires_grad for p in inner.get_vision_tower().parameters())
-        tokens, passes = projector_passes(model, inner.projector_reducer)
+        tokens, passes = projector_passes(model, inner.reducers())
         self.image_token = projector_step_macs(passes, learns, after=tower_learns) / tokens
-        reducer, layers = inner.decoder_reducer, len(self.sizes.layers)
-        self.kept = [1.0] * layers if reducer is None else reducer.kept_fractions(layers)
+        self._decoder_reducer = inner.decoder_reducer
 
     def of(self, totals: Totals) -> float:
         """FLOPs of the training steps that `totals` sums up."""
         text = totals.tokens - totals.image_tokens
         macs = totals.image_tokens * self.image_token + totals.tiles * self.tile
-        for layer, kept in enumerate(self.kept):
-            tokens = text + totals.image_tokens * kept
+        entered = max(1, round(totals.image_tokens / max(totals.images, 1)))
+        layers, reducer = len(self.sizes.layers), self._decoder_reducer
+        counts = [entered] * layers if reducer is None else reducer.layer_counts(layers, entered)
+        for layer, count in enumerate(counts):
+            tokens = text + totals.image_tokens * count / entered
             squares = totals.squares * (tokens / max(totals.tokens, 1)) ** 2
             macs += layer_step_macs(self.sizes, layer, tokens, squares)
         return OPERATIONS * (macs + totals.answer_tokens * step_macs(self.sizes.head, passes_back=True))

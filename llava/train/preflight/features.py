@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from llava.train.feature_key import check_cache_fits, check_fixed, inner_model, 
 from llava.train.pictures import Pictures, list_pictures
 from llava.train.preflight.findings import NOTE, Report
 from llava.train.preflight.memory import GIB
-from llava.train.preflight.models import is_adaptive, random_features
+from llava.train.preflight.models import is_adaptive, stand_in
 from llava.train.preflight.samples import FEATURES, check_images_exist
 from llava.train.settings.parsing import Arguments
 
@@ -72,10 +73,10 @@ def state_disk(arguments: Arguments, model: Any, dataset: LazySupervisedDataset)
 def tile_bytes(arguments: Arguments, model: Any) -> float:
     """Bytes of the features of one tile; of an adaptive method, of all its patches."""
     inner = inner_model(model)
-    tower, reducer = inner.get_vision_tower(), inner.encoder_reducer
+    tower, reducers = inner.get_vision_tower(), inner.reducers()
     tokens = tower.num_patches
-    if reducer is not None and not is_adaptive(reducer):
-        tokens = reducer(random_features(tower)).features.shape[1]
+    if not is_adaptive(reducers.encoder):
+        tokens = stand_in(tower).reduced(replace(reducers, projector=None)).features.shape[1]
     blocks = len(set(tower.blocks_read(inner.projector_reducer)))
     dtype: torch.dtype = getattr(torch, arguments.data.feature_cache_dtype)
     return float(tokens * blocks * tower.hidden_size * dtype.itemsize)

@@ -21,9 +21,10 @@ from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.families import llava_class_for
 from llava.model.projector_method import add_projector_method
 from llava.model.weights import WEIGHT_FILES, checkpoint_heads, raise_for_keys
-from llava.reduction.base import VisionFeatures, VisualTokens
+from llava.reduction.base import VisualTokens
 from llava.reduction.config import ReductionConfig
 from llava.reduction.selection import BudgetedReducer
+from llava.reduction.stand_in import StandIn, TowerShape
 from llava.train.checkpoints.saving import part_of
 from llava.train.modeling import add_lora, select_trainable
 from llava.train.preflight.findings import NOTE, WARNING, Report
@@ -180,16 +181,14 @@ class VisualCount:
         self.count = lru_cache(maxsize=4096)(self._count)
 
     def _tokens_of_a_tile(self) -> VisualTokens:
-        reducer = self._inner.encoder_reducer
-        if reducer is None:
+        reducers = self._inner.reducers()
+        if reducers.encoder is None and (reducers.tower is None or reducers.projector is not None):
             pixels = torch.empty(1, 3, self._tower.image_size, self._tower.image_size, device="meta")
             with torch.no_grad():
                 tokens = cast(VisualTokens, self._inner.encode_tiles(pixels)[1])
             return without_meta(tokens, getattr(tokens, "grid", None) or self._tower.grid)
-        if self.is_adaptive:
-            reducer(random_features(self._tower))  # raises where it does not work with this tower
-            return VisualTokens(torch.empty(1, self._tower.num_patches, 0))
-        return cast(VisualTokens, reducer(random_features(self._tower)))
+        tokens = stand_in(self._tower).reduced(reducers)  # raises where they do not work with this tower
+        return VisualTokens(torch.empty(1, self._tower.num_patches, 0)) if self.is_adaptive else tokens
 
     def _count(self, size: tuple[int, int]) -> int:
         tiles = 1
@@ -225,26 +224,11 @@ def is_adaptive(reducer: nn.Module | None) -> bool:
     return isinstance(reducer, BudgetedReducer) and reducer.is_adaptive
 
 
-def random_features(tower: Any) -> VisionFeatures:
+def stand_in(tower: Any) -> StandIn:
     """Features of one tile as the tower gives them, for methods to be tried on."""
-    patches, width = tower.num_patches, tower.hidden_size
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
     text = tower.text_tower
     shared = text.config.projection_dim if text is not None else 1
-    rows = patches + int(tower.has_cls)
-    return VisionFeatures(
-        draw(1, patches, width),
-        grid=tower.grid,
-        keys=draw(1, rows, width),
-        queries=draw(1, rows, width),
-        num_heads=tower.config.num_attention_heads,
-        patch_embeds=draw(1, patches, shared),
-        text=draw(1, shared),
-    )
+    return StandIn(TowerShape.of(tower), 1, tower.hidden_size, tower.config.num_attention_heads, shared)
 
 
 def check_model(arguments: Arguments, config: Any, report: Report) -> tuple[Any, VisualCount | None]:

@@ -1,0 +1,94 @@
+"""One budget for all methods: what a layer of the language model really processes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from llava.reduction import ReductionConfig, available
+from llava.reduction.budget import TOLERANCE, ModelShape
+from llava.reduction.registry import method_class
+from tests.tiny_models import SIDE, prompt, tiny_model
+
+LAYERS = 6
+OPTIONS: dict[str, dict[str, Any]] = {"stf": {"mbtf": 2}}  # that the small tower needs
+METHODS = [name for names in available().values() for name in names]
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT |= {"projection_dim": 24, "vocab_size": 99}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    settings = {
+        "num_hidden_layers": LAYERS,
+        "mm_vision_config": tiny_model().config.mm_vision_config | {"image_size": 112},
+    }
+    return tiny_model(**settings, mm_text_config=TEXT, reduction="trim")
+
+
+@pytest.mark.parametrize("budget", [5, 16, 33.5, 64])
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_a_layer_processes_the_budget(model: Any, name: str, budget: float) -> None:
+    """By the lengths of the cache after a prefill, or the method says that it can't."""
+    model.set_reduction("none")
+    try:
+        method = {"name": name, "budget": budget, **OPTIONS.get(name, {})}
+        model.set_reduction(method)
+    except ValueError as error:
+        assert "can't be met; the nearest is" in str(error) or "can't be told" in str(error)
+        return
+    inner, ids = model.get_model(), prompt(3, "image", 6).unsqueeze(0)
+    inner._embed_texts = lambda phrases, kind: (torch.randn(len(phrases), 24), None)
+    pixels = torch.randn(1, 3, 2 * SIDE, 2 * SIDE)
+    cache = model(input_ids=ids, images=pixels, texts=["red"], use_cache=True).past_key_values
+    del inner._embed_texts
+    seen = [layer.get_seq_length() - (ids.shape[1] - 1) for layer in cache.layers]
+    assert sum(seen) / LAYERS == pytest.approx(budget, rel=TOLERANCE)
+    assert [*model.config.reduction.values()] == [method]
+
+
+def test_every_method_says_what_it_chooses_from() -> None:
+    """The fewest tokens first, so that the nearest is found."""
+    for name in METHODS:
+        choices, shape = method_class(name).budget_choices(576), ModelShape()
+        site = next(site for site, names in available().items() if name in names)
+        some = [choices[i * (len(choices) - 1) // 7] for i in range(8)] if choices else []
+        means = [
+            shape.mean_tokens(ReductionConfig.parse({site: {"name": name, **choice}}).build_all(shape))
+            for choice in some
+        ]
+        assert means == sorted(means), name
+
+
+def test_sites_together(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    both = {"encoder": {"name": "visionzip", "tokens": 96}, "decoder": {"name": "fastv", "budget": 64}}
+    reducers = ReductionConfig.parse(both).build_all(ModelShape())
+    assert reducers.decoder.tokens == 62  # (2 * 96 + 30 * 62) / 32
+    assert "budget=64: fastv with tokens=62, 64.12 visual tokens a layer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "visionzip", "budget": 64, "tokens": 9}, "budget and tokens both say"),
+        ({"name": "visionzip", "budget": 64, "dominant": 9}, "budget and dominant both say"),
+        ({"name": "fastv", "budget": 64, "ratio": 0.5}, "budget and ratio both say"),
+        ({"name": "prumerge", "budget": "many"}, "budget='many' must be a number above 0"),
+        ({"name": "prumerge", "budget": 0}, "budget=0 must be a number above 0"),
+    ],
+)
+def test_what_a_budget_excludes(method: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReductionConfig.parse(method)
+
+
+def test_a_budget_that_cannot_be_met() -> None:
+    with pytest.raises(ValueError, match=r"budget=128 .* can't be met; the nearest is 144, with kernel=2"):
+        ReductionConfig.parse({"name": "avgpool", "budget": 128}).build_all(ModelShape())
+    with pytest.raises(ValueError, match="no model with a vision tower here"):
+        ReductionConfig.parse({"name": "prumerge", "budget": 128}).build_all()

@@ -1,0 +1,312 @@
+"""Inputs and outputs of released code of the field's methods, and of plain references where it may not be run.
+
+A family of cases is a row of `ROWS`: the method, its options by a case's JSON, and what is compared. Cases on the
+encoder's side start from the stored output of the vision tower (`tower_i`); those that stand against noise also from
+pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llava.model.language_model.staged import StagedPass
+from llava.reduction import VisionFeatures, available, build
+from llava.reduction.tower.tokens import TowerTokens
+from tests.conftest import GOLDEN
+from tests.test_golden import check_answer, open_checkpoint, pixels
+
+CASES = GOLDEN.parent / "golden-more" / "cases"
+TOKENS = {"atol": 1e-4, "rtol": 0}
+IMAGES = 3
+Case = dict[str, Tensor]
+About = dict[str, Any]
+
+
+def read_more(name: str) -> tuple[Case, About]:
+    """Tensors and JSON of a case."""
+    return load_file(CASES / f"{name}.safetensors"), json.loads((CASES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def seam(*images: int, **more: Tensor) -> VisionFeatures:
+    """What the tower hands on for some images, all that a method may need of the selected block."""
+    cases = [read_more(f"tower_{i}")[0] for i in images]
+    every = {name: torch.cat([case[name] for case in cases]) for name in cases[0]}
+    hidden = every["hidden_states"]
+    return VisionFeatures(
+        hidden[:, 1:],
+        grid=(24, 24),
+        keys=every["keys"],
+        num_heads=every["cls_attention"].shape[1],
+        attention={"selected": every["cls_attention"][..., 1:]},
+        cls=hidden[:, 0],
+        patch_embeds=every["image_embeds"],
+        projected=every["projected"],
+        **more,
+    )
+
+
+@contextlib.contextmanager
+def tower_gives(model: Any, vision: VisionFeatures) -> Iterator[None]:
+    """Put stored features in the place of the vision tower's."""
+    with mock.patch.object(model.get_vision_tower(), "forward", lambda *_, **__: vision):
+        yield
+
+
+def images_of(about: About) -> list[int]:
+    return about["images"] if "images" in about else [about["image"]]
+
+
+def stands(about: About) -> bool:
+    """Whether the case also holds from pixels, on another machine."""
+    said = about["stands"]
+    return said["pixels_float64"] and said["pixels_moved_1e-6"] == "3/3"
+
+
+@dataclass
+class Row:
+    """A family of cases.
+
+    Attributes:
+        method: its registered name.
+        options: of a case, from its JSON.
+        check: compares; called with this row, the case's name and the golden folder.
+        beside: `text` and the like of a case for `VisionFeatures`, which no tower makes.
+    """
+
+    method: str
+    options: Callable[[About], dict[str, Any]]
+    check: Callable[[Row, str, Path], None]
+    beside: Callable[[Any, Case, About], dict[str, Tensor]] = lambda *_: {}
+
+    def reduction(self, about: About) -> dict[str, Any]:
+        return {"name": self.method, **self.options(about)}
+
+
+# What is compared -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_after_the_tower(row: Row, name: str, golden: Path) -> None:
+    """Kept patches and tokens from the seam; the answer from the seam, and from pixels where the case stands."""
+    case, about = read_more(name)
+    images = images_of(about)
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction(row.reduction(about))
+    vision = seam(*images, **row.beside(model, case, about))
+    tokens = build(**row.reduction(about))(vision)
+    assert tokens.mask is None or tokens.mask.all()
+    if "kept" in case:
+        patches = [[p for p in kept if p >= 0] for kept in tokens.source.tolist()]
+        assert patches == [[p for p in kept if p >= 0] for kept in case["kept"].tolist()]
+    if "output" in case:
+        features = tokens.features
+        if features.shape[-1] != case["output"].shape[-1]:
+            features = model.get_model().mm_projector(features)
+        torch.testing.assert_close(features, case["output"], **TOKENS)
+    if "input_ids" not in case:
+        return
+    inputs: dict[str, Any] = {"images": pixels(golden, "pixels_pad")[images]}
+    if "image_size" in about:
+        inputs["image_sizes"] = [about["image_size"]]
+    with tower_gives(model, vision):
+        check_answer(model, case, **inputs)
+    if stands(about):
+        check_answer(model, case, **inputs)
+
+
+@torch.no_grad()
+def check_in_the_tower(row: Row, name: str, golden: Path) -> None:
+    """Tokens and their patches from pixels in float64, and the answer where the case stands."""
+    case, about = read_more(name)
+    images = pixels(golden, "pixels_pad")[images_of(about)]
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction(row.reduction(about))
+    inner = model.get_model()
+    with in_float64(model.get_vision_tower()):
+        tokens = inner.read_tiles(images, None, inner.reducers())
+    assert tokens.features.shape == case["output"].shape
+    if about["stands"]["pixels_float64"]:
+        atol = 1e-3 * float(case["output"].abs().max())
+        torch.testing.assert_close(tokens.features.float(), case["output"], atol=atol, rtol=0)
+        if "source" in case:
+            assert tokens.assignment.tolist() == case["source"].tolist()
+    if "input_ids" in case and stands(about):
+        check_answer(model, case, images=images)
+
+
+@torch.no_grad()
+def check_in_the_decoder(row: Row, name: str, golden: Path) -> None:
+    """Kept patches of the last drop, and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction(row.reduction(about))
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    with norm_weight(model, case.get("norm_weight")):
+        if "kept" in case:
+            spliced = model.splice_images(case["input_ids"], images=images)
+            staged = StagedPass(spliced.image_index, reducer=model.get_model().decoder_reducer)
+            model.get_model()(inputs_embeds=spliced.inputs_embeds, staged=staged)
+            patches = staged.kept[0] - about["image_start"]
+            assert patches[(patches >= 0) & (patches < 576)].tolist() == case["kept"].tolist()
+        logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about.get("final_length", logits.shape[1])
+
+
+def check_tome_step(row: Row, name: str, golden: Path) -> None:
+    """One merge on random inputs."""
+    from llava.reduction.tower.tome import merge_pairs
+
+    case, _ = read_more(name)
+    for key in case:
+        if key.startswith("source_"):
+            _, n, pairs = key.split("_")
+            how = merge_pairs(case[f"metric_{n}"].float(), int(pairs), first=1)
+            tokens = TowerTokens.of(case[f"x_{n}"].float(), first=1)
+            torch.testing.assert_close(tokens.regrouped(how).features, case[f"output_{n}_{pairs}"], **TOKENS)
+            assert how.into.tolist() == case[key].tolist()
+            tokens.sizes = case[f"size_{n}"].float().squeeze(-1)
+            sized = tokens.regrouped(how)
+            torch.testing.assert_close(sized.features, case[f"output_sized_{n}_{pairs}"], **TOKENS)
+            torch.testing.assert_close(sized.sizes, case[f"size_after_{n}_{pairs}"].squeeze(-1), **TOKENS)
+
+
+def unwritten(row: Row, name: str, golden: Path) -> None:
+    """In place of a check that the method's author writes."""
+    raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
+
+
+@contextlib.contextmanager
+def in_float64(tower: Any) -> Iterator[None]:
+    """Run the tower in float64, where near ties fall as they do exactly."""
+    tower.double()
+    yield
+    tower.float()
+
+
+@contextlib.contextmanager
+def norm_weight(model: Any, weight: Tensor | None) -> Iterator[None]:
+    """Put another weight into the language model's last norm."""
+    norm = model.get_model().norm
+    own = norm.weight.data
+    norm.weight.data = own if weight is None else weight
+    yield
+    norm.weight.data = own
+
+
+# The table --------------------------------------------------------------------------------------------------------
+
+ROWS: dict[str, Row] = {
+    "visionzip": Row(
+        "visionzip", lambda about: {key: about[key] for key in ("dominant", "contextual")}, check_after_the_tower
+    ),
+    "divprune": Row("divprune", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
+    "tome_paper": Row("tome", lambda about: {"per_block": about["r_per_block"]}, check_in_the_tower),
+    "tome_lightcompress": Row(
+        "tome",
+        lambda about: {"per_block": about.get("r_per_block", about["r"]), "variant": "lightcompress"},
+        check_in_the_tower,
+    ),
+    "tome_step": Row("tome", lambda _: {}, check_tome_step),
+    "dart": Row(
+        "dart",
+        lambda about: {
+            "layer": about["layer"],
+            "image_pivots": about["pivot_image_token"],
+            "text_pivots": about["pivot_text_token"],
+            **(
+                {"tokens": about["max_num_trunction"]}
+                if about["max_num_trunction"]
+                else {"ratio": about["reduction_ratio"]}
+            ),
+        },
+        check_in_the_decoder,
+    ),
+    "fastervlm": Row("fastervlm", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
+    "vispruner": Row(
+        "vispruner", lambda about: {key: about[key] for key in ("tokens", "important_ratio")}, check_after_the_tower
+    ),
+    "vispruner_random": Row("vispruner", lambda _: {}, unwritten),
+    "holov": Row("holov", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
+    "holov_random": Row("holov", lambda _: {}, unwritten),
+    "cdpruner": Row(
+        "cdpruner",
+        lambda about: {"tokens": about["tokens"]},
+        check_after_the_tower,
+        lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
+    ),
+    "cdpruner_wide": Row("cdpruner", lambda _: {}, unwritten),
+    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
+    "evit": Row("evit", lambda _: {}, unwritten),
+    "ats": Row("ats", lambda _: {}, unwritten),
+    "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
+    "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
+    "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),
+    "sparsevlm": Row(
+        "sparsevlm",
+        lambda about: {
+            "version": about["version"],
+            "layers": about["layers"],
+            "keep": about["keep"],
+            **({"heads": about["heads"]} if "heads" in about else {}),
+        },
+        check_in_the_decoder,
+    ),
+    "fastv": Row("fastv", lambda about: {"layer": about["layer"], "ratio": about["rate"]}, check_in_the_decoder),
+    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, unwritten),
+}
+INPUTS = ("tower_", "tokenpacker_weights", "mqt_weights")  # read by other cases
+
+
+def row_of(name: str) -> Row:
+    """The row whose key the case's name begins with; the longest one."""
+    return ROWS[max((key for key in ROWS if name.startswith(key)), key=len)]
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in CASES.glob("*.json") if not file.stem.startswith(INPUTS))
+
+
+_OPENED: list[Any] = []
+
+
+def opened(golden: Path) -> Any:
+    """The checkpoint of all cases, with eager attention as theirs."""
+    if not _OPENED:
+        _OPENED.append(open_checkpoint(golden, "llava-v1.5-7b", attn_implementation="eager"))
+    return _OPENED[0]
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name.startswith("cdpruner") and name != "cdpruner_wide"])
+@torch.no_grad()
+def test_a_text_in_segments(name: str, golden: Path) -> None:
+    """CLIP's tokens of the question, uncut, and an embedding for each stretch."""
+    case, about = read_more(name)
+    model = opened(golden)
+    model.set_reduction("trim")
+    tower = model.get_vision_tower()
+    (embeds,) = tower.text_tower.embed_segments([about["text"]], tower.name)
+    torch.testing.assert_close(embeds, case["text_embeds"], **TOKENS)
+    assert tower.text_tower._tokenizer(about["text"]).input_ids == case["text_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("name", names())
+def test_case(name: str, golden: Path) -> None:
+    row = row_of(name)
+    if row.method not in {method for methods in available().values() for method in methods}:
+        pytest.skip(f"{row.method} is not registered yet")
+    row.check(row, name, golden)

@@ -1,0 +1,331 @@
+"""What a method after the tower needs of it, and methods inside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava.model.image_layout import padded_patches
+from llava.reduction import ReductionConfig, build
+from llava.reduction.base import EncoderReducer, Needs, TowerReducer, VisionFeatures, VisualTokens
+from llava.reduction.tower.tokens import BlockTokens, Regrouping, TowerTokens
+from tests.tiny_models import SIDE, prompt, tiny_model
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+PATCHES = 16
+
+
+def pixels(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+# Needs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "block"), [("selected", 2), ("last", 3), (0, 0), (-2, 2)])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@torch.no_grad()
+def test_attention_of_a_block(kind: str, place: Any, block: int) -> None:
+    """That of CLS, its own column left out; of all patches, the mean, where there is no CLS."""
+    model = tiny_model(tower=kind)
+    model.set_attn_implementation("eager")
+    tower = model.get_vision_tower()
+    expected = tower.vision_tower(pixels(), output_attentions=True).attentions[block]
+    expected = expected[:, :, 0, 1:] if kind == "clip" else expected.mean(dim=2)
+    needs = Needs(attention=(place,), keys=place, cls=True)
+    vision = tower(pixels(), needs)
+    torch.testing.assert_close(vision.attention[place], expected, **CLOSE)
+    hidden = tower.vision_tower(pixels(), output_hidden_states=True).hidden_states
+    layer = tower.vision_tower.encoder.layers[block]
+    torch.testing.assert_close(vision.keys, layer.self_attn.k_proj(layer.layer_norm1(hidden[block])), **CLOSE)
+    if kind == "clip":
+        torch.testing.assert_close(vision.cls, hidden[3][:, 0], **CLOSE)
+    else:
+        assert vision.cls is None
+
+
+@torch.no_grad()
+def test_two_blocks_at_once() -> None:
+    tower = tiny_model().get_vision_tower()
+    vision = tower(pixels(), Needs(attention=(0, "selected")))
+    for place in (0, "selected"):
+        alone = tower(pixels(), Needs(attention=(place,)))
+        torch.testing.assert_close(vision.attention[place], alone.attention[place], **CLOSE)
+
+
+@torch.no_grad()
+def test_hidden_states_of_blocks() -> None:
+    tower = tiny_model().get_vision_tower()
+    vision = tower(pixels(), Needs(hidden=(4, 0)))
+    expected = tower.vision_tower(pixels(), output_hidden_states=True).hidden_states
+    for block in (4, 0):
+        torch.testing.assert_close(vision.hidden_states[block], expected[block][:, 1:], **CLOSE)
+    torch.testing.assert_close(vision.features, expected[3][:, 1:], **CLOSE)
+    with pytest.raises(ValueError, match=r"hidden states after \[5\] blocks .* which has 4"):
+        tower(pixels(), Needs(hidden=(5,)))
+
+
+@torch.no_grad()
+def test_nothing_is_computed_that_is_not_declared() -> None:
+    tower, ran = tiny_model().get_vision_tower(), []
+    for number, layer in enumerate(tower.vision_tower.encoder.layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+        layer.self_attn.k_proj.register_forward_hook(lambda *_, number=number: ran.append(f"keys {number}"))
+    vision = tower(pixels())
+    assert ran == ["keys 0", 0, "keys 1", 1, "keys 2", 2]
+    assert (vision.keys, vision.queries, vision.cls, dict(vision.attention)) == (None, None, None, {})
+    ran.clear()
+    tower(pixels(), Needs(attention=("last",)))
+    assert ran == ["keys 0", 0, "keys 1", 1, "keys 2", 2, "keys 3"]
+    ran.clear()
+    tower(pixels(), Needs(keys=1))
+    assert ran == ["keys 0", 0, "keys 1", 1, "keys 2", 2, "keys 1"]
+
+
+@pytest.mark.parametrize("place", [4, -5])
+def test_a_block_that_the_tower_lacks(place: int) -> None:
+    with pytest.raises(ValueError, match=f"reads block {place} of the vision tower .* has the blocks 0 to 3"):
+        tiny_model().get_vision_tower()(pixels(), Needs(keys=place))
+
+
+def test_projected_tokens_are_not_projected_again() -> None:
+    model = tiny_model(mm_projector_type="linear", reduction={"name": "divprune", "tokens": 5})
+    inner = model.get_model()
+    tokens, counts = inner.encode_images(pixels())
+    every, _ = inner.encode_images(pixels(), reduction="none")
+    assert counts.tolist() == [5, 5]
+    expected = every.view(2, PATCHES, -1)
+    for i, own in enumerate(tokens.view(2, 5, -1)):
+        assert all((expected[i] - token).abs().sum(dim=1).min() < 1e-4 for token in own)
+    tokens.sum().backward()
+    assert inner.mm_projector.weight.grad.abs().sum() > 0
+
+
+class ReadsText(EncoderReducer):
+    """Keeps all patches, and what it was given."""
+
+    kind: str | None = "segments"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(text=self.kind, padding=True)
+
+    def phrases(self, question: str) -> list[str]:
+        return question.removesuffix(" please").split()
+
+    def forward(self, vision: VisionFeatures) -> VisualTokens:
+        self.seen = vision
+        return VisualTokens(vision.features)
+
+
+def test_words_are_embedded_without_context() -> None:
+    class Tokenizer:
+        bos_token_id = 1
+
+        def __call__(self, word: str, add_special_tokens: bool) -> Any:
+            assert not add_special_tokens
+            return type("Encoding", (), {"input_ids": [10 + len(word)] * len(word)})
+
+    model = tiny_model()
+    reducer = model.model.encoder_reducer = ReadsText(kind="words")
+    model.tokenizer = Tokenizer()
+    ids = torch.stack([prompt(2, "image", 3), prompt(3, "image", 2)])
+    model(input_ids=ids, images=pixels(), texts=["a bb please", "please"])
+    embed = model.get_input_embeddings()
+    assert reducer.seen.text_mask.tolist() == [[True] * 3 + [False] * 3, [True] * 6]
+    assert torch.equal(reducer.seen.text[0, :3], embed(torch.tensor([11, 12, 12])))
+    assert torch.equal(reducer.seen.text[1], embed(torch.tensor([16] * 6)))
+
+
+def test_patches_that_only_pad_are_told() -> None:
+    model = tiny_model()
+    reducer = model.model.encoder_reducer = ReadsText(kind=None)
+    sizes = [(100, 50), (10, 10)]
+    model(input_ids=torch.stack([prompt(2, "image")] * 2), images=pixels(), image_sizes=sizes)
+    assert reducer.seen.padding.view(2, 4, 4).any(dim=2).tolist() == [[True, False, False, True], [False] * 4]
+    assert padded_patches((640, 360), 336, (24, 24)).sum() == 240  # of a released case
+    assert padded_patches((300, 600), 336, (24, 24)).sum() == 288
+
+
+def test_cls_among_the_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'visionzip'.*cls_patch keeps CLS among the patches"):
+        tiny_model(mm_vision_select_feature="cls_patch", reduction="visionzip")
+
+
+# Inside the tower -------------------------------------------------------------------------------------------------
+
+
+class Halve(TowerReducer):
+    """Keep the patches with the largest values in block 1, and in `ragged` images different numbers."""
+
+    ragged: bool = False
+    fuse: bool = False
+
+    def blocks(self, depth: int, selected: int) -> list[int]:
+        return [1]
+
+    def regroup(self, given: BlockTokens) -> Regrouping:
+        tokens, first = given.tokens.features, given.tokens.first
+        n, t, _ = tokens.shape
+        score = tokens[:, first:].mean(dim=2)
+        patches = t - first
+        order = first + score.argsort(dim=1, descending=True)
+        counts = torch.full((n,), patches // 2)
+        if self.ragged:
+            counts = 2 + torch.round(tokens[:, first].abs().sum(dim=1)).long() % 5
+        cls = torch.zeros(n, first, dtype=torch.int64)
+        kept = torch.cat([cls, order[:, : int(counts.max())]], dim=1)
+        mask = torch.arange(kept.shape[1]) < first + counts.unsqueeze(1)
+        if not self.fuse:
+            return Regrouping(kept, mask=mask if self.ragged else None)
+        into = torch.full((n, t), kept.shape[1]).scatter(1, kept, torch.arange(kept.shape[1]).expand(n, -1))
+        return Regrouping(torch.cat([kept, torch.full((n, 1), -1)], dim=1), into)
+
+
+def inside(method: TowerReducer, **settings: Any) -> Any:
+    model = tiny_model(**settings)
+    model.model.tower_reducer = method
+    return model
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@torch.no_grad()
+def test_a_picture_does_not_depend_on_its_batch(kind: str, attention: str) -> None:
+    model = inside(Halve(ragged=True), tower=kind)
+    model.set_attn_implementation(attention)
+    inner = model.get_model()
+    tokens = inner.read_tiles(pixels(4), None, inner.reducers())
+    assert len(set(tokens.counts.tolist())) > 1
+    for i in range(4):
+        alone = inner.read_tiles(pixels(4)[i : i + 1], None, inner.reducers())
+        count = int(tokens.counts[i])
+        assert int(alone.counts) == count
+        torch.testing.assert_close(tokens.features[i, :count], alone.features[0, :count], **CLOSE)
+        assert tokens.features[i, count:].abs().sum() == 0
+        assert tokens.source[i, :count].tolist() == alone.source[0, :count].tolist()
+        own = [tokens.assignment[i].tolist().index(place) for place in range(count)]
+        assert own == tokens.source[i, :count].tolist()
+
+
+@torch.no_grad()
+def test_the_runner_is_the_block_where_nothing_happens() -> None:
+    """Also with the sizes of merged tokens, all of them one."""
+    inner = tiny_model().get_model()
+    expected = inner.read_tiles(pixels(), None, inner.reducers()).features
+    inner.tower_reducer = build("tome", per_block=0)
+    got = inner.read_tiles(pixels(), None, inner.reducers())
+    torch.testing.assert_close(got.features, expected, **CLOSE)
+    assert got.source.tolist() == got.assignment.tolist() == [list(range(PATCHES))] * 2
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@torch.no_grad()
+def test_what_becomes_of_tokens_by_a_plain_loop(fuse: bool) -> None:
+    """Two steps one after another: sizes, sources and where patches went."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, members = TowerTokens.of(torch.randn(1, 9, 4, generator=generator), first=1), [[i] for i in range(9)]
+    features = [tokens.features[0, i] for i in range(9)]
+    for _ in range(2):
+        given = BlockTokens(tokens, *[torch.empty(0)] * 3, None, 1.0, 0, 1)
+        how = Halve(fuse=fuse).regroup(given)
+        tokens = tokens.regrouped(how)
+        if how.into is None:
+            groups = [[old] for old in how.kept[0].tolist()]
+        else:
+            groups = [
+                [old for old, new in enumerate(how.into[0].tolist()) if new == m] for m in range(how.kept.shape[1])
+            ]
+        sizes = [len(part) for part in members]
+        features = [
+            sum(features[old] * sizes[old] for old in group) / sum(sizes[old] for old in group) for group in groups
+        ]
+        sources = [-1 if old < 0 else min(members[old]) for old in how.kept[0].tolist()]
+        members = [[patch for old in group for patch in members[old]] for group in groups]
+    torch.testing.assert_close(tokens.features[0], torch.stack(features), **CLOSE)
+    assert tokens.sizes[0].tolist() == [len(part) for part in members]
+    went = {patch: place for place, part in enumerate(members) for patch in part}
+    assert tokens.assignment[0].tolist() == [went.get(patch, -1) for patch in range(1, 9)]
+    if not fuse:
+        assert tokens.source[0].tolist() == [source - 1 for source in sources]
+
+
+def test_with_anyres_kept_patches_are_in_raster_order() -> None:
+    settings = {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"}
+    model = inside(Halve(), anyres=True, **settings)
+    picture = torch.randn(5, 3, SIDE, SIDE)
+    (count,) = model.count_visual_tokens([picture], image_sizes=[(112, 112)])
+    assert count[1] < count[0]
+    ids = prompt(2, "image", 3).unsqueeze(0)
+    logits = model(input_ids=ids, images=[picture], image_sizes=[(112, 112)]).logits
+    assert logits.shape[1] == ids.shape[1] - 1 + count[1]
+
+
+def test_a_method_after_the_tower_follows_or_is_refused() -> None:
+    model = inside(Halve())
+    model.model.encoder_reducer = build("prumerge", ratio=0.5)
+    inner = model.get_model()
+    tokens = inner.read_tiles(pixels(), None, inner.reducers())
+    assert tokens.counts.tolist() == [5, 5]
+    assert (tokens.source < PATCHES).all()
+    inner.tower_reducer = Halve(ragged=True)
+    with pytest.raises(ValueError, match="leaves a different number of tokens of each picture"):
+        inner.read_tiles(pixels(4), None, inner.reducers())
+    with pytest.raises(ValueError, match=r"'visionzip'.* reads block 2 .* 'tome' still takes tokens away"):
+        model.set_reduction({"tower": {"name": "tome", "per_block": 2}, "encoder": "visionzip"})
+    with pytest.raises(ValueError, match=r"tower's method 'tome' keeps patches here and there, .* on the whole grid"):
+        ReductionConfig.parse({"tower": {"name": "tome", "per_block": 2}, "projector": "avgpool"})
+
+
+class Smaller(TowerReducer):
+    """Run the tower on 2 x 2 patches."""
+
+    keeps_grid = True
+
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return 2, 2
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@torch.no_grad()
+def test_a_smaller_picture(kind: str) -> None:
+    """What follows sees a smaller grid: a projector that fuses neighbours, and the layout of tiles."""
+    model = inside(Smaller(), tower=kind)
+    inner, encoder = model.get_model(), model.get_vision_tower().vision_tower
+    tokens = inner.read_tiles(pixels(), None, inner.reducers())
+    small = torch.nn.functional.interpolate(pixels(), (28, 28), mode="bicubic", antialias=True)
+    hidden = encoder(small, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[3]
+    torch.testing.assert_close(tokens.features, hidden[:, -4:], **CLOSE)
+    assert tokens.grid == (2, 2)
+    inner.projector_reducer = build("avgpool", kernel=2)
+    assert inner.encode_images(pixels())[1].tolist() == [1, 1]
+    model = inside(Smaller(), tower=kind, anyres=True)
+    picture = [torch.randn(5, 3, SIDE, SIDE)]
+    assert model.count_visual_tokens(picture, image_sizes=[(112, 112)]) == [(16 + 64 + 8, 4 + 16 + 4)]
+
+
+def test_a_model_keeps_its_method_in_the_tower() -> None:
+    model = tiny_model()
+    model.set_reduction({"name": "tome", "tokens": 6})
+    assert model.config.reduction == {"tower": {"name": "tome", "tokens": 6}}
+    again = type(model)(model.config)
+    assert again.get_model().tower_reducer.tokens == 6
+    assert model.count_visual_tokens(pixels()) == [(16, 6), (16, 6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        ({"per_block": 2}, [2, 2, 2]),
+        ({"per_block": [4, -3]}, [4, 1, 0]),
+        ({"per_block": [1, 2, 0, 9]}, [1, 2, 0]),
+        ({"per_block": [3, 0, 0]}, [3, 0, 0]),
+        ({"tokens": 12}, [2, 1, 1]),
+        ({"tokens": 99}, [0, 0, 0]),
+    ],
+)
+def test_tome_schedules(options: dict[str, Any], pairs: list[int]) -> None:
+    assert build("tome", **options).schedule(PATCHES, 3) == pairs
