@@ -19,7 +19,8 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 class HostBatch:
     """The ids of a batch as the host has them: lengths and places follow from them without a copy from the device.
 
-    The collator hands one on with the batch; whoever changes the batch after that leaves it out.
+    The collator hands one on with the batch; whoever changes the batch after that leaves it out:
+    on a GPU only its shapes are compared with the batch's, because to compare values is to wait for the device.
 
     Attributes:
         input_ids: [B, S] int64.

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from llava import cli
 from llava.cost.bench.causes import Causes, causes_on_cpu, causes_on_gpu, find_causes, is_product
 from llava.cost.bench.run import Plan, run
+from llava.cost.bench.subject import open_subject
 from llava.cost.bench.timing import Clock, Phases, Spread, by_turns
 from llava.cost.bench.workload import Workload
 from llava.cost.presets import CLIP, MODELS, TOWERS
@@ -114,6 +115,12 @@ def test_the_command(small: Path, tmp_path: Path) -> None:
 def test_wrong_values_are_named(small: Path, wrong: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(cli.app, ["bench", str(small), *wrong], catch_exceptions=False)
+
+
+def test_a_lora_folder_is_to_be_merged_first(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="llava merge it first"):
+        open_subject(str(tmp_path), [], torch.device("cpu"), torch.float32)
 
 
 def test_candidates_run_by_turns() -> None:

@@ -140,6 +140,23 @@ def test_what_does_not_go_with_the_batch_is_refused(host: Any, message: str) -> 
         staged_model()(**{**training_batch(), "host": host})
 
 
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "labels"])
+def test_what_the_host_knew_of_another_batch_is_refused(name: str) -> None:
+    batch = training_batch()
+    host = HostBatch(batch["input_ids"].clone(), batch["attention_mask"].bool(), batch["labels"].clone())
+    batch[name] = batch[name].clone()
+    batch[name][0, 1] = 1 - batch[name][0, 1].clamp(0, 1)
+    with pytest.raises(ValueError, match=f"host holds other {name} than the batch"):
+        staged_model()(**batch, host=host)
+
+
+def test_a_mask_of_another_shape_on_the_host_is_refused() -> None:
+    batch = training_batch()
+    host = HostBatch(batch["input_ids"], batch["attention_mask"].bool()[:, 1:], batch["labels"])
+    with pytest.raises(ValueError, match="leave host out where"):
+        staged_model()(**batch, host=host)
+
+
 class _CountSteps(TrainerCallback):
     """Runs the steps of a training, from their first micro-batch to the optimizer's last update, on the device."""
 

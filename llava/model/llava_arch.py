@@ -431,7 +431,8 @@ class LlavaMetaForCausalLM:
             check_device(input_ids, self.device)
         if host is None:
             host = HostBatch.read(input_ids, attention_mask, labels)
-        check_host_batch(host, input_ids, labels)
+        else:
+            check_host_batch(host, input_ids, attention_mask, labels)
         vocabulary = self.config.vocab_size
         markers = count_markers(host, vocabulary)
         if texts is not None:

@@ -49,15 +49,28 @@ def check_device(input_ids: Tensor, device: torch.device) -> None:
         raise ValueError(f"input_ids are on {input_ids.device}, the model is on {device}: input_ids.to(model.device)")
 
 
-def check_host_batch(host: Any, input_ids: Tensor, labels: Tensor | None) -> None:
-    """Raise ValueError unless `host` goes with the batch, as far as shapes tell."""
+def check_host_batch(host: Any, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
+    """Raise ValueError unless `host` goes with the batch: by shapes, and by values where that waits for no device."""
     if not isinstance(host, HostBatch):
         raise ValueError(f"host is {describe(host)}: expected the HostBatch that the collator made, or None")
-    if host.input_ids.shape != input_ids.shape or (host.labels is None) != (labels is None):
+    advice = "leave host out where the batch was changed after the collator"
+    shapes = {tuple(part.shape) for part in (host.input_ids, host.mask, host.labels) if part is not None}
+    if shapes != {tuple(input_ids.shape)} or (host.labels is None) != (labels is None):
         raise ValueError(
             f"host has ids of shape {list(host.input_ids.shape)}, input_ids are of shape {list(input_ids.shape)}, and "
-            "labels must be in both or in none: leave host out where the batch was changed after the collator"
+            f"mask and labels must be of that shape, labels in both or in none: {advice}"
         )
+    if input_ids.device.type != "cpu":
+        return
+    mask = torch.ones_like(host.mask) if attention_mask is None else attention_mask.bool()
+    pairs = {
+        "input_ids": (host.input_ids, input_ids),
+        "attention_mask": (host.mask, mask),
+        "labels": (host.labels, labels),
+    }
+    for name, (known, given) in pairs.items():
+        if known is not None and given is not None and not bool((known == given).all()):
+            raise ValueError(f"host holds other {name} than the batch: {advice}")
 
 
 def count_markers(batch: HostBatch, vocab_size: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from llava.cost.bench.workload import stand_in_tokenizer
 from llava.cost.sizes import open_model
+from llava.files import ADAPTER_CONFIG
 from llava.model.builder import load_pretrained_model
 from llava.model.weights import weight_files
 from llava.reduction.base import Reducers
@@ -115,6 +116,8 @@ def open_subject(
     Raises:
         ValueError: it can't be opened.
     """
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{model} is a LoRA adapter, which holds no whole model to time: llava merge it first")
     text = next((one for one in reductions if one.build_all(ModelShape()).needs.clip_text), None)
     if Path(model).is_dir() and weight_files(Path(model)):
         reduction = None if text is None else text.to_dict()
