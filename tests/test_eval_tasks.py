@@ -176,6 +176,21 @@ def test_what_is_there_is_not_done_again(
     assert again["settings"]["max_new_tokens"] == 2
 
 
+@pytest.mark.parametrize("content", ['{"format": 1}', '{"form', None])
+def test_a_damaged_result_is_named_and_can_be_replaced(
+    checkpoint: Path, data: Path, tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "pope" / "result.json"
+    file.parent.mkdir()
+    if content is not None:
+        run_tasks(evaluation(checkpoint, data, tmp_path, "pope", overwrite=True))
+        file.write_text(content)
+    with pytest.raises(ValueError, match=r"pope/result\.json.*--overwrite"):
+        run_tasks(evaluation(checkpoint, data, tmp_path, "pope"))
+    (result,) = run_tasks(evaluation(checkpoint, data, tmp_path, "pope", overwrite=True))
+    assert result["questions"] == len(answers(tmp_path, "pope"))
+
+
 def test_a_limit_is_kept_and_said(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     (result,) = run_tasks(evaluation(checkpoint, data, tmp_path, "pope", limit=2))
     assert (result["questions"], result["limit"]) == (2, 2)

@@ -21,6 +21,8 @@ RESULT_FILE = "result.json"
 GRADES_FILE = "grades.jsonl"
 ANSWERS_FILE = "answers.jsonl"
 FORMAT = 1
+# What a result must hold to be read; a file may be damaged, or written by hand.
+_NEEDED = {"task": str, "metrics": dict, "published": dict, "questions": int, "checkpoint": dict, "settings": dict}
 # Options that say how fast answers come, not which.
 _OF_SPEED = ("batch_size", "num_workers", "count_visual_tokens", "image_folder", "image_access")
 
@@ -121,7 +123,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     """The result that lies in a folder.
 
     Raises:
-        ValueError: there is none, or it is of another format; the file is named.
+        ValueError: there is none, or it is damaged or of another format; the file is named.
     """
     file = folder / RESULT_FILE
     if not file.is_file():
@@ -132,6 +134,9 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise ValueError(f"{file} is no result of this program's format {FORMAT}; evaluate again")
+    for key, kind in _NEEDED.items():
+        if not isinstance(result.get(key), kind):
+            raise ValueError(f"{file}: '{key}' is missing or of another type; evaluate the task again")
     return result
 
 

@@ -219,12 +219,17 @@ def _is_done(task: _Prepared, evaluation: Evaluation) -> bool:
     """Whether the result of these very settings is there.
 
     Raises:
-        ValueError: one of other settings is there, and is not to be replaced.
+        ValueError: one of other settings is there, or something that is no result, and is not to be replaced.
     """
     if not task.target.exists():
         return False
-    result = read_result(task.target)
-    differing = [key for key, value in task.settings.items() if result["settings"].get(key) != value]
+    try:
+        result = read_result(task.target)
+    except ValueError as error:
+        if evaluation.overwrite:
+            return False
+        raise ValueError(f"{error}; choose another --output, or pass --overwrite to replace {task.target}") from error
+    differing = _differing(task, result)
     if differing and not evaluation.overwrite:
         raise ValueError(
             f"{task.target} holds a result of other settings ({', '.join(differing)} differ): choose another --output, "
@@ -243,13 +248,24 @@ def _wants_other_judge(task: Task, result: Mapping[str, Any], judge: Judge | Non
 def _unanswered(task: _Prepared) -> list[int]:
     """Numbers of the questions without an answer; answers of a result that lacks only its grades are taken over."""
     answered = task.run.answered()
-    if not answered and (task.target / RESULT_FILE).is_file():
-        result = read_result(task.target)
-        if all(result["settings"].get(key) == value for key, value in task.settings.items()):
-            answered = _take_over(task)
+    if not answered and _lacks_only_grades(task):
+        answered = _take_over(task)
     if answered:
         logger.info("%s: going on after %d of %d answers", task.run.name, len(answered), len(task.questions))
     return [number for number in range(len(task.questions)) if number not in answered]
+
+
+def _differing(task: _Prepared, result: Mapping[str, Any]) -> list[str]:
+    """The settings in which an earlier result is another one."""
+    return [key for key, value in task.settings.items() if result["settings"].get(key) != value]
+
+
+def _lacks_only_grades(task: _Prepared) -> bool:
+    """Whether a result of these settings is there; a damaged one is none (`_is_done` has asked for leave)."""
+    try:
+        return not _differing(task, read_result(task.target))
+    except ValueError:
+        return False
 
 
 def _take_over(task: _Prepared) -> dict[int, dict[str, Any]]:

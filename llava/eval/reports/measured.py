@@ -16,7 +16,6 @@ from llava.eval.results import GRADES_FILE, RESULT_FILE, read_grades, read_resul
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.base import Grade
 
-NEEDED = {"task": str, "metrics": dict, "published": dict, "questions": int, "checkpoint": dict, "settings": dict}
 # Our names of the methods, as the papers write them; the others are written alike.
 METHOD_NAMES = {
     "prumerge": "PruMerge",
@@ -180,7 +179,7 @@ def _load_run(name: str, folder: Path) -> Run:
     if not files:
         inside = "; name the folder above it" if (folder / RESULT_FILE).is_file() else ""
         raise ValueError(f"{folder} holds no result of `llava eval` (TASK/{RESULT_FILE}){inside}")
-    results = [_load_result(file.parent) for file in files]
+    results = [Result(file.parent, read_result(file.parent)) for file in files]
     for what, of in {"reduction": _reduction, "checkpoint": _checkpoint}.items():
         if any(of(result) != of(results[0]) for result in results):
             raise ValueError(f"{folder}: the tasks' results differ in their {what}; give each a folder of its own")
@@ -193,11 +192,3 @@ def _reduction(result: Result) -> object:
 
 def _checkpoint(result: Result) -> object:
     return [result.content["checkpoint"].get(key) for key in ("model", "sha256")]
-
-
-def _load_result(folder: Path) -> Result:
-    content = read_result(folder)
-    for key, kind in NEEDED.items():
-        if not isinstance(content.get(key), kind):
-            raise ValueError(f"{folder / RESULT_FILE}: '{key}' is missing or of another type; evaluate the task again")
-    return Result(folder, content)
