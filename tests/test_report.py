@@ -521,3 +521,9 @@ def test_tables_and_descriptions_belong_together(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(published, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"describes the tables \['2'\], the CSV has \['1'\]"):
         load_paper.__wrapped__("trim")
+
+
+@pytest.mark.parametrize("name", ["nothing=TRIM", "TRIMM", "none-there"])
+def test_a_method_that_the_paper_does_not_name_is_refused(runs: list[Path], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--method {name}: .*RUN=METHOD.*PruMerge, PruMerge\+, TRIM"):
+        report(runs, ReportOptions(paper="trim", model="LLaVA-1.5-7B", method=[name]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def _compare(
     """All comparisons, by benchmark, and for each run what could not be compared."""
     found: list[Comparison] = []
     notes: Notes = {}
-    names = _method_names(runs, options.method)
+    names = _method_names(runs, options.method, {figure.method for figure in figures})
     for run in runs:
         model, method = options.model or run.model, names[run.name]
         own = compare(run, figures, model=model, method=method)
@@ -122,12 +122,22 @@ def _compare(
     return sorted(found, key=lambda comparison: order.index(comparison.benchmark)), notes
 
 
-def _method_names(runs: Sequence[Run], given: Sequence[str]) -> dict[str, str]:
-    """The paper's name of each run's method: its own, or as it is given for all reduced runs or for this one."""
+def _method_names(runs: Sequence[Run], given: Sequence[str], known: Collection[str]) -> dict[str, str]:
+    """The paper's name of each run's method: its own, or as it is given for all reduced runs or for this one.
+
+    Raises:
+        ValueError: a name that is given is none of `known`, the paper's.
+    """
     names = {run.name: run.method for run in runs}
     for text in given:
         run, equals, method = text.partition("=")
-        if equals and run in names:  # the papers' names may have an equals sign too
+        for_one = bool(equals) and run in names  # the papers' names may have an equals sign too
+        if (method if for_one else text) not in known:
+            raise ValueError(
+                f"--method {text}: expected METHOD or RUN=METHOD, a run among {', '.join(names)}, and a method of the "
+                f"tables: {', '.join(sorted(known))}"
+            )
+        if for_one:
             names[run] = method
         else:
             names = {run: name if name == UNREDUCED else text for run, name in names.items()}
