@@ -106,7 +106,13 @@ def test_mm_vet(endpoints: Any, tmp_path: Path) -> None:
     judge = Judge(model="judge", url=endpoint.url)
     grades = [task.grade(question, f"x = {n}", judge) for n, question in enumerate(questions)]
     assert [grade["score"] for grade in grades] == [1, 0.5, 0, 0]
-    assert task.summarize(grades) == {"score": 37.5, "score_math": 25, "score_ocr": 25, "score_rec": 50}
+    assert task.summarize(grades) == {
+        "score": 37.5,
+        "score_math": 25,
+        "score_ocr": 25,
+        "score_rec": 50,
+        "unjudged": 1,  # "no", six times
+    }
     contents = [request["messages"][0]["content"] for request in endpoint.requests]
     assert contents[0] == "Question | Truth | Answer | Score\n\nWhat is x in 0? | -1 <AND> -5 | x = 0 | "
     assert contents[2].endswith("(digit): ")

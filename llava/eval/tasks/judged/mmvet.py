@@ -53,16 +53,22 @@ class MmVet(Task):
             score = parse_score(verdict.text)
             if score is not None:
                 break
-        return {"score": score or 0.0, "abilities": facts["abilities"], "judge": verdict.model}
+        return {
+            "score": score or 0.0,
+            "unjudged": score is None,
+            "abilities": facts["abilities"],
+            "judge": verdict.model,
+        }
 
     def summarize(self, grades: Sequence[Grade]) -> dict[str, float]:
-        """`score` over all, and over the questions that need each ability."""
+        """`score` over all, and over the questions that need each ability; `unjudged`: how many have no verdict."""
         abilities = sorted({name for grade in grades for name in grade["abilities"]})
         parts = {
             f"score_{name}": percent(grade["score"] for grade in grades if name in grade["abilities"])
             for name in abilities
         }
-        return {"score": percent(grade["score"] for grade in grades), **parts}
+        unjudged = float(sum(grade.get("unjudged", False) for grade in grades))
+        return {"score": percent(grade["score"] for grade in grades), **parts, "unjudged": unjudged}
 
     def write_submission(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> list[Path]:
         """The answers as the official program reads them: {"v1_0": answer, ...}."""
