@@ -21,30 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.packing import draw_samples, make_batch
+from benchmarks.packing import build_model, draw_samples, make_batch
 from benchmarks.projectors import peak_bytes
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model.families import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.packed import PACKED_SDPA
-
-
-def build_model(args: argparse.Namespace) -> Any:
-    """A Llama with random weights in LLaVA's class, without a vision tower."""
-    config = LlavaLlamaConfig(
-        hidden_size=args.width,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.heads,
-        vocab_size=args.vocabulary,
-        use_cache=False,
-        attn_implementation=args.attention,
-    )
-    torch.manual_seed(0)
-    model = LlavaLlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).train()
-    if not args.trains_head:
-        model.lm_head.requires_grad_(False)  # as with LoRA
-    return model
 
 
 def step(model: Any, batches: list[dict[str, Tensor]], packed: bool, skip_logits: bool) -> None:
@@ -80,7 +60,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    model = build_model(args)
+    model = build_model(args, args.vocabulary)
+    if not args.trains_head:
+        model.lm_head.requires_grad_(False)  # as with LoRA
     samples = draw_samples(args.samples, args.scale, seed=0)
     weight = model.lm_head.weight
     batches = [make_batch(samples[i : i + args.batch], args.width, weight) for i in range(0, args.samples, args.batch)]

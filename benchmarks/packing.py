@@ -124,7 +124,7 @@ def main() -> None:
         print(f"{method:12s} {way:8s} {rate:8.2f} samples/s   {ratio:5.2f} x padded   {padding[way]:5.1%} padding")
 
 
-def build_model(args: argparse.Namespace) -> Any:
+def build_model(args: argparse.Namespace, vocabulary: int = 1024) -> Any:
     """A Llama with random weights in LLaVA's class, without a vision tower."""
     config = LlavaLlamaConfig(
         hidden_size=args.width,
@@ -132,7 +132,7 @@ def build_model(args: argparse.Namespace) -> Any:
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.heads,
-        vocab_size=1024,
+        vocab_size=vocabulary,
         use_cache=False,
         attn_implementation=args.attention,
     )

@@ -53,7 +53,7 @@ class Trainee:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.is_llavas = not (Path(sys.path[0]) / "llava/reduction").is_dir()
-        self.samples = torch.load(folder / "samples.pt")
+        self.samples = torch.load(folder / "samples.pt", weights_only=True)
         self.model = self._llavas(folder) if self.is_llavas else self._own(folder)
         torch.manual_seed(1)
         for name, weight in self.model.named_parameters():

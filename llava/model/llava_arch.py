@@ -29,6 +29,7 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.projector_method import add_projector_method
 from llava.model.prompt_inputs import (
     check_cache,
+    check_call,
     check_device,
     check_host_batch,
     check_prompt,
@@ -241,16 +242,7 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: markers and images do not match (the sample is named), or arguments that exclude each other.
         """
-        check_cache(past_key_values)
-        cached = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if cached and images is not None:
-            raise ValueError(
-                "images enter with the prompt: pass the whole prompt, without a cache that holds it already"
-            )
-        if inputs_embeds is not None and images is not None:
-            raise ValueError("images enter with input_ids, where their markers stand: pass those, not inputs_embeds")
-        if packed and past_key_values is not None:
-            raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
+        cached = check_call(past_key_values, images, inputs_embeds, packed)
         reducers = self.get_model().reducers(reduction)
         spliced = left = None
         if inputs_embeds is None and input_ids is not None and not cached:

@@ -111,6 +111,23 @@ def check_cache(cache: Any) -> None:
         raise ValueError(f"past_key_values is {describe(cache)}: expected the cache that an earlier call returned")
 
 
+def check_call(cache: Any, images: Any, inputs_embeds: Any, packed: bool) -> bool:
+    """Raise ValueError for arguments of `forward` that exclude each other.
+
+    Returns:
+        Whether the call goes on from what the cache holds.
+    """
+    check_cache(cache)
+    cached = cache is not None and cache.get_seq_length() > 0
+    if cached and images is not None:
+        raise ValueError("images enter with the prompt: pass the whole prompt, without a cache that holds it already")
+    if inputs_embeds is not None and images is not None:
+        raise ValueError("images enter with input_ids, where their markers stand: pass those, not inputs_embeds")
+    if packed and cache is not None:
+        raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
+    return cached
+
+
 def check_texts(texts: Any, count: int, of: str) -> None:
     """Raise ValueError unless `texts` are `count` strings, one for each `of` ("sample" or "image")."""
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):

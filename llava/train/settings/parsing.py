@@ -156,14 +156,19 @@ def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
         values: all settings by flag name, of the types that the parser gives.
         problems: gets a sentence for each.
     """
+    zero3 = problems.check(zero_stage, values["deepspeed"]) == 3
+    for message, broken in (_rules_of_training(values, zero3) | _rules_of_data(values)).items():
+        if broken:
+            problems.add(message)
+
+
+def _rules_of_training(values: dict[str, Any], zero3: bool) -> dict[str, Any]:
+    """What learns and how: for each sentence whether it is to be said."""
     lora, projector_only = values["lora_enable"], values["tune_mm_mlp_adapter"]
     quantized = values["bits"] in (4, 8)
-    zero3 = problems.check(zero_stage, values["deepspeed"]) == 3
     frozen_projector = values["freeze_mm_mlp_adapter"]
     tower = values["unfreeze_mm_vision_tower"]
-    grouped = values["group_by_modality_length"]
-    budget = values["tokens_per_batch"]
-    rules = {
+    return {
         "--bits 4 or 8 freezes the language model: add --lora_enable True to train adapters": (quantized and not lora),
         "--bits 4 or 8 does not go with ZeRO-3, which cannot split such weights: use scripts/zero2.json": (
             quantized and zero3
@@ -193,10 +198,21 @@ def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
         ),
         f"--eval_strategy {values['eval_strategy']}: a training run has no data to evaluate on: leave it out, and use "
         "llava eval on its checkpoints": str(values["eval_strategy"]) != "no",
+        "--fp16 and --bf16 exclude each other": values["fp16"] and values["bf16"],
+        "--fsdp saves whole models only: use --deepspeed for LoRA or projector runs": (
+            values["fsdp"] and (lora or projector_only)
+        ),
+    }
+
+
+def _rules_of_data(values: dict[str, Any]) -> dict[str, Any]:
+    """What is read, and in which batches: for each sentence whether it is to be said."""
+    tower, grouped = values["unfreeze_mm_vision_tower"], values["group_by_modality_length"]
+    budget = values["tokens_per_batch"]
+    return {
         "--dataloader_prefetch_factor has no effect without --dataloader_num_workers: leave it out": (
             values["dataloader_prefetch_factor"] is not None and not values["dataloader_num_workers"]
         ),
-        "--fp16 and --bf16 exclude each other": values["fp16"] and values["bf16"],
         "--group_by_modality_length and --train_sampling_strategy both choose the order: leave one out": (
             grouped and values["train_sampling_strategy"] != "random"
         ),
@@ -244,13 +260,7 @@ def check_contradictions(values: dict[str, Any], problems: Problems) -> None:
         "--feature_cache holds all images of the data, and --streaming is for data that no disk holds: leave one out": (
             values["feature_cache"] and values["streaming"]
         ),
-        "--fsdp saves whole models only: use --deepspeed for LoRA or projector runs": (
-            values["fsdp"] and (lora or projector_only)
-        ),
     }
-    for message, broken in rules.items():
-        if broken:
-            problems.add(message)
 
 
 def warn_of_unused(values: dict[str, Any]) -> None:
