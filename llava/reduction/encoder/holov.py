@@ -30,7 +30,7 @@ class HoloV(EncoderReducer):
 
     | point | paper | release |
     |---|---|---|
-    | a share above the region's size | here the excess goes to the heaviest regions with room | zero tokens at the end |
+    | a share above a region's size | here the excess goes to the heaviest regions with room | zero tokens at the end |
     | budget | any | 64 in its LLaVA; here by default |
     | several tiles | each | joined to one sequence; here each |
     """
