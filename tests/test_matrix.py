@@ -16,6 +16,7 @@ from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 
 ADAPTIVE = ("prumerge", "prumerge_plus", "trim")
 VARIANTS = {"prumerge": ("release", "paper"), "prumerge_plus": ("release", "paper"), "trim": ("release", "paper")}
+VARIANTS["holov"] = ("release", "paper")
 BUDGETS: dict[str, dict[str, Any]] = {"adaptive": {}, "fixed": {"ratio": 0.3}, "tokens": {"tokens": 5}}
 ENCODER_CASES = [
     pytest.param({"name": name, **({"variant": variant} if variant else {}), **budget}, id=f"{name}-{variant}-{kind}")
@@ -30,6 +31,9 @@ TOWER_CASES = [
     pytest.param({"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "prumerge"}}, id="tome-prumerge"),
     pytest.param(
         {"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "divprune", "tokens": 4}}, id="tome-divprune"
+    ),
+    pytest.param(
+        {"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "cdpruner", "tokens": 4}}, id="tome-cdpruner"
     ),
 ]
 PROJECTOR_CASES = [

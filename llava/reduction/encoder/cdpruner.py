@@ -95,7 +95,8 @@ def likeliest_set(kernel: Tensor, count: int) -> Tensor:
         taken.scatter_(1, best, True)
         at = best.unsqueeze(2)
         row = kernel.gather(1, at.expand(-1, 1, p))
-        spanned = basis[:, :step].gather(2, at.expand(-1, step, 1)).transpose(1, 2) @ basis[:, :step]
+        own = basis[:, :step].gather(2, at.expand(-1, step, 1))
+        spanned = precise_product(own.transpose(1, 2), basis[:, :step])
         size = gain.gather(1, best).clamp(min=torch.finfo(kernel.dtype).tiny).sqrt()
         basis[:, step] = (row - spanned).squeeze(1) / size
         gain = torch.maximum(gain - basis[:, step].square(), least)
