@@ -35,6 +35,10 @@ METHODS = {
     "random 1/4": ("random", {"ratio": 1 / 4}),
     "visionzip 54 + 10": ("visionzip", {}),
     "divprune 64": ("divprune", {"tokens": 64}),
+    "fastervlm 64": ("fastervlm", {}),
+    "vispruner 64": ("vispruner", {}),
+    "cdpruner 64": ("cdpruner", {}),
+    "holov 64": ("holov", {}),
 }
 
 
