@@ -1,7 +1,7 @@
 """CDPruner: keep a set of patches that are relevant to the question and unlike each other.
 
 Paper: Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs,
-https://arxiv.org/abs/2506.10967, section 3.
+https://arxiv.org/abs/2506.10967.
 Shapes: N images, P patches, M kept tokens, S segments of the text, D language-model width, E width of CLIP's space.
 """
 
@@ -27,10 +27,10 @@ class CDPruner(EncoderReducer):
 
     | point | paper | release |
     |---|---|---|
-    | range of the relevance | an image's | the batch's; here the image's, the same for a batch of one |
-    | text of a batch | one each | one for all; here one each |
-    | more tokens than dimensions | here the most relevant patches follow | NaN, and patches twice |
-    | budget | 32 to 640 | no default; here 64 |
+    | range of the relevance | - | the batch's; here the image's, the same for a batch of one |
+    | text of a batch | - | one for all; here one each |
+    | more tokens than dimensions | - | NaN, and patches twice; here the most relevant patches follow |
+    | budget | any | no default; here 64 |
     """
 
     tokens: Count = 64  # patches to keep

@@ -1,7 +1,6 @@
 """FasterVLM: keep the patches that CLS attends to most.
 
-Paper: [CLS] Attention is All You Need for Training-Free Visual Token Pruning, https://arxiv.org/abs/2412.01818,
-section 3.
+Paper: [CLS] Attention is All You Need for Training-Free Visual Token Pruning, https://arxiv.org/abs/2412.01818.
 Shapes: N images, P patches, M kept tokens, C vision width, H heads.
 """
 
@@ -21,7 +20,7 @@ class FasterVLM(EncoderReducer):
 
     | point | paper | release |
     |---|---|---|
-    | budget | 5 to 50 % of the patches | no default; here 64 |
+    | budget | a ratio | no default; here 64 |
     | several tiles | - | neither ends of rows nor unpadding; here as `mm_patch_merge_type` says |
     """
 

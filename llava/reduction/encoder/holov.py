@@ -1,7 +1,7 @@
 """HoloV: divide the budget among regions of the picture, and in each keep the patches that CLS attends to most.
 
 Paper: Don't Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention,
-https://arxiv.org/abs/2510.02912, section 3.
+https://arxiv.org/abs/2510.02912.
 Shapes: N images, P patches, G regions, L patches of the largest region, M kept tokens, D language-model width.
 """
 
@@ -32,7 +32,7 @@ class HoloV(EncoderReducer):
     |---|---|---|
     | a share above a region's size | here the excess goes to the heaviest regions with room | zero tokens at the end |
     | budget | any | 64 in its LLaVA; here by default |
-    | several tiles | each | joined to one sequence; here each |
+    | several tiles | - | joined to one sequence; here each by itself |
     """
 
     tokens: Count = 64  # that leave; zero tokens, whose `source` is -1, among them

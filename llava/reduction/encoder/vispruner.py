@@ -1,7 +1,7 @@
 """VisPruner: keep the patches that CLS attends to most, and of the others those that are least alike.
 
 Paper: Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs,
-https://arxiv.org/abs/2412.01818 (the later version), section 3.
+https://arxiv.org/abs/2412.01818 (the later version).
 Shapes: N images, P patches, R patches that are left, M kept tokens, C vision width, H heads.
 """
 
@@ -32,8 +32,8 @@ class VisPruner(EncoderReducer):
     |---|---|---|
     | order after a round | here as the release | the first half by falling similarity, then the second |
     | an odd number of others | works | crashes; here the first half has one more |
-    | budget | 64 to 192 | no default; here 64 |
-    | several tiles | ends of rows, unpadding | neither; here as `mm_patch_merge_type` says |
+    | budget | any | no default; here 64 |
+    | several tiles | - | no ends of rows, no unpadding; here as `mm_patch_merge_type` says |
     """
 
     tokens: Count = 64  # patches to keep
