@@ -18,6 +18,9 @@ DEPTH, SELECTED = 3, 2  # blocks of the tower, and those that lead to what is re
 METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     # tower
     "tome": ({"tokens": 7}, {"per_block": 3, "variant": "lightcompress"}),
+    "evit": ({"blocks": [0, 1], "keep": 0.5}, {"tokens": 7}, {"keep": 0.6, "fuse": False, "variant": "paper"}),
+    "ats": ({"tokens": 7},),
+    "resize": ({"tokens": 4}, {"tokens": 9}),
     # encoder; those with `ratio` and `tokens` run adaptive, where they can, and with either
     "prumerge": ({}, {"variant": "paper"}),
     "prumerge_plus": ({"variant": "paper"}, {}),
@@ -26,7 +29,13 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "spatial": ({"rows": 1, "columns": 3}, {}),
     "random": ({},),
     "divprune": ({},),
-    "visionzip": ({"dominant": 3, "contextual": 2}, {"tokens": 5}),
+    "visionzip": ({"dominant": 3, "contextual": 2}, {"tokens": 5}, {"tokens": 5, "variant": "paper"}),
+    "fastervlm": ({"tokens": 4},),
+    "vispruner": ({"tokens": 4},),
+    "vscan": ({"tokens": 6},),
+    "cdpruner": ({"tokens": 4},),
+    "mmtok": ({"tokens": 4},),
+    "holov": ({"tokens": 4}, {"tokens": 4, "variant": "paper"}),
     # projector
     "stf": (
         {"mbtf": 1},
@@ -35,7 +44,10 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
         {"kernel": 1, "mbtf": [2, 1]},
     ),
     "avgpool": ({},),
-    "token_concat": ({"kernel": 4},),
+    "token_concat": ({}, {"kernel": 4}),
+    "tokenpacker": ({"scale": 2},),
+    "mqt": ({"tokens": 4},),
+    "m3": ({"tokens": 4, "scales": [1, 4]}, {"tokens": 4}, {"scales": [1, 16]}),
     # decoder
     "pyramiddrop": (
         {"layers": [1], "ratios": [0.25]},
@@ -43,9 +55,23 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
         {"lambda": 0.7, "stages": 3},
     ),
     "fastv": ({"layer": 1, "ratio": 0.75}, {"layer": 2, "tokens": 3}),
-    "dart": ({"layer": 1, "tokens": 8, "image_pivots": 2, "text_pivots": 2},),
+    "dart": (
+        {"layer": 1, "tokens": 8, "image_pivots": 2, "text_pivots": 2},
+        {"layer": 1, "ratio": 0.5, "image_pivots": 1, "text_pivots": 2, "variant": "paper"},
+    ),
+    "sparsevlm": (
+        {"layers": [0], "keep": [4]},
+        {"layers": [0, 1, 2], "keep": [9, 6, 3]},
+        {"version": "2.0", "layers": [1, 2], "keep": [10, 4], "heads": 2},
+        {"layers": [1, 2], "keep": [12, 5], "pool": "sample"},
+    ),
+    "vscan_drop": ({"layers": [1], "keep": [2]},),
 }
 """By name, the options of each of its runs; the first one also goes through training runs and with other methods."""
+
+
+NAMES = [name for names in available().values() for name in names]
+"""Of all methods, those of the tower first."""
 
 
 def runs(name: str) -> list[Method]:
