@@ -16,68 +16,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.pictures import UnfitImageError, to_rgb
 
 Size = tuple[int, int]
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 """Allowed values of `image_aspect_ratio`; None means square."""
-
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
-
-
-class UnfitImageError(ValueError):
-    """A picture that Pillow reads and a model cannot use; the message goes on after the picture's name."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any of Pillow's modes as RGB, 8 bits a colour.
-
-    As `convert("RGB")`, which LLaVA calls, wherever that is right: transparency is dropped, palettes are looked up. But
-    it cuts off all values above 255, so that 16 bits become white, and floats black. So greys of 16 bits keep their
-    upper 8, as Pillow does with colours of 16 bits; integers of 32 bits are taken for the 8 or 16 bits that hold them;
-    and floats go from 0 (black) to 1 (white).
-
-    Raises:
-        UnfitImageError: integers or floats beyond those limits.
-    """
-    if image.mode == "F":
-        image = _float_grey(np.asarray(image))
-    elif image.mode.startswith("I"):
-        image = _integer_grey(image)
-    elif image.mode == "La":
-        image = image.convert("LA")
-    return image.convert("RGB")
-
-
-def _float_grey(values: np.ndarray) -> Image.Image:
-    if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
-        raise UnfitImageError(
-            f"holds floats from {values.min():g} to {values.max():g}, expected 0 (black) to 1 (white); scale them, "
-            "or save it with 8 or 16 bits"
-        )
-    return Image.fromarray((values * 255).round().astype(np.uint8))
-
-
-def _integer_grey(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    in_memory = image.mode == "I" and getattr(image, "format", None) is None  # an array, say; of 32 bits as in a TIFF
-    bits = tags.get(_BITS_PER_SAMPLE, (32 if in_memory else 16,))[0]
-    if bits > 16:  # they say nothing about what is white
-        bits = 8 if values.max() < 256 else 16
-    if values.min() < 0 or values.max() >= 1 << bits:
-        raise UnfitImageError(
-            f"holds integers from {values.min()} to {values.max()}, expected those of 16 bits, 0 to 65535; "
-            "scale them, or save it with 8 bits"
-        )
-    grey = (values >> (bits - 8)).astype(np.uint8)
-    return Image.fromarray(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
