@@ -13,7 +13,8 @@ import binascii
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.pictures import UnfitImageError, to_rgb
+from llava.video import Clip, Sampling, read_clip
 
 Size = tuple[int, int]
 
@@ -261,6 +263,51 @@ def process_images(
     if pixels and all(one.shape == pixels[0].shape for one in pixels):
         return torch.stack(pixels)
     return pixels
+
+
+def process_video(
+    video: Clip,
+    image_processor: Any,
+    model_cfg: Any,
+    num_frames: int = 8,
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    name: str | None = None,
+    open_picture: Callable[[str], Image.Image] | None = None,
+) -> torch.Tensor:
+    """Pixel values of a clip's frames, each prepared as one picture, one after the other.
+
+    Args:
+        video: the path of a video file or of a folder of frames, a list of pictures or their paths, or an array; see
+            `llava.video.clips`.
+        image_processor: image processor of the vision tower (CLIP, SigLIP).
+        model_cfg: has `image_aspect_ratio`. "pad" puts every frame on a square of the mean colour; all others leave it
+            to the processor alone. So does "anyres": a frame is never tiled, as in LLaVA-NeXT, which hands frames to
+            the processor whatever the ratio says.
+        num_frames: so many, evenly; a shorter clip's frames come more than once.
+        fps: in place of `num_frames`, frames a second.
+        max_frames: F at most.
+        name: what messages call the clip; default: its path.
+        open_picture: see `llava.video.read_clip`.
+
+    Returns:
+        Float [F, 3, H, W].
+
+    Raises:
+        ValueError: the clip cannot be read (a `VideoError`), an option is out of range, or `process_images` refuses.
+        ImportError: it is a video file, and PyAV is not installed.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    frame_cfg = SimpleNamespace(image_aspect_ratio="square" if aspect_ratio == "anyres" else aspect_ratio)
+    sampling = Sampling(num_frames, fps, max_frames)
+    pixels: list[torch.Tensor] = []
+    before = -1
+    for frame in read_clip(video, sampling, name=name, open_picture=open_picture):
+        again = frame.number == before
+        pixels.append(pixels[-1] if again else process_images([frame.picture], image_processor, frame_cfg)[0])
+        before = frame.number
+    return torch.stack(pixels)
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
