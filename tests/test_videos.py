@@ -124,7 +124,7 @@ def test_a_rate_goes_by_times() -> None:
     assert Sampling(fps=2, max_frames=4).indices(100, even).tolist() == uniform_indices(100, 4).tolist()
     assert Sampling(fps=1000).indices(100, even).tolist() == list(range(100)), "no frame twice"
     uneven = np.array([0, 0.1, 0.2, 0.9, 1.1, 5.0])
-    assert Sampling(fps=1).indices(6, uneven).tolist() == [0, 3, 5]  # 1.0 is as near to 0.9 as to 1.1; 2 to 5: the last
+    assert Sampling(fps=1).indices(6, uneven).tolist() == [0, 3, 4, 5]  # 1.0 is as near to 0.9 as to 1.1
     assert Sampling(fps=1).indices(1, np.zeros(1)).tolist() == [0]
     ntsc = np.arange(3000) * 1001 / 30000
     assert Sampling(fps=1).indices(3000, ntsc)[:4].tolist() == [0, 30, 60, 90]
@@ -333,7 +333,7 @@ def bad_files(place: Path) -> Iterator[tuple[Path, str]]:
         "empty.mp4": (b"", "is empty"),
         "text.mp4": (b"these are words\n" * 100, "is no video that can be read"),
         "noise.mp4": (np.random.default_rng(0).bytes(5000), "is no video that can be read"),
-        "head.mp4": (good[:40], "is no video that can be read, or is cut off"),
+        "head.mp4": (good[:40], "has no pictures, no stream"),
         "playlist.mp4": (b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\ngood.mp4\n#EXT-X-ENDLIST\n", "is no video"),
         "list.mp4": (b"ffconcat version 1.0\nfile good.mp4\n", "is no video"),
     }
@@ -369,7 +369,8 @@ def test_a_name_is_never_a_protocol(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv", "cut.avi", "cut.ts"])
 def test_of_a_file_cut_off_the_rest_is_sampled(name: str, tmp_path: Path) -> None:
     whole = write(tmp_path / f"whole{Path(name).suffix}", 50, gop=5).read_bytes()
-    (tmp_path / name).write_bytes(whole[: len(whole) * 6 // 10])
+    start = max(whole.find(b"mdat"), whole.find(b"movi"), 0)  # after which the frames come
+    (tmp_path / name).write_bytes(whole[: start + (len(whole) - start) * 6 // 10])
     shown = [number_in(frame.picture) for frame in read_clip(tmp_path / name)]
     assert len(shown) == 8
     assert shown == sorted(shown)
@@ -429,7 +430,7 @@ def test_where_names_lead(tmp_path: Path, folder: Path) -> None:
     assert locate_video(place, ["frames/1.png", "frames/2.png"]) == [f"{place}/frames/1.png", f"{place}/frames/2.png"]
     with pytest.raises(ValueError, match=r"video '\.\./a\.mp4' leaves the video folder"):
         locate_video(place, "../a.mp4")
-    with pytest.raises(ValueError, match="video 'http://x/a.mp4' is a URL"):
+    with pytest.raises(ValueError, match=r"video 'http://x/a\.mp4' is a URL"):
         locate_video(place, "http://x/a.mp4")
     assert locate_video(place, "http://x/a.mp4", "remote") == "http://x/a.mp4"
 

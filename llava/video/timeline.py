@@ -94,6 +94,8 @@ def _from_packets(container: Any, stream: Any, broken: tuple[type[Exception], ..
         return Timeline(np.arange(len(shown)) / rate, None, np.array([], dtype=np.int64), [])
     stamps, first = np.unique(np.array(shown, dtype=np.int64), return_index=True)
     keys = np.flatnonzero(np.array(is_key, dtype=bool)[first])
+    if container.format.name == "mpeg":  # where several frames share a packet, those after a seek get wrong stamps
+        keys = keys[:0]
     seeks = []
     for packet_number in first[keys]:
         both = (shown[packet_number], decoded[packet_number])
