@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from llava import pictures
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
-from llava.data.images import check_image_exists, locate_image, open_image
+from llava.data.media.images import check_image_exists, locate_image, open_image
 from llava.data.samples import MAX_IMAGES, BadSampleError
 from llava.pictures import load_image, to_rgb
 from llava.train.preflight.findings import Report

@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.data.media.videos import check_video_exists, locate_video, read_video
 from llava.data.samples import VIDEO, BadSampleError, video_files
-from llava.data.videos import check_video_exists, locate_video, read_video
 from llava.mm_utils import expand2square, process_images, process_video
 from llava.video import MissingReaderError, Sampling, VideoError, decoding, read_clip
 from llava.video.sampling import MAX_FRAMES, uniform_indices

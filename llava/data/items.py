@@ -16,7 +16,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Template, get_template
 from llava.data.feature_cache import FeatureCache, NotCachedError
-from llava.data.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
+from llava.data.media.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
 from llava.data.preprocessing import parse_rounds, preprocess
 from llava.data.rejects import Rejects
 from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, image_files, sample_name

@@ -1,6 +1,6 @@
 """Clips that data names: where they may lead, and their pixels, in a data worker.
 
-The rules are those of images (`llava/data/images.py`): the same `image_access`, the same formats and limits of frames.
+The rules are those of images (`llava/data/media/images.py`): the same `image_access`, the same formats and limits of frames.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava.data.images import IMAGE_ACCESS, check_image_exists, file_system, locate_image, open_image
+from llava.data.media.images import IMAGE_ACCESS, check_image_exists, file_system, locate_image, open_image
 from llava.data.samples import VIDEO, BadSampleError
 from llava.mm_utils import process_video
 from llava.pictures import check_file, missing, unreadable
