@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -398,6 +399,8 @@ def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: P
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingReaderError, match=r"pip install 'llava\[video\]'"):
         list(read_clip(path))
+    with pytest.raises(ImportError):  # no fault of the sample's
+        read(str(path))
     assert len(list(read_clip(folder))) == 8
 
 
@@ -463,3 +466,16 @@ def test_a_bad_clip_is_a_bad_sample(tmp_path: Path) -> None:
             read(gone)
     with pytest.raises(ValueError, match="without a picture"):
         check_video_exists(str(tmp_path / "no_frames"))
+
+
+def test_a_store_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/clips/b.mp4", write(tmp_path / "b.mp4").read_bytes())
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise RuntimeError("the line is dead")
+
+    monkeypatch.setattr(type(memory), "open", lambda self, path, mode: Failing(b"x" * 100))
+    with pytest.raises(BadSampleError, match=r"b\.mp4' cannot be read \(the line is dead"):
+        read("memory://clips/b.mp4")

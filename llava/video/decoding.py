@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from llava.pictures import UnfitImageError, check_size, quoted, reason
+from llava.pictures import UnfitImageError, check_size, quoted, reason, unreadable
 from llava.video.errors import MissingReaderError, VideoError
 from llava.video.sampling import Sampling
 from llava.video.timeline import Timeline, read_timeline
@@ -111,12 +111,14 @@ class _Decoder:
         self._open()
 
     def _go_to(self, number: int, seeks: tuple[int, ...]) -> None:
-        """Seek to a keyframe at or before a frame; where that leads astray, begin anew."""
+        """Seek to a keyframe at or before a frame; where that leads astray, but for damage there, begin anew."""
+        damaged = self.damaged
         for stamp in seeks:
             with contextlib.suppress(_av().error.FFmpegError):
                 self._container.seek(stamp, stream=self._stream)
                 self._frames, self._frame, self._at = self._decoded(), None, -1
-                if self._step() and self._at <= number and not self._frame.is_corrupt:
+                arrived = self._step()
+                if arrived and (self.damaged > damaged or (self._at <= number and not self._frame.is_corrupt)):
                     return
         self._begin_anew()
 
@@ -186,12 +188,12 @@ def _opened(file: str | BinaryIO, name: str, threads: int) -> Iterator[tuple[Any
 
 
 def _unopened(file: str | BinaryIO, name: str, error: Exception) -> VideoError:
-    if isinstance(file, str):
-        with open(file, "rb") as content:  # noqa: PTH123
+    try:
+        with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as content:  # noqa: PTH123
+            content.seek(0)
             is_empty = not content.read(1)
-    else:
-        file.seek(0)
-        is_empty = not file.read(1)
+    except OSError as refused:
+        return VideoError(str(unreadable(name, refused, "video")))
     what = reason(Exception(getattr(error, "strerror", None) or error))
     found = "is empty" if is_empty else f"is no video that can be read, or is cut off ({what})"
     return VideoError(

@@ -1,14 +1,14 @@
 """Clips that data names: where they may lead, and their pixels, in a data worker.
 
-The rules are those of images (`llava/data/media/images.py`): the same `image_access`, the same formats and limits of frames.
+The rules are those of images (`llava/data/media/images.py`): the same access, formats and limits.
 """
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def check_video_exists(location: str | list[str]) -> None:
             found = system.exists(path)
         if not found:
             raise missing(location, "video")
-    elif Path(path).is_dir():
+    elif os.path.isdir(path):  # noqa: PTH112 (no error for a name too long)
         frames_of_folder(path)
     else:
         check_file(path, location, "video", limited=False)
@@ -119,7 +119,12 @@ def _opened(location: str | list[str]) -> Iterator[Clip]:
         yield [f"{location.rstrip('/')}/{name}" for name in pictures_among(names, location)]
         return
     with file:
-        yield file
+        try:
+            yield file
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # of the kinds that each object store has, while it is read
+            raise unreadable(location, error, "video") from error
 
 
 @contextmanager
