@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llava.reduction.base import DecoderReducer, Drop, LayerInput
-from llava.reduction.decoder.ranking import check_drops, pool_columns, rotated_keys
+from llava.reduction.decoder.ranking import by_token, check_drops, pool_columns, rotated_keys
 from llava.reduction.options import Count, Share, Variant
 from llava.reduction.registry import register
 
@@ -65,13 +65,12 @@ class Dart(DecoderReducer):
     @torch.no_grad()
     def score(self, given: LayerInput) -> Tensor:
         """CHOSEN for what pivots take; the others by how little they are like any pivot."""
-        scores = torch.zeros(given.mask.shape, dtype=torch.float32, device=given.mask.device)
-        if not len(given.present):
-            return scores
-        row, column, is_real = pool_columns(given)
-        strength = rotated_keys(given).float().abs().sum(dim=(1, 3))[row]  # [P, L]
-        pivots, are_pivots = self._pivots(given, row, column, is_real, strength)
+        strength = rotated_keys(given).float().abs().sum(dim=(1, 3))  # [B, L]
         vectors = normalize(given.norm(given.output).float(), dim=2)
+        if not len(given.present):
+            return torch.zeros_like(strength)
+        row, column, is_real = places = pool_columns(given)
+        pivots, are_pivots = self._pivots(given, row, column, is_real, strength[row])
         own = vectors[row.unsqueeze(1), column]  # [P, V, D]
         cosines = vectors[row.unsqueeze(1), pivots] @ own.transpose(1, 2)  # [P, K, V]
         is_taken = ~is_real | ((column.unsqueeze(2) == pivots.unsqueeze(1)) & are_pivots.unsqueeze(1)).any(dim=2)
@@ -82,7 +81,7 @@ class Dart(DecoderReducer):
             takes = torch.zeros_like(is_taken).scatter(1, order, torch.arange(order.shape[1], device=row.device) < each)
             takes &= ~is_taken & are_pivots[:, pivot : pivot + 1]
             is_taken, result = is_taken | takes, result.masked_fill(takes, CHOSEN)
-        return scores.index_put((row.unsqueeze(1).expand_as(column)[is_real], column[is_real]), result[is_real])
+        return by_token(given, places, result)
 
     def _pivots(
         self, given: LayerInput, row: Tensor, column: Tensor, is_real: Tensor, strength: Tensor

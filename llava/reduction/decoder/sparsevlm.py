@@ -135,8 +135,7 @@ class SparseVLM(DecoderReducer):
         dropped = scores[row, column].masked_fill(~is_real | keep[row, column], -torch.inf)
         best = dropped.argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
         columns = column.gather(1, best)
-        is_recycled = (torch.arange(best.shape[1]) < counts.unsqueeze(1)).to(columns.device)
-        centres, features = merge_by_density(given.output[row, columns], is_recycled, given.merged)
+        centres, features = merge_by_density(given.output[row, columns], counts, given.merged)
         return MergedTokens(features, columns.gather(1, centres))
 
 
