@@ -15,6 +15,7 @@ from llava.reduction.base import DecoderReducer, Drop, LayerInput
 from llava.reduction.decoder.ranking import by_token, check_drops, pool_columns, rotated_keys
 from llava.reduction.options import Count, Share, Variant
 from llava.reduction.registry import register
+from llava.transfer import to_device
 
 CHOSEN, LEAST = 4.0, -4.0  # above and below every cosine
 
@@ -75,7 +76,7 @@ class Dart(DecoderReducer):
         cosines = vectors[row.unsqueeze(1), pivots] @ own.transpose(1, 2)  # [P, K, V]
         is_taken = ~is_real | ((column.unsqueeze(2) == pivots.unsqueeze(1)) & are_pivots.unsqueeze(1)).any(dim=2)
         result = torch.where(is_taken, CHOSEN, -cosines.masked_fill(~are_pivots.unsqueeze(2), LEAST).amax(dim=1))
-        each = self._each(given.entered).to(row.device).unsqueeze(1)
+        each = to_device(self._each(given.entered), row.device).unsqueeze(1)
         for pivot in range(pivots.shape[1]):
             order = cosines[:, pivot].masked_fill(is_taken, CHOSEN).argsort(dim=1, stable=True)
             takes = torch.zeros_like(is_taken).scatter(1, order, torch.arange(order.shape[1], device=row.device) < each)
@@ -101,7 +102,7 @@ class Dart(DecoderReducer):
         if self.variant == "paper":
             return pivots, are_pivots
         position = (given.mask.long().cumsum(1) - 1)[row].gather(1, pivots)
-        order = _set_order(position.tolist(), are_pivots.tolist()).to(row.device)
+        order = to_device(_set_order(position.tolist(), are_pivots.tolist()), row.device)
         return pivots.gather(1, order), are_pivots.gather(1, order)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llava.reduction.selection import at_least_float32, precise_product
+from llava.transfer import to_device
 
 
 def merge_by_density(tokens: Tensor, lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,8 +44,8 @@ def density_peaks(tokens: Tensor, lengths: Tensor, counts: Tensor) -> tuple[Tens
         [P, C] int64, indices of tokens, and [P, M] int64, the group that each token belongs to; -1 at padding.
     """
     device, values, most = tokens.device, at_least_float32(tokens), int(counts.max())
-    is_real = (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(device)
-    is_group = (torch.arange(most) < counts.unsqueeze(1)).to(device)
+    is_real = to_device(torch.arange(tokens.shape[1]) < lengths.unsqueeze(1), device)
+    is_group = to_device(torch.arange(most) < counts.unsqueeze(1), device)
     # Without products: those would round away the small distances, and a token would not be 0 from itself.
     far = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist") / values.shape[2] ** 0.5
     pairs = is_real.unsqueeze(1) & is_real.unsqueeze(2)

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.reduction.base import Drop, LayerInput
 from llava.reduction.selection import precise_product
+from llava.transfer import to_device
 
 
 def check_drops(method: str, drops: list[Drop], num_layers: int) -> list[Drop]:
@@ -112,8 +113,8 @@ def pool_columns(given: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
     flat, device = given.pool.flatten(), given.pool.device
     starts = flat.numel() - int(given.present.sum()) + given.present.cumsum(0) - given.present
     slots = torch.arange(int(given.present.max()) if len(given.present) else 0)
-    is_real = (slots < given.present.unsqueeze(1)).to(device)
-    index = (starts.unsqueeze(1) + slots).clamp(max=flat.numel() - 1).to(device)
+    is_real = to_device(slots < given.present.unsqueeze(1), device)
+    index = to_device((starts.unsqueeze(1) + slots).clamp(max=flat.numel() - 1), device)
     tokens = flat.argsort(stable=True)[index]  # -1 comes first, then pool after pool
     row = tokens[:, 0] // given.pool.shape[1]
     return row, (tokens % given.pool.shape[1]).masked_fill(~is_real, 0), is_real
