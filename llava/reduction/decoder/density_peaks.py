@@ -28,7 +28,7 @@ def merge_by_density(tokens: Tensor, lengths: Tensor, counts: Tensor) -> tuple[T
     """
     centres, group = density_peaks(tokens.detach(), lengths, counts)
     slots = torch.arange(centres.shape[1], device=tokens.device)
-    member = (group.unsqueeze(1) == slots.unsqueeze(1)).to(tokens.dtype)  # [P, C, M]
+    member = at_least_float32((group.unsqueeze(1) == slots.unsqueeze(1)).to(tokens.dtype))  # [P, C, M]
     return centres, precise_product(member, tokens) / (member.sum(dim=2, keepdim=True) + 1e-6)
 
 

@@ -171,8 +171,8 @@ def gravity(given: LayerInput) -> Tensor:
     so that it is computed in float32 whatever the model's dtype.
     """
     like = torch.empty(0, dtype=torch.float32, device=given.positions.device)
-    cos, sin = (table.expand(len(given.positions), -1, -1) for table in given.rotary(like, given.positions))
-    wheel = torch.cat([cos, sin], dim=2)
+    cos, sin = given.rotary(like, given.positions)
+    wheel = torch.cat([cos, sin], dim=2).to(like.device).expand(len(given.positions), -1, -1)
     queries = wheel.gather(1, given.queries.unsqueeze(2).expand(-1, -1, wheel.shape[2]))
     product = precise_product(queries, wheel.transpose(1, 2)) / cos.shape[2] ** 0.5
     return product.masked_fill(product == 0, torch.finfo(product.dtype).tiny)
