@@ -216,3 +216,11 @@ def test_layers_and_tables() -> None:
         build("sparsevlm", layers=[4, 31], keep=[9, 8]).drops(32)
     with pytest.raises(ValueError, match=r"layers=\[2\]: this language model has 3 layers"):
         build("sparsevlm").drops(3)
+
+
+def test_a_drop_never_keeps_all() -> None:
+    """One less than there are; of a single token, that."""
+    for version, recycled in (("1.5", 1), ("2.0", 0)):
+        method = build("sparsevlm", version=version, layers=[1], keep=[99])
+        assert method.layer_counts(4, 16) == [16, 16, 15 + recycled, 15 + recycled]
+        assert method.layer_counts(4, 1) == [1, 1, 1, 1]
