@@ -33,6 +33,7 @@ class VisionModules:
     """
 
     vision_tower: VisionTower | None
+    video_tower: VisionTower | None
     mm_projector: nn.Module
     mm_projector_crosslayer: nn.Module | None
     tokenizer: Any
@@ -48,6 +49,7 @@ class VisionModules:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision_tower = None
+        self.video_tower = None  # where frames have one of their own, as in Video-LLaVA
         self.tokenizer = None  # the language model's, for a reducer that reads words
         self.tower_reducer = None
         self.encoder_reducer = None
