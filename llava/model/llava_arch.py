@@ -54,6 +54,7 @@ from llava.model.splice import Spliced, SplicePlan, plan_splice, splice
 from llava.model.vision_modules import Reduction
 from llava.model.visual_encoding import EncodedPictures, VisualEncoding
 from llava.model.weights import (
+    VIDEO_TOWER_PREFIX,
     VISION_TOWER_PREFIX,
     check_files,
     check_loaded,
@@ -68,6 +69,11 @@ from llava.transfer import HostBatch
 
 # Where TRIM's release has what `ClipText` holds.
 RELEASED_NAMES = {r"vision_tower\.vision_tower\.visual_projection": "vision_tower.text_tower.visual_projection"}
+# Where Video-LLaVA's releases have the two towers.
+VIDEO_LLAVA_NAMES = {
+    r"model\.image_tower\.image_tower\.": "model.vision_tower.vision_tower.",
+    r"model\.video_tower\.video_tower\.": "model.video_tower.vision_tower.",
+}
 
 
 class LlavaMetaModel(VisualEncoding):
@@ -139,7 +145,7 @@ class LlavaMetaForCausalLM:
         quantized = getattr(config, "quantization_config", None) is not None
         check_files(path, kwargs.get("cache_dir"), quantized=quantized)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("key_mapping", RELEASED_NAMES)
+        kwargs.setdefault("key_mapping", {**RELEASED_NAMES, **VIDEO_LLAVA_NAMES})
         with without_load_report():
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -153,8 +159,12 @@ class LlavaMetaForCausalLM:
         missing = check_loaded(info, path, filled)
         read = ((name, weight) for name, weight in model.named_parameters() if name not in info["missing_keys"])
         raise_for_nonfinite(path, read)
-        if missing:
-            model.get_vision_tower().load_weights({key.removeprefix(VISION_TOWER_PREFIX) for key in missing})
+        inner = model.get_model()
+        towers = {VISION_TOWER_PREFIX: inner.vision_tower, VIDEO_TOWER_PREFIX: inner.video_tower}
+        for prefix, tower in towers.items():
+            lacking = {key.removeprefix(prefix) for key in missing if key.startswith(prefix)}
+            if lacking:
+                tower.load_weights(lacking)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -168,10 +178,19 @@ class LlavaMetaForCausalLM:
                 "the model holds a LoRA adapter that is not merged: open it with merge_lora=True and write that, or "
                 "run llava merge; the LoRA folder itself can be copied"
             )
-        # What transformers undoes in writing: left alone, the renamings that this model's reading needed.
-        self._weight_conversions = get_model_conversion_mapping(
-            self, hf_quantizer=getattr(self, "hf_quantizer", None), add_legacy=False
+        # What transformers undoes in writing: left alone, the renamings that this model's reading needed. Video-LLaVA
+        # has its towers under names of its own, and without the `vision_model` that transformers puts into them.
+        has_two_towers = self.get_model().video_tower is not None
+        conversions = get_model_conversion_mapping(
+            self,
+            key_mapping=VIDEO_LLAVA_NAMES if has_two_towers else None,
+            hf_quantizer=getattr(self, "hf_quantizer", None),
+            add_legacy=False,
         )
+        towers = ("vision_tower", "video_tower") if has_two_towers else ()
+        self._weight_conversions = [
+            each for each in conversions if (each.scope_prefix or "").partition(".")[0] not in towers
+        ]
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
