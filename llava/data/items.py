@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.constants import IGNORE_INDEX
 from llava.conversation import Template, get_template
 from llava.data.feature_cache import FeatureCache, NotCachedError
 from llava.data.images import IMAGE_ACCESS, check_image_exists, load_image, locate_image, open_image
-from llava.data.preprocessing import parse_rounds, preprocess
+from llava.data.preprocessing import marks_of, parse_rounds, preprocess, without_marks
 from llava.data.rejects import Rejects
-from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, image_files, sample_name
+from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, clip_files, image_files, sample_name
 from llava.data.stored_features import join_features
 from llava.mm_utils import leading_ids, process_images
 
@@ -117,7 +117,8 @@ class ItemMaker:
             "labels": labels,
             "images": images,
             "image_sizes": sizes,
-            "text": self._text(sample["conversations"], bool(sizes)),
+            "videos": self._clips(sample, row, image_folder, name),
+            "text": self._text(sample["conversations"], bool(sizes), bool(clip_files(sample, name))),
         }
 
     def _pixels(
@@ -145,13 +146,27 @@ class ItemMaker:
             raise BadSampleError(f"{name}: {error}", IMAGE) from error
         return join_features([cache.empty(), *(features for features, _ in found)]), [size for _, size in found]
 
+    def _clips(self, sample: dict[str, Any], row: dict[str, Any], folder: str | None, name: str) -> list[torch.Tensor]:
+        """Pixels of each clip of a row, [F, 3, H, W]."""
+        if clip_files(sample, name):
+            raise BadSampleError(f"{name}: clips are not read yet", IMAGE)
+        return []
+
     def placeholder(self, sample_id: object) -> dict[str, Any]:
         """An item of one token that teaches nothing: it keeps a skipped sample's place in its batch."""
         start = leading_ids(self.tokenizer) or [self.tokenizer.pad_token_id or 0]
         ids = torch.tensor(start, dtype=torch.long)
         labels = torch.full_like(ids, IGNORE_INDEX)
         images: Any = [] if self.feature_cache is None else self.feature_cache.empty()
-        return {"id": sample_id, "input_ids": ids, "labels": labels, "images": images, "image_sizes": [], "text": ""}
+        return {
+            "id": sample_id,
+            "input_ids": ids,
+            "labels": labels,
+            "images": images,
+            "image_sizes": [],
+            "videos": [],
+            "text": "",
+        }
 
     def tokens(self, sample: dict[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a sample, LongTensor [S] each.
@@ -167,6 +182,7 @@ class ItemMaker:
                 bool(image_files(sample, name)),
                 mm_use_im_start_end=self.mm_use_im_start_end,
                 sample=name,
+                has_video=bool(clip_files(sample, name)),
             )
         except BadSampleError:
             raise
@@ -217,12 +233,13 @@ class ItemMaker:
         """The pixels of an image as the vision tower reads them, [3, H, W] or [tiles, 3, H, W]."""
         return process_images([image], self.image_processor, self._image_config)[0]
 
-    def _text(self, conversation: Sequence[dict[str, str]], has_image: bool) -> str:
+    def _text(self, conversation: Sequence[dict[str, str]], has_image: bool, has_video: bool) -> str:
+        marks = marks_of(has_image, has_video)
         if self.text == "question":
-            return _questions(conversation, has_image)
+            return _questions(conversation, marks)
         template = get_template(self.version)
-        segments = template.render(parse_rounds(conversation, template, has_image))
-        return "".join(segment.text for segment in segments).replace(DEFAULT_IMAGE_TOKEN, "")
+        segments = template.render(parse_rounds(conversation, template, has_image, has_video=has_video))
+        return without_marks("".join(segment.text for segment in segments), marks)
 
 
 def open_picture(picture: str | bytes, number: int = 0) -> Image.Image:
@@ -244,11 +261,9 @@ def _id(sample: Any, index: int) -> Any:
     return sample.get("id", index) if isinstance(sample, dict) else index
 
 
-def _questions(conversation: Sequence[dict[str, str]], has_image: bool) -> str:
+def _questions(conversation: Sequence[dict[str, str]], marks: Iterable[str]) -> str:
     """The human's words, a line a turn; what a reducer that looks at the text is given."""
-    texts = [turn["value"] for turn in conversation if turn["from"] == "human"]
-    if has_image:
-        texts = [text.replace(DEFAULT_IMAGE_TOKEN, "") for text in texts]
+    texts = [without_marks(turn["value"], marks) for turn in conversation if turn["from"] == "human"]
     return "\n".join(text.strip() for text in texts if text.strip())
 
 
