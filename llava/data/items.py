@@ -16,12 +16,15 @@ from PIL import Image
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Template, get_template
 from llava.data.feature_cache import FeatureCache, NotCachedError
-from llava.data.images import IMAGE_ACCESS, check_image_exists, load_image, locate_image, open_image
+from llava.data.media.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
+from llava.data.media.videos import check_video_exists, locate_video, read_video
 from llava.data.preprocessing import marks_of, parse_rounds, preprocess, without_marks
 from llava.data.rejects import Rejects
-from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, clip_files, image_files, sample_name
+from llava.data.samples import IMAGE, NO_ANSWER, VIDEO, BadSampleError, image_files, sample_name, video_files
 from llava.data.stored_features import join_features
 from llava.mm_utils import leading_ids, process_images
+from llava.pictures import load_image
+from llava.video import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class ItemMaker:
         text: str,
         on_bad_sample: str,
         rejects: Rejects | None,
+        video_folder: str | Path | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         if text not in ("question", "conversation"):
             raise ValueError(f"text={text!r}: choose question or conversation")
@@ -66,6 +71,8 @@ class ItemMaker:
         self.image_processor = image_processor
         self.version = version
         self.image_folder = str(image_folder or "")
+        self.video_folder = str(video_folder or "")
+        self.sampling = sampling or Sampling()
         self.image_access = image_access
         self.mm_use_im_start_end = mm_use_im_start_end
         self.text = text
@@ -117,8 +124,8 @@ class ItemMaker:
             "labels": labels,
             "images": images,
             "image_sizes": sizes,
-            "videos": self._clips(sample, row, image_folder, name),
-            "text": self._text(sample["conversations"], bool(sizes), bool(clip_files(sample, name))),
+            "videos": self._clips(row, image_folder, name),
+            "text": self._text(sample["conversations"], bool(sizes), bool(video_files(sample, name))),
         }
 
     def _pixels(
@@ -146,11 +153,11 @@ class ItemMaker:
             raise BadSampleError(f"{name}: {error}", IMAGE) from error
         return join_features([cache.empty(), *(features for features, _ in found)]), [size for _, size in found]
 
-    def _clips(self, sample: dict[str, Any], row: dict[str, Any], folder: str | None, name: str) -> list[torch.Tensor]:
+    def _clips(self, row: dict[str, Any], image_folder: str | None, name: str) -> list[torch.Tensor]:
         """Pixels of each clip of a row, [F, 3, H, W]."""
-        if clip_files(sample, name):
-            raise BadSampleError(f"{name}: clips are not read yet", IMAGE)
-        return []
+        if self.feature_cache is not None and self.clips(row, image_folder):
+            raise NotCachedError(f"{name}: it shows a clip, and only images are cached; train without --feature_cache")
+        return list(self.read_clips(row, image_folder, name))
 
     def placeholder(self, sample_id: object) -> dict[str, Any]:
         """An item of one token that teaches nothing: it keeps a skipped sample's place in its batch."""
@@ -182,7 +189,7 @@ class ItemMaker:
                 bool(image_files(sample, name)),
                 mm_use_im_start_end=self.mm_use_im_start_end,
                 sample=name,
-                has_video=bool(clip_files(sample, name)),
+                has_video=bool(video_files(sample, name)),
             )
         except BadSampleError:
             raise
@@ -203,6 +210,30 @@ class ItemMaker:
         files = image_files(sample, sample_name(sample, row["index"], ""))
         return [locate_image(folder, file, self.image_access) for file in files]
 
+    def clips(self, row: dict[str, Any], image_folder: str | None = None) -> list[str | list[str]]:
+        """Paths or URLs of a row's clips; of each of its frames, where one is a list of them.
+
+        Raises:
+            BadSampleError: one leads where `image_access` does not allow.
+        """
+        sample = json.loads(row["sample"])
+        name = sample_name(sample, row["index"], row["file"])
+        images = self.image_folder if image_folder is None else image_folder
+        try:
+            files = video_files(sample, name)
+            return [locate_video(self.video_folder, clip, self.image_access, images) for clip in files]
+        except ValueError as error:
+            raise BadSampleError(f"{name}: {error}", VIDEO) from error
+
+    def read_clips(self, row: dict[str, Any], image_folder: str | None, name: str) -> Iterator[torch.Tensor]:
+        """The pixels of a row's clips as the vision tower reads them, [F, 3, H, W], one after the other.
+
+        Raises:
+            BadSampleError: one cannot be read.
+        """
+        for clip in self.clips(row, image_folder):
+            yield read_video(clip, name, self.image_processor, self._image_config, self.sampling)
+
     def images(self, row: dict[str, Any], image_folder: str | None = None) -> Iterator[Image.Image]:
         """A row's images, one after the other, read completely.
 
@@ -217,7 +248,7 @@ class ItemMaker:
             raise BadSampleError(f"{name}: {error}", IMAGE) from error
 
     def check_images(self, row: dict[str, Any], image_folder: str | None = None) -> None:
-        """Look for a row's images without opening them: the files, or what the cache has of them.
+        """Look for a row's images and clips without opening them: the files, or what the cache has of them.
 
         Raises:
             NotCachedError: one is not in the cache.
@@ -228,6 +259,8 @@ class ItemMaker:
                 self.feature_cache.check(picture)
             elif isinstance(picture, str):
                 check_image_exists(picture)
+        for clip in self.clips(row, image_folder):
+            check_video_exists(clip)
 
     def process(self, image: Image.Image) -> torch.Tensor:
         """The pixels of an image as the vision tower reads them, [3, H, W] or [tiles, 3, H, W]."""

@@ -14,10 +14,10 @@ FORMAT, TAGS, NO_ANSWER, IMAGE, VIDEO = "format", "image tags", "nothing to lear
 read."""
 
 MAX_IMAGES = 1000
-"""Images of one sample, or clips; no model can take more."""
+"""Images of one sample; no model can take more."""
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-"""That a clip may have which Video-ChatGPT's data names by its id alone."""
+MAX_VIDEOS = 100
+"""Clips of one sample."""
 
 
 class BadSampleError(DataError):
@@ -50,28 +50,45 @@ def image_files(sample: dict[str, Any], name: str) -> list[str]:
     Raises:
         BadSampleError: `image` is neither a file name nor a list of them.
     """
-    return _named_files(sample, "image", name)
-
-
-def clip_files(sample: dict[str, Any], name: str) -> list[str]:
-    """Names of a sample's clips, files or folders of frames, in the order of their `<video>`.
-
-    Raises:
-        BadSampleError: `video` is neither a name nor a list of them.
-    """
-    return _named_files(sample, "video", name)
-
-
-def _named_files(sample: dict[str, Any], key: str, name: str) -> list[str]:
-    value = sample.get(key)
+    value = sample.get("image")
     if value is None:
         return []
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-        raise BadSampleError(f'{name}: "{key}" is {value!r:.80}, expected a file name or a list of file names')
+        raise BadSampleError(f'{name}: "image" is {value!r:.80}, expected a file name or a list of file names')
     if len(files) > MAX_IMAGES:
-        raise BadSampleError(f"{name}: it has {len(files)} {key}s, at most {MAX_IMAGES} are read")
+        raise BadSampleError(f"{name}: it has {len(files)} images, at most {MAX_IMAGES} are read")
     return files
+
+
+def video_files(sample: dict[str, Any], name: str) -> list[str | list[str]]:
+    """A sample's clips, in the order of their `<video>`: names of files or folders, or of a clip's frames; or empty.
+
+    "video" is a name, or a list of clips; a clip that is a list of names is one of frames.
+
+    Raises:
+        BadSampleError: `video` is something else.
+    """
+    value = sample.get("video")
+    if value is None:
+        return []
+    clips = [value] if isinstance(value, str) else value
+    if not isinstance(clips, list) or not all(_is_name(clip) or _is_names(clip) for clip in clips):
+        raise BadSampleError(
+            f'{name}: "video" is {value!r:.80}, expected the name of a file or folder, or a list of clips, each such a '
+            "name or a list of its frames' names"
+        )
+    if len(clips) > MAX_VIDEOS:
+        raise BadSampleError(f"{name}: it has {len(clips)} videos, at most {MAX_VIDEOS} are read")
+    return clips
+
+
+def _is_name(clip: Any) -> bool:
+    return isinstance(clip, str) and bool(clip)
+
+
+def _is_names(clip: Any) -> bool:
+    return isinstance(clip, list) and bool(clip) and all(map(_is_name, clip))
 
 
 def with_clip_marks(sample: Any) -> Any:
@@ -100,7 +117,7 @@ def with_clip_marks(sample: Any) -> Any:
     return {**sample, "conversations": [marked(turn) for turn in turns]}
 
 
-def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round], list[str], list[str]]:
+def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round], list[str], list[str | list[str]]]:
     """Rounds, image files and clips of a sample, checked without opening the files.
 
     In a sample without images, `<image>` inside a text is text (a page of XML, say). At the start or end of a
@@ -119,7 +136,7 @@ def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round
         raise BadSampleError(f"{name}: expected an object with 'conversations', got {sample!r:.80}")
     if "conversations" not in sample:
         raise BadSampleError(f"{name}: the key 'conversations' is missing; it has {sorted(sample)!r:.200}")
-    files, clips = image_files(sample, name), clip_files(sample, name)
+    files, clips = image_files(sample, name), video_files(sample, name)
     try:
         rounds = parse_rounds(sample["conversations"], template, bool(files), name, bool(clips))
     except NoTrainableTokensError as error:
@@ -133,7 +150,7 @@ def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round
         if count != len(named) and (named or marked):
             raise BadSampleError(
                 f"{name}: its questions have {count} {tag} and it names {len(named)} {key} file(s); "
-                f'write one {tag} for each file of "{key}"',
+                f'write one {tag} for each of "{key}"',
                 TAGS,
             )
     return rounds, files, clips

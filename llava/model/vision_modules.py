@@ -218,6 +218,10 @@ class VisionModules:
 
     def _change_vision_modules(self, changes: dict[str, Any]) -> None:
         config = self.config
+        if getattr(config, "mm_video_tower", None) and self.video_tower is None:
+            self.video_tower = self._build_video_tower()
+            self._to_language_model(self.video_tower)
+            self.video_tower.load_weights()
         for kind, tower in zip(("vision", "video"), self._towers(), strict=False):
             if f"mm_{kind}_tower" in changes:
                 tower.rename(getattr(config, f"mm_{kind}_tower"))

@@ -100,15 +100,16 @@ class VisualEncoding(VisionModules):
         if methods.needs.projected:
             vision.projected = self.mm_projector(vision.features.to(self._projector_dtype()))
         tokens = reduce_features(vision, methods)
-        if frames is None or not self._keeps_frame_cls(methods):
+        if frames is None or not self.keeps_frame_cls(methods):
             return tokens
         assert vision.cls is not None
         cls = self.mm_projector(vision.cls.to(self._projector_dtype())) if methods.needs.projected else vision.cls
         return with_cls(tokens, cls, frames)
 
-    def _keeps_frame_cls(self, methods: Reducers) -> bool:
+    def keeps_frame_cls(self, reduction: Reduction = None) -> bool:
         """Whether the class token of a frame goes before its patches: in Video-LLaVA, unless a method has it among its
         own tokens, or fuses patches in the projector."""
+        methods = self.reducers(reduction)
         return self.video_tower is not None and methods.projector is None and not methods.needs.cls
 
     def _see(self, pixels: Tensor, methods: Reducers, frames: Sequence[int] | None) -> VisionFeatures:
@@ -293,7 +294,7 @@ class VisualEncoding(VisionModules):
         """
         if tokens is None:
             tokens = VisualTokens(torch.empty(sum(tiles), self._tower().num_patches, 0))
-            if is_clip is not None and self._keeps_frame_cls(Reducers()):
+            if is_clip is not None and self.keeps_frame_cls(Reducers()):
                 frames = [entry for clip, n in zip(is_clip, tiles, strict=True) for entry in ([n] if clip else [0] * n)]
                 tokens = with_cls(tokens, torch.empty(sum(tiles), 0), frames)
         return [len(layout) for layout in self._layouts(tokens, tiles, image_sizes, is_clip)]
