@@ -35,6 +35,7 @@ METHODS = {
     "random 1/4": ("random", {"ratio": 1 / 4}),
     "visionzip 54 + 10": ("visionzip", {}),
     "divprune 64": ("divprune", {"tokens": 64}),
+    "mmtok 64": ("mmtok", {"tokens": 64}),
 }
 
 

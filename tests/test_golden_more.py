@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llava.model.image_layout import padded_patches
 from llava.model.language_model.staged import StagedPass
 from llava.reduction import VisionFeatures, available, build
 from llava.reduction.tower.tokens import TowerTokens
@@ -208,6 +209,15 @@ def norm_weight(model: Any, weight: Tensor | None) -> Iterator[None]:
     norm.weight.data = own
 
 
+def words_and_padding(model: Any, case: Case, about: About) -> dict[str, Tensor]:
+    """Embeddings of the stored words, and the patches that lie in the padding, as many as the case says."""
+    padding = padded_patches(tuple(about["image_size"]), 336, (24, 24)).unsqueeze(0)
+    assert int(padding.sum()) == about["excluded_padding_patches"]
+    words = case["keyword_ids"]
+    assert words[0, 0] == model.tokenizer.bos_token_id
+    return {"text": model.get_model().embed_tokens(words[:, 1:]), "padding": padding}
+
+
 # The table --------------------------------------------------------------------------------------------------------
 
 ROWS: dict[str, Row] = {
@@ -250,7 +260,7 @@ ROWS: dict[str, Row] = {
         lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
     ),
     "cdpruner_wide": Row("cdpruner", lambda _: {}, unwritten),
-    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
+    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
     "evit": Row("evit", lambda _: {}, unwritten),
     "ats": Row("ats", lambda _: {}, unwritten),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
