@@ -186,6 +186,40 @@ def check_tome_step(row: Row, name: str, golden: Path) -> None:
             torch.testing.assert_close(sized.sizes, case[f"size_after_{n}_{pairs}"].squeeze(-1), **TOKENS)
 
 
+@torch.no_grad()
+def check_vscan(row: Row, name: str, golden: Path) -> None:
+    """What is selected, from pixels; what it becomes, from the seam; what each drop keeps; and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    drop = {"name": "vscan_drop", "layers": about["layers"], "keep": about["counts"]}
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction({"encoder": row.reduction(about), "decoder": drop})
+    inner = model.get_model()
+    vision = seam(i)
+    vision.attention = model.get_vision_tower()(images, inner.reducers().needs).attention
+    tokens = build(**row.reduction(about))(vision)
+    assert tokens.source[0].tolist() == case["selected"].tolist()
+    torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    spliced = model.splice_images(case["input_ids"], images=images)
+    first, last = about["image_start"], about["image_start"] + about["visual_tokens"]
+    for number in range(len(about["counts"])):
+        some = {key: drop[key][: number + 1] for key in ("layers", "keep")}
+        staged = StagedPass(spliced.image_index, reducer=build("vscan_drop", **some))
+        inner(inputs_embeds=spliced.inputs_embeds, staged=staged)
+        kept = staged.kept[0]
+        assert (kept[(kept >= first) & (kept < last)] - first).tolist() == entered(case, number).tolist()
+    logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about["final_length"]
+
+
+def entered(case: Case, number: int) -> Tensor:
+    """What drop `number` keeps, by its place among the tokens that entered the language model."""
+    kept = case[f"kept_{number}"]
+    return kept if number == 0 else entered(case, number - 1)[kept]
+
+
 def unwritten(row: Row, name: str, golden: Path) -> None:
     """In place of a check that the method's author writes."""
     raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
@@ -277,7 +311,7 @@ ROWS: dict[str, Row] = {
         check_in_the_decoder,
     ),
     "fastv": Row("fastv", lambda about: {"layer": about["layer"], "ratio": about["rate"]}, check_in_the_decoder),
-    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, unwritten),
+    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, check_vscan),
 }
 INPUTS = ("tower_", "tokenpacker_weights", "mqt_weights")  # read by other cases
 

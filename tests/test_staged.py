@@ -31,6 +31,7 @@ METHODS = (
     {"name": "fastv", "layer": 2, "ratio": 0.6},
     {"encoder": {"name": "prumerge", "ratio": 0.5}, "decoder": PYRAMID},
     {"name": "dart", "layer": 2, "tokens": 8, "image_pivots": 2, "text_pivots": 2},
+    {"encoder": {"name": "vscan", "tokens": 10}, "decoder": {"name": "vscan_drop", "layers": [2, 4], "keep": [6, 3]}},
 )
 BACKBONES: dict[str, dict[str, Any]] = {
     "llama": {},

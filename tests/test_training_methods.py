@@ -27,6 +27,8 @@ FLAGS = {
     "pyramiddrop": "{name: pyramiddrop, layers: [1], ratios: [0.25]}",
     "dart": "{name: dart, layer: 1, tokens: 8, image_pivots: 2, text_pivots: 2}",
     "mmtok": "{name: mmtok, tokens: 4}",
+    "vscan": "{name: vscan, tokens: 4}",
+    "vscan_drop": "{name: vscan_drop, layers: [1], keep: [3]}",
     "divprune": "{name: divprune, tokens: 4}",
     "tome": "{name: tome, tokens: 4}",
     "visionzip": "{name: visionzip, dominant: 3, contextual: 2}",

@@ -177,7 +177,7 @@ class VisualEncoding(VisionModules):
         return pad_rows(tower.text_tower.embed_segments(texts, tower.name))
 
     def _embed_words(self, phrases: list[list[str]]) -> tuple[Tensor, Tensor]:
-        """The language model's embeddings of the tokens of each word, without context."""
+        """The language model's embeddings of the tokens of each word, without context; nothing is learnt by it."""
         if self.tokenizer is None:
             raise ValueError(
                 "this model's reduction reads the words of the question: open the model with load_pretrained_model, or "
@@ -188,8 +188,10 @@ class VisualEncoding(VisionModules):
             for words in phrases
         ]
         nothing = [self.tokenizer.bos_token_id or 0]  # of a question without a word, as in a batch without images
+        padded, mask = pad_rows([torch.tensor(row or nothing) for row in ids])
         device = self.embed_tokens.weight.device
-        return pad_rows([self.embed_tokens(torch.tensor(row or nothing, device=device)) for row in ids])
+        with torch.no_grad():  # one call: ZeRO-3 waits in each for all ranks, whose questions differ in number
+            return self.embed_tokens(to_device(padded, device)), to_device(mask, device)
 
     def layout_lengths(
         self, tokens: VisualTokens | None, tiles: list[int], image_sizes: ImageSizes = None
@@ -239,7 +241,7 @@ class VisualEncoding(VisionModules):
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Q tensors [S, E] of different S, at least 1, as one [Q, S, E]; and [Q, S] bool, what is no padding."""
+    """Q tensors [S, ...] of different S, at least 1, as one [Q, S, ...]; and [Q, S] bool, what is no padding."""
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     return padded, torch.arange(padded.shape[1], device=lengths.device) < lengths.unsqueeze(1)

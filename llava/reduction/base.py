@@ -18,9 +18,9 @@ from typing_extensions import dataclass_transform
 from llava.reduction.options import check_fields, values_of
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
 
-Place = int | Literal["selected", "last"]
+Place = int | Literal["early", "selected", "last"]
 """A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
-`mm_vision_select_layer` selects, or the last one."""
+`mm_vision_select_layer` selects, the last one, or an early one, a fifth of the way up: block 5 of 24."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ ANSWER_FORMATS = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
 )
-STOP_WORDS = frozenset(
+_STOP_WORDS = (
     "a an the is are was were be been being have has had do does did it they he she we you i what where when why how "
-    "who which and or but so if then question answer to for with by from at into onto upon".split()
+    "who which and or but so if then question answer to for with by from at into onto upon"
 )
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 
 @register("mmtok")
