@@ -247,8 +247,10 @@ def words_and_padding(model: Any, case: Case, about: About) -> dict[str, Tensor]
     """Embeddings of the stored words, and the patches that lie in the padding, as many as the case says."""
     padding = padded_patches(tuple(about["image_size"]), 336, (24, 24)).unsqueeze(0)
     assert int(padding.sum()) == about["excluded_padding_patches"]
-    words = case["keyword_ids"]
-    assert words[0, 0] == model.tokenizer.bos_token_id
+    words, phrases = case["keyword_ids"], build("mmtok").phrases(about["question"])
+    assert " ".join(phrases) == about["keywords"]
+    own = [token for word in phrases for token in model.tokenizer(word, add_special_tokens=False).input_ids]
+    assert words[0].tolist() == [model.tokenizer.bos_token_id, *own]
     return {"text": model.get_model().embed_tokens(words[:, 1:]), "padding": padding}
 
 

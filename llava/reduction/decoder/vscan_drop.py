@@ -36,7 +36,7 @@ class VScanDrop(DecoderReducer):
 
     def validate(self) -> None:
         super().validate()
-        layers, keep = self.layers or [1], self.keep or [32]
+        layers, keep = [1] if self.layers is None else self.layers, self._counts
         if len(layers) != len(keep):
             raise self.mistake(
                 f"layers={self.layers!r} and keep={self.keep!r} must be lists of one length, a number for each drop"
@@ -46,13 +46,17 @@ class VScanDrop(DecoderReducer):
         if sorted(keep, reverse=True) != list(keep):
             raise self.mistake(f"keep={self.keep!r} must fall; each is the number that is left of an image's tokens")
 
+    @property
+    def _counts(self) -> list[int]:
+        return [32] if self.keep is None else self.keep
+
     @classmethod
     def budget_choices(cls, entering: int) -> Sequence[Mapping[str, Any]]:
         return [{"keep": [count]} for count in range(1, entering + 1)]
 
     def drops(self, num_layers: int) -> list[Drop]:
-        layers = self.layers or [num_layers // 2]
-        drops = [Drop(after, keep, ranked_by=after) for after, keep in zip(layers, self.keep or [32], strict=True)]
+        layers = [num_layers // 2] if self.layers is None else self.layers
+        drops = [Drop(after, keep, ranked_by=after) for after, keep in zip(layers, self._counts, strict=True)]
         return check_drops(self.method, drops, num_layers)
 
     def score(self, given: LayerInput) -> Tensor:
