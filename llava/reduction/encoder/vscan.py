@@ -62,12 +62,10 @@ class VScan(EncoderReducer):
     def select(self, vision: VisionFeatures, grid: tuple[int, int]) -> tuple[Tensor, int]:
         """[N, P] bool, the patches that are kept, and how many they are."""
         local, overall = (vision.attention[place].mean(dim=1) for place in (self._local, "selected"))
-        window, number = windows(grid)
-        sizes = window.bincount(minlength=number)
-        limit = sizes.clamp(max=self.tokens // 2 // number)
-        chosen = int(limit.sum())
-        window, sizes, limit = (values.to(local.device) for values in (window, sizes, limit))
-        is_kept = rank_within(local, window, sizes) < limit[window]
+        window, sizes = windows(grid, local.device)
+        each = self.tokens // 2 // len(sizes)
+        is_kept = rank_within(local, window, sizes) < sizes.clamp(max=each)[window]
+        chosen = int(windows(grid)[1].clamp(max=each).sum())  # counted on the host
         more = min(self.tokens - self.tokens // 2, is_kept.shape[1] - chosen)
         if more:
             best = overall.masked_fill(is_kept, -1).topk(more, dim=1).indices
@@ -75,11 +73,12 @@ class VScan(EncoderReducer):
         return is_kept, chosen + more
 
 
-def windows(grid: tuple[int, int]) -> tuple[Tensor, int]:
-    """The window of each patch [P] int64 in raster order, and the number of windows."""
+def windows(grid: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The window of each patch [P] int64 in raster order, and the patches of each window [W] int64."""
     sides = [min(SIDE, cells) for cells in grid]
-    row, column = (torch.arange(cells) * side // cells for cells, side in zip(grid, sides, strict=True))
-    return (row.unsqueeze(1) * sides[1] + column).flatten(), sides[0] * sides[1]
+    row, column = (torch.arange(n, device=device) * side // n for n, side in zip(grid, sides, strict=True))
+    window = (row.unsqueeze(1) * sides[1] + column).flatten()
+    return window, (window == torch.arange(sides[0] * sides[1], device=device).unsqueeze(1)).sum(dim=1)
 
 
 def rank_within(scores: Tensor, window: Tensor, sizes: Tensor) -> Tensor:
@@ -113,6 +112,6 @@ def merge_alike(features: Tensor, is_kept: Tensor, kept: Tensor) -> tuple[Tensor
     centres = unit.gather(1, kept.unsqueeze(2).expand(-1, -1, unit.shape[2]))
     nearest = precise_product(unit, centres.transpose(1, 2)).argmax(dim=2)
     into = torch.where(is_kept, is_kept.long().cumsum(dim=1) - 1, nearest)
-    member = torch.nn.functional.one_hot(into, kept.shape[1]).to(values.dtype).transpose(1, 2)
+    member = values.new_zeros(*into.shape, kept.shape[1]).scatter_(2, into.unsqueeze(2), 1).transpose(1, 2)
     means = precise_product(member, values) / member.sum(dim=2, keepdim=True)
     return means.to(features.dtype), into
