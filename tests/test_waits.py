@@ -56,6 +56,8 @@ METHODS: dict[str, tuple[Any, int, int]] = {
     "fastv": (FASTV, 0, 0),
     "mmtok": ({"name": "mmtok", "tokens": 5}, 0, 1),
     "vscan": ({"encoder": {"name": "vscan", "tokens": 32}, "decoder": VSCAN_DROP}, 0, 1),
+    "sparsevlm": ({"name": "sparsevlm", "layers": [1, 3], "keep": [9, 4]}, 1, 1),
+    "sparsevlm 2.0": ({"name": "sparsevlm", "version": "2.0", "layers": [1, 3], "keep": [9, 4]}, 1, 1),
     "prumerge and pyramiddrop": ({"encoder": {"name": "prumerge"}, "decoder": PYRAMID}, 1, 2),
     "stf and fastv": ({"projector": {"name": "stf", "mbtf": 2}, "decoder": FASTV}, 0, 0),
 }

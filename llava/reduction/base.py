@@ -424,6 +424,8 @@ class LayerInput:
         query_mask: [B, Q] bool, which of them are real.
         output: [B, L, D], what the drop works on: the output of the layers that have run.
         norm: the language model's last norm.
+        rotary: the language model's rotary embedding.
+        positions: [B, L] int64, of the tokens that are still there.
         pool: [B, L] int64, the pool (an image, or all of a sample) in which a token competes, numbered from 0 row by
             row; -1 for what is never dropped.
         answer: [B, L] bool, tokens that are learnt; None outside of training.
@@ -442,6 +444,8 @@ class LayerInput:
     query_mask: Tensor
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     norm: nn.Module = field(default_factory=nn.Identity)
+    rotary: nn.Module = field(default_factory=nn.Identity)
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     pool: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     answer: Tensor | None = None
     drop: Drop = Drop(1, 1.0, 0)
@@ -470,9 +474,12 @@ class DecoderReducer(Reducer, abc.ABC):
     It says where, how many and by which score; `llava.model.language_model.staged` runs the layers.
     """
 
-    renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; otherwise tokens keep theirs
-
     pool: Literal["image", "sample"] = "image"  # which tokens compete: those of one image, or of all of a sample
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions are 0, 1, 2, ... again after a drop; otherwise tokens keep theirs."""
+        return True
 
     @abc.abstractmethod
     def drops(self, num_layers: int) -> list[Drop]:
