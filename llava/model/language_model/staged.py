@@ -70,7 +70,7 @@ class StagedPass:
     def on_host(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`image_index`, the [B, L] bool mask of real tokens, and `labels`, on the host."""
         if self.plan is not None:
-            return self.plan.image_index, self.plan.attention_mask, self.plan.labels
+            return self.plan.pool_index, self.plan.attention_mask, self.plan.labels
         given = [self.image_index, mask.long()] + ([] if self.labels is None else [self.labels])
         image_index, real, *labels = torch.stack(given).cpu()
         return image_index, real.bool(), labels[0] if labels else None
