@@ -65,7 +65,7 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
         {"version": "2.0", "layers": [1, 2], "keep": [10, 4], "heads": 2},
         {"layers": [1, 2], "keep": [12, 5], "pool": "sample"},
     ),
-    "vscan_drop": ({"layers": [1], "keep": [2]},),
+    "vscan_drop": ({"layers": [1], "keep": [2]}, {"layers": [1, 3], "keep": [5, 2], "pool": "sample"}),
 }
 """By name, the options of each of its runs; the first one also goes through training runs and with other methods."""
 
@@ -131,7 +131,7 @@ def composes(one: str, other: str) -> bool:
         return before is None or getattr(method_class(before), "keeps_grid", False)
     if sites.keys() == {"tower", "encoder"}:
         needs = build(**first(sites["encoder"])).needs
-        places = {"selected": SELECTED - 1, "last": DEPTH - 1}
+        places = {"early": DEPTH * 5 // 24, "selected": SELECTED - 1, "last": DEPTH - 1}
         read = [*needs.hidden, *(places[place] if isinstance(place, str) else place for place in needs.places)]
         return min(read, default=DEPTH) > max(build(**first(sites["tower"])).blocks(DEPTH, SELECTED), default=-1)
     return True

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llava.model.image_inputs import Clip
 from llava.model.language_model.families import LlavaLlamaForCausalLM
@@ -34,6 +35,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "visionzip": {"tokens": 6},
     "tome": {"tokens": 7},
     "divprune": {"tokens": 5},
+    "mmtok": {"tokens": 5},
+    "vscan": {"tokens": 6},
+    "vscan_drop": {"layers": [1], "keep": [4]},
 }
 ROWS = {
     "alike": [prompt(3, "clip", 4, seed=i) for i in range(2)],
@@ -51,6 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
     args = {"vision_tower": str(world.clip), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
     model.get_model().initialize_vision_modules(type("Args", (), args))
+    model.tokenizer = AutoTokenizer.from_pretrained(world.llm)
     return model.eval()
 
 

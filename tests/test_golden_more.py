@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llava.model.image_layout import padded_patches
 from llava.model.language_model.drop_plan import keep_best
 from llava.model.language_model.staged import StagedPass
 from llava.reduction import VisionFeatures, available, build
@@ -300,6 +301,40 @@ def check_cdpruner_wide(row: Row, name: str, golden: Path) -> None:
         assert build(row.method, tokens=tokens)(vision).source.tolist() == case[f"kept_{tokens}"].tolist()
 
 
+@torch.no_grad()
+def check_vscan(row: Row, name: str, golden: Path) -> None:
+    """What is selected, from pixels; what it becomes, from the seam; what each drop keeps; and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    drop = {"name": "vscan_drop", "layers": about["layers"], "keep": about["counts"]}
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction({"encoder": row.reduction(about), "decoder": drop})
+    inner = model.get_model()
+    vision = seam(i)
+    vision.attention = model.get_vision_tower()(images, inner.reducers().needs).attention
+    tokens = build(**row.reduction(about))(vision)
+    assert tokens.source[0].tolist() == case["selected"].tolist()
+    torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    spliced = model.splice_images(case["input_ids"], images=images)
+    first, last = about["image_start"], about["image_start"] + about["visual_tokens"]
+    for number in range(len(about["counts"])):
+        some = {key: drop[key][: number + 1] for key in ("layers", "keep")}
+        staged = StagedPass(spliced.image_index, reducer=build("vscan_drop", **some))
+        inner(inputs_embeds=spliced.inputs_embeds, staged=staged)
+        kept = staged.kept[0]
+        assert (kept[(kept >= first) & (kept < last)] - first).tolist() == entered(case, number).tolist()
+    logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about["final_length"]
+
+
+def entered(case: Case, number: int) -> Tensor:
+    """What drop `number` keeps, by its place among the tokens that entered the language model."""
+    kept = case[f"kept_{number}"]
+    return kept if number == 0 else entered(case, number - 1)[kept]
+
+
 def unwritten(row: Row, name: str, golden: Path) -> None:
     """In place of a check that the method's author writes."""
     raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
@@ -321,6 +356,17 @@ def norm_weight(model: Any, weight: Tensor | None) -> Iterator[None]:
     norm.weight.data = own if weight is None else weight
     yield
     norm.weight.data = own
+
+
+def words_and_padding(model: Any, case: Case, about: About) -> dict[str, Tensor]:
+    """Embeddings of the stored words, and the patches that lie in the padding, as many as the case says."""
+    padding = padded_patches(tuple(about["image_size"]), 336, (24, 24)).unsqueeze(0)
+    assert int(padding.sum()) == about["excluded_padding_patches"]
+    words, phrases = case["keyword_ids"], build("mmtok").phrases(about["question"])
+    assert " ".join(phrases) == about["keywords"]
+    own = [token for word in phrases for token in model.tokenizer(word, add_special_tokens=False).input_ids]
+    assert words[0].tolist() == [model.tokenizer.bos_token_id, *own]
+    return {"text": model.get_model().embed_tokens(words[:, 1:]), "padding": padding}
 
 
 # The table --------------------------------------------------------------------------------------------------------
@@ -365,7 +411,7 @@ ROWS: dict[str, Row] = {
         lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
     ),
     "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
-    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
+    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
     "evit": Row("evit", lambda _: {}, unwritten),
     "ats": Row("ats", lambda _: {}, unwritten),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
@@ -382,7 +428,7 @@ ROWS: dict[str, Row] = {
         check_in_steps,
     ),
     "fastv": Row("fastv", lambda about: {"layer": about["layer"], "ratio": about["rate"]}, check_in_the_decoder),
-    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, unwritten),
+    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, check_vscan),
 }
 INPUTS = ("tower_", "tokenpacker_weights", "mqt_weights")  # read by other cases
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.reduction import available, build
@@ -41,6 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
     args = {"vision_tower": str(world.clip), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
     model.get_model().initialize_vision_modules(type("Args", (), args))
+    model.tokenizer = AutoTokenizer.from_pretrained(world.llm)
     return model
 
 

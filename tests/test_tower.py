@@ -25,7 +25,7 @@ def pixels(count: int = 2) -> Tensor:
 # Needs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("place", "block"), [("selected", 2), ("last", 3), (0, 0), (-2, 2)])
+@pytest.mark.parametrize(("place", "block"), [("early", 0), ("selected", 2), ("last", 3), (0, 0), (-2, 2)])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @torch.no_grad()
 def test_attention_of_a_block(kind: str, place: Any, block: int) -> None:

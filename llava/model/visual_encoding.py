@@ -95,6 +95,8 @@ class VisualEncoding(VisionModules):
         vision = self._see(pixels, methods, frames)
         for name, value in {"text": text, "frames": frames, **beside}.items():
             setattr(vision, name, value)
+        if vision.padding is not None and vision.source is not None:
+            vision.padding = vision.padding.gather(1, vision.source.clamp(min=0))
         if methods.projector is not None:
             return vision
         if methods.needs.projected:
@@ -234,7 +236,8 @@ class VisualEncoding(VisionModules):
             sizes = size_pairs(image_sizes, len(counts))
             if sizes is not None:
                 tower = self._tower()
-                masks = [padded_patches(size, tower.image_size, tower.grid) for size in sizes]
+                grid = tower.grid if methods.tower is None else methods.tower.input_grid(tower.grid)
+                masks = [padded_patches(size, tower.image_size, grid) for size in sizes]
                 beside["padding"] = to_device(torch.stack(masks), tower.device)
         if needs.text is None:
             return beside
@@ -263,7 +266,7 @@ class VisualEncoding(VisionModules):
         return pad_rows(tower.text_tower.embed_segments(texts, tower.name))
 
     def _embed_words(self, phrases: list[list[str]]) -> tuple[Tensor, Tensor]:
-        """The language model's embeddings of the tokens of each word, without context."""
+        """The language model's embeddings of the tokens of each word, without context; nothing is learnt by it."""
         if self.tokenizer is None:
             raise ValueError(
                 "this model's reduction reads the words of the question: open the model with load_pretrained_model, or "
@@ -274,8 +277,10 @@ class VisualEncoding(VisionModules):
             for words in phrases
         ]
         nothing = [self.tokenizer.bos_token_id or 0]  # of a question without a word, as in a batch without images
+        padded, mask = pad_rows([torch.tensor(row or nothing) for row in ids])
         device = self.embed_tokens.weight.device
-        return pad_rows([self.embed_tokens(torch.tensor(row or nothing, device=device)) for row in ids])
+        with torch.no_grad():  # one call: ZeRO-3 waits in each for all ranks, whose questions differ in number
+            return self.embed_tokens(to_device(padded, device)), to_device(mask, device)
 
     def layout_lengths(
         self,
@@ -371,7 +376,7 @@ def _rows_of(tokens: VisualTokens, counts: Sequence[int], is_clip: Sequence[bool
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Q tensors [S, E] of different S, at least 1, as one [Q, S, E]; and [Q, S] bool, what is no padding."""
+    """Q tensors [S, ...] of different S, at least 1, as one [Q, S, ...]; and [Q, S] bool, what is no padding."""
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     mask = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
     return padded, to_device(mask, padded.device)

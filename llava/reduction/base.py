@@ -18,9 +18,9 @@ from typing_extensions import dataclass_transform
 from llava.reduction.options import check_fields, values_of
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
 
-Place = int | Literal["selected", "last"]
+Place = int | Literal["early", "selected", "last"]
 """A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
-`mm_vision_select_layer` selects, or the last one."""
+`mm_vision_select_layer` selects, the last one, or an early one, a fifth of the way up: block 5 of 24."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class VisionFeatures:
             reducer named the blocks.
         patch_embeds: [N, P, E], the patches in the space that CLIP shares between images and texts.
         projected: [N, P, D], what the projector makes of `features`.
-        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments or words.
+        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments, or [N, S, D]
+            of its words.
         text_mask: [N, S] bool, real segments or words, which come first; None: all are.
         padding: [N, P] bool, patches that only pad the picture; None: there are none, or it is not known.
         mask: [N, P] bool, real tokens, where a method in the tower left different numbers; None: all are.
@@ -132,14 +133,15 @@ class VisionFeatures:
             raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
         for block, state in self.hidden_states.items():
             _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
+        width = embeds = None
         if self.projected is not None:
-            _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
-        embeds = None
+            *_, width = _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
         if self.patch_embeds is not None:
             *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
         if self.text is not None:
             several = isinstance(self.text, Tensor) and self.text.ndim == 3
-            sizes = (n, None, embeds) if several else (n, embeds)
+            widths = tuple(size for size in (embeds, width) if size is not None)
+            sizes = (n, None, widths or None) if several else (n, embeds)
             _float_shape("text", self.text, "[N, E] or [N, S, E]", sizes)
 
     def _check_projections(self, n: int, p: int) -> None:

@@ -176,7 +176,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the tower has no such block.
         """
-        named = {"selected": self.num_blocks - 1, "last": self.depth - 1}
+        named = {"early": self.depth * 5 // 24, "selected": self.num_blocks - 1, "last": self.depth - 1}
         number = named.get(place) if isinstance(place, str) else place
         lowest = 0 if isinstance(place, str) else -self.depth
         if number is None or not lowest <= number < self.depth:
