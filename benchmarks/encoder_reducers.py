@@ -37,6 +37,10 @@ METHODS = {
     "divprune 64": ("divprune", {"tokens": 64}),
     "vscan 96": ("vscan", {}),
     "mmtok 64": ("mmtok", {"tokens": 64}),
+    "fastervlm 64": ("fastervlm", {}),
+    "vispruner 64": ("vispruner", {}),
+    "cdpruner 64": ("cdpruner", {}),
+    "holov 64": ("holov", {}),
 }
 
 

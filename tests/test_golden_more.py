@@ -126,6 +126,8 @@ def check_after_the_tower(row: Row, name: str, golden: Path) -> None:
     inputs: dict[str, Any] = {"images": pixels(golden, "pixels_pad")[images]}
     if "image_size" in about:
         inputs["image_sizes"] = [about["image_size"]]
+    if row.method == "cdpruner":
+        inputs["texts"] = [about["text"]]  # in some cases another than the prompt's
     with tower_gives(model, vision):
         check_answer(model, case, **inputs)
     if stands(about):
@@ -299,6 +301,40 @@ def entered(case: Case, number: int) -> Tensor:
     return kept if number == 0 else entered(case, number - 1)[kept]
 
 
+def check_vispruner_random(row: Row, name: str, golden: Path) -> None:
+    """The choice of a batch of two on random inputs."""
+    case, about = read_more(name)
+    vision = VisionFeatures(case["features"].float(), attention={"selected": case["cls_attention"]})
+    for tokens, ratio in about["combos"]:
+        kept = build(row.method, tokens=tokens, important_ratio=ratio)(vision).source
+        assert kept.tolist() == case[f"kept_{tokens}_{ratio:g}"].tolist()
+
+
+def check_holov_random(row: Row, name: str, golden: Path) -> None:
+    """The choice on random inputs, in regions of one size and of two."""
+    case, _ = read_more(name)
+    for key in (key for key in case if key.startswith("kept_")):
+        _, kind, tokens = key.split("_")
+        features = case[f"features_{kind}"].float()
+        attention = {"selected": case[f"attention_{kind}"].unsqueeze(1)}
+        vision = VisionFeatures(features, attention=attention, projected=features)
+        assert build(row.method, tokens=int(tokens))(vision).source.tolist() == case[key].tolist()
+
+
+def check_cdpruner_wide(row: Row, name: str, golden: Path) -> None:
+    """The choice on random inputs of a width above the number of tokens."""
+    case, about = read_more(name)
+    values = {key: value.float() for key, value in case.items() if not key.startswith("kept")}
+    vision = VisionFeatures(
+        values["projected"],
+        projected=values["projected"],
+        patch_embeds=values["image_embeds"],
+        text=values["text_embeds"].unsqueeze(0),
+    )
+    for tokens in about["tokens"]:
+        assert build(row.method, tokens=tokens)(vision).source.tolist() == case[f"kept_{tokens}"].tolist()
+
+
 def unwritten(row: Row, name: str, golden: Path) -> None:
     """In place of a check that the method's author writes."""
     raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
@@ -365,17 +401,17 @@ ROWS: dict[str, Row] = {
     "vispruner": Row(
         "vispruner", lambda about: {key: about[key] for key in ("tokens", "important_ratio")}, check_after_the_tower
     ),
-    "vispruner_random": Row("vispruner", lambda _: {}, unwritten),
+    "vispruner_random": Row("vispruner", lambda _: {}, check_vispruner_random),
     "holov": Row("holov", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
-    "holov_random": Row("holov", lambda _: {}, unwritten),
+    "holov_random": Row("holov", lambda _: {}, check_holov_random),
     "cdpruner": Row(
         "cdpruner",
         lambda about: {"tokens": about["tokens"]},
         check_after_the_tower,
         lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
     ),
-    "cdpruner_wide": Row("cdpruner", lambda _: {}, unwritten),
     "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
+    "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
     "evit": Row("evit", lambda _: {}, unwritten),
     "ats": Row("ats", lambda _: {}, unwritten),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),

@@ -49,6 +49,10 @@ METHODS: dict[str, tuple[Any, int, int]] = {
     "sequential": ({"name": "sequential", "ratio": 0.5}, 0, 0),
     "spatial": ({"name": "spatial", "rows": 2, "columns": 3}, 0, 0),
     "random": ({"name": "random", "tokens": 5}, 0, 0),
+    "divprune": ({"name": "divprune", "tokens": 5}, 0, 1),
+    "fastervlm": ({"name": "fastervlm", "tokens": 5}, 0, 1),
+    "vispruner": ({"name": "vispruner", "tokens": 5}, 0, 1),
+    "holov": ({"name": "holov", "tokens": 5}, 0, 1),
     "stf": ({"name": "stf", "mbtf": 2}, 0, 0),
     "avgpool": ({"name": "avgpool"}, 0, 0),
     "token_concat": ({"name": "token_concat"}, 0, 0),
@@ -185,8 +189,8 @@ class _CountSteps(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("reduction", "packing", "expected"),
-    [("none", False, 0), (PYRAMID_OF_2, True, 0), ("prumerge", True, 1), ("trim", False, 1)],
-    ids=["none", "pyramiddrop", "prumerge", "trim"],
+    [("none", False, 0), (PYRAMID_OF_2, True, 0), ("prumerge", True, 1), ("trim", False, 1), ("cdpruner", False, 0)],
+    ids=["none", "pyramiddrop", "prumerge", "trim", "cdpruner"],
 )
 def test_a_step_of_a_run(
     reduction: Any, packing: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -377,9 +377,9 @@ def _rows_of(tokens: VisualTokens, counts: Sequence[int], is_clip: Sequence[bool
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Q tensors [S, ...] of different S, at least 1, as one [Q, S, ...]; and [Q, S] bool, what is no padding."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=lengths.device) < lengths.unsqueeze(1)
+    mask = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return padded, to_device(mask, padded.device)
 
 
 def store_features(read: VisionFeatures | VisualTokens, counts: list[int]) -> StoredFeatures:

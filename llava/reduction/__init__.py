@@ -3,7 +3,20 @@
 from llava.reduction.base import VisionFeatures, VisualTokens
 from llava.reduction.config import ReductionConfig
 from llava.reduction.decoder import dart, fastv, pyramiddrop, sparsevlm, vscan_drop  # noqa: F401  (registers the methods)
-from llava.reduction.encoder import divprune, mmtok, prumerge, prumerge_plus, samplers, trim, visionzip, vscan  # noqa: F401
+from llava.reduction.encoder import (  # noqa: F401
+    cdpruner,
+    divprune,
+    fastervlm,
+    holov,
+    mmtok,
+    prumerge,
+    prumerge_plus,
+    samplers,
+    trim,
+    visionzip,
+    vispruner,
+    vscan,
+)
 from llava.reduction.projector import pooling, stf  # noqa: F401
 from llava.reduction.registry import available, build, register
 from llava.reduction.tower import tome  # noqa: F401
