@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "prumerge_plus": ({"variant": "paper"}, {}),
     "trim": ({"text": "conversation"}, {"variant": "paper"}),
     "sequential": ({},),
-    "spatial": ({"rows": 1, "columns": 3}, {}),
+    "spatial": ({"rows": 1, "columns": 2}, {}),
     "random": ({},),
     "divprune": ({},),
     "visionzip": ({"dominant": 3, "contextual": 2}, {"tokens": 5}, {"tokens": 5, "variant": "paper"}),
@@ -45,8 +45,8 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "avgpool": ({},),
     "token_concat": ({}, {"kernel": 4}),
-    "tokenpacker": ({"scale": 2},),
-    "mqt": ({"tokens": 4},),
+    "tokenpacker": ({"scale": 2}, {"scale": 4, "heads": 2}),
+    "mqt": ({"tokens": 5}, {"tokens": 7, "draws": True}),
     "m3": ({"tokens": 4, "scales": [1, 4]}, {"tokens": 4}, {"scales": [1, 16]}),
     # decoder
     "pyramiddrop": (
