@@ -27,6 +27,8 @@ ENCODER_CASES = [
 TOWER_CASES = [
     pytest.param({"name": "tome", "tokens": 7}, id="tome-paper"),
     pytest.param({"name": "tome", "per_block": 3, "variant": "lightcompress"}, id="tome-lightcompress"),
+    pytest.param({"name": "evit", "tokens": 7}, id="evit-release"),
+    pytest.param({"name": "evit", "keep": 0.6, "fuse": False, "variant": "paper"}, id="evit-paper"),
     pytest.param({"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "prumerge"}}, id="tome-prumerge"),
     pytest.param(
         {"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "divprune", "tokens": 4}}, id="tome-divprune"

@@ -293,6 +293,19 @@ class TowerReducer(Reducer, abc.ABC):
         """
         return ()
 
+    def chosen_blocks(self, chosen: Sequence[int], selected: int) -> Sequence[int]:
+        """An option that names blocks, as `blocks` returns it.
+
+        Raises:
+            ValueError: they do not rise, or one does not lead to what is read.
+        """
+        if not chosen or list(chosen) != sorted({*chosen}) or chosen[-1] >= selected:
+            raise self.mistake(
+                f"blocks={list(chosen)}: expected rising numbers from 0 to {selected - 1}, of blocks that lead to what "
+                "is read of the vision tower"
+            )
+        return chosen
+
     def regroup(self, given: BlockTokens) -> Regrouping | None:
         """What becomes of the tokens in a block of `blocks`; None: they stay as they are."""
         return None
