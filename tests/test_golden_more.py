@@ -231,6 +231,24 @@ def check_evit_block(row: Row, name: str, golden: Path) -> None:
     assert twice.source[:, 1:-1].tolist() == case["kept_twice_0.7_fuse"].tolist()
 
 
+def check_ats_block(row: Row, name: str, golden: Path) -> None:
+    """Two blocks one after another, the second as for each sample alone."""
+    case, about = read_more(name)
+    block, reducer = block_of(case, about), build(row.method, blocks=[0, 1])
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    one = run_block(block, entered, reducer, 0, 2)
+    torch.testing.assert_close(one.features, case["output_stage1"], **TOKENS)
+    assert one.source[:, 1:].tolist() == case["kept_stage1"].tolist()
+    assert one.mask.tolist() == case["policy_stage1"].squeeze(2).bool().tolist()
+    two = run_block(block, one, reducer, 1, 2)
+    for i in range(3):
+        kept = case[f"kept_stage2_alone_{i}"][0].long()
+        count = 1 + len(kept)
+        assert two.source[i].tolist() == [-1, *one.source[i][1 + kept].tolist(), *[-1] * (two.mask.shape[1] - count)]
+        torch.testing.assert_close(two.features[i, :count], case[f"output_stage2_alone_{i}"][0], **TOKENS)
+        assert two.mask[i].sum() == count
+
+
 def unwritten(row: Row, name: str, golden: Path) -> None:
     """In place of a check that the method's author writes."""
     raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
@@ -298,7 +316,7 @@ ROWS: dict[str, Row] = {
     "cdpruner_wide": Row("cdpruner", lambda _: {}, unwritten),
     "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
     "evit": Row("evit", lambda _: {}, check_evit_block),
-    "ats": Row("ats", lambda _: {}, unwritten),
+    "ats": Row("ats", lambda _: {}, check_ats_block),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
     "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
     "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),

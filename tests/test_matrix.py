@@ -29,6 +29,13 @@ TOWER_CASES = [
     pytest.param({"name": "tome", "per_block": 3, "variant": "lightcompress"}, id="tome-lightcompress"),
     pytest.param({"name": "evit", "tokens": 7}, id="evit-release"),
     pytest.param({"name": "evit", "keep": 0.6, "fuse": False, "variant": "paper"}, id="evit-paper"),
+    pytest.param({"name": "ats"}, id="ats-release"),
+    pytest.param({"name": "ats", "blocks": [0, 1], "at_most": 9, "variant": "paper"}, id="ats-paper"),
+    pytest.param({"name": "resize", "tokens": 4}, id="resize"),
+    pytest.param(
+        {"tower": {"name": "resize", "tokens": 9}, "encoder": {"name": "visionzip", "tokens": 4}}, id="resize-visionzip"
+    ),
+    pytest.param({"tower": {"name": "resize", "tokens": 4}, "projector": "avgpool"}, id="resize-avgpool"),
     pytest.param({"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "prumerge"}}, id="tome-prumerge"),
     pytest.param(
         {"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "divprune", "tokens": 4}}, id="tome-divprune"

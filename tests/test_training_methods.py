@@ -28,6 +28,8 @@ FLAGS = {
     "dart": "{name: dart, layer: 1, tokens: 8, image_pivots: 2, text_pivots: 2}",
     "divprune": "{name: divprune, tokens: 4}",
     "evit": "{name: evit, blocks: [0, 1], keep: 0.5}",
+    "ats": "{name: ats, blocks: [0, 1]}",
+    "resize": "{name: resize, tokens: 4}",
     "tome": "{name: tome, tokens: 4}",
     "visionzip": "{name: visionzip, dominant: 3, contextual: 2}",
     "fastv": "{name: fastv, layer: 1, ratio: 0.75}",

@@ -6,6 +6,6 @@ from llava.reduction.decoder import dart, fastv, pyramiddrop  # noqa: F401  (reg
 from llava.reduction.encoder import divprune, prumerge, prumerge_plus, samplers, trim, visionzip  # noqa: F401
 from llava.reduction.projector import pooling, stf  # noqa: F401
 from llava.reduction.registry import available, build, register
-from llava.reduction.tower import evit, tome  # noqa: F401
+from llava.reduction.tower import ats, evit, resize, tome  # noqa: F401
 
 __all__ = ["ReductionConfig", "VisionFeatures", "VisualTokens", "available", "build", "register"]

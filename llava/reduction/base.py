@@ -235,6 +235,11 @@ class Reducer(nn.Module):
         check_fields(self.method, self)
         self.validate()
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each image's own scores say how many tokens it keeps."""
+        return False
+
     def validate(self) -> None:
         """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
 
@@ -557,6 +562,11 @@ class Reducers:
     def needs(self) -> Needs:
         """What the method after the tower reads."""
         return Needs() if self.encoder is None else self.encoder.needs
+
+    @property
+    def are_adaptive(self) -> bool:
+        """Whether an image's own scores say how many tokens enter the language model."""
+        return any(reducer is not None and reducer.is_adaptive for reducer in (self.tower, self.encoder))
 
     @property
     def read_text(self) -> bool:

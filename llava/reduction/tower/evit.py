@@ -39,9 +39,7 @@ class EViT(TowerReducer):
     | tower | DeiT, LV-ViT | the same; none for CLIP |
     """
 
-    blocks_: list[BlockNumber] | None = (
-        None  # numbers from 0; None: at 1/4, 2/4, 3/4 of those that run (CLIP-L: 5, 11, 17)
-    )
+    blocks_: list[BlockNumber] | None = None  # numbers from 0; None: three (CLIP-L: 5, 11, 17)
     keep: Fraction | None = None  # of the tokens without CLS, in each of the blocks; None: 0.7, if `tokens` isn't given
     fuse: bool = True  # whether a token stands for those that go
     tokens: Count | None = None  # left at the end
