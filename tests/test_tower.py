@@ -150,6 +150,19 @@ def test_patches_that_only_pad_are_told() -> None:
     assert padded_patches((300, 600), 336, (24, 24)).sum() == 288
 
 
+def test_padding_after_a_method_in_the_tower() -> None:
+    """Of the patches that stayed, or of the smaller picture."""
+    rows = torch.tensor([True, False, False, True])
+    model = inside(Halve())
+    reducer = model.model.encoder_reducer = ReadsText(kind=None)
+    batch = {"input_ids": prompt(2, "image").unsqueeze(0), "images": pixels(1), "image_sizes": [(100, 50)]}
+    model(**batch)
+    assert reducer.seen.padding.tolist() == rows.repeat_interleave(4)[reducer.seen.source].tolist()
+    model.model.tower_reducer = Smaller()
+    model(**{**batch, "image_sizes": [(100, 20)]})
+    assert reducer.seen.padding.tolist() == [[False] * 4]
+
+
 def test_cls_among_the_patches_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'visionzip'.*cls_patch keeps CLS among the patches"):
         tiny_model(mm_vision_select_feature="cls_patch", reduction="visionzip")
@@ -329,3 +342,29 @@ def test_a_model_keeps_its_method_in_the_tower() -> None:
 )
 def test_tome_schedules(options: dict[str, Any], pairs: list[int]) -> None:
     assert build("tome", **options).schedule(PATCHES, 3) == pairs
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", [{"name": "tome", "per_block": 2}, {"name": "ats"}, {"name": "evit"}], ids=str)
+def test_blocks_with_a_method_are_checkpointed(method: dict[str, Any], reentrant: bool) -> None:
+    """Their gradients are the same, and each of the selected blocks runs again in the backward pass."""
+    model = tiny_model().train()
+    model.set_reduction(method)
+    inner, tower = model.get_model(), model.get_vision_tower()
+    tower.vision_tower.requires_grad_(True)
+    blocks, ran = tower.vision_tower.encoder.layers, []
+    for block in blocks:
+        block.self_attn.k_proj.register_forward_hook(lambda *_: ran.append(1))
+
+    def gradients() -> list[Tensor]:
+        ran.clear()
+        model.zero_grad()
+        inner.encode_images(pixels())[0].square().sum().backward()
+        return [parameter.grad for parameter in blocks[:3].parameters()]
+
+    expected = gradients()
+    assert len(ran) == 3
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for own, plain in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(own, plain, atol=1e-4, rtol=1e-4)
+    assert len(ran) == 6

@@ -175,7 +175,7 @@ def projector_passes(model: Any, reducers: Reducers) -> tuple[int, list[tuple[Li
         if reducer is None:
             features = torch.empty(1, patches_read(tower), tower.hidden_size)
             return modules["mm_projector"](features).shape[1], passes
-        grid = tower.grid if reducers.tower is None else reducers.tower.input_grid(tower.grid)
+        grid = reducers.input_grid(tower.grid)
         features = torch.empty(1, grid[0] * grid[1], tower.hidden_size)
         states = dict.fromkeys(tower.blocks_read(reducer), features)
         vision = VisionFeatures(features, grid=grid, hidden_states=states)

@@ -563,6 +563,10 @@ class Reducers:
         """What the method after the tower reads."""
         return Needs() if self.encoder is None else self.encoder.needs
 
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of the picture that enters a tower of (h, w)."""
+        return grid if self.tower is None else self.tower.input_grid(grid)
+
     @property
     def are_adaptive(self) -> bool:
         """Whether an image's own scores say how many tokens enter the language model."""
