@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "prumerge_plus": ({"variant": "paper"}, {}),
     "trim": ({"text": "conversation"}, {"variant": "paper"}),
     "sequential": ({},),
-    "spatial": ({"rows": 1, "columns": 3}, {}),
+    "spatial": ({"rows": 1, "columns": 2}, {}),
     "random": ({},),
     "divprune": ({},),
     "visionzip": ({"dominant": 3, "contextual": 2}, {"tokens": 5}, {"tokens": 5, "variant": "paper"}),
