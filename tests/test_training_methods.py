@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPModel
 
 from llava.model.builder import load_pretrained_model
 from llava.reduction import available
@@ -44,6 +45,19 @@ def test_lora_with_each_method(name: str, world: TinyWorld, tmp_path: Path) -> N
         trained = trainer.model.eval()(input_ids=ids, images=pixels, **texts).logits
     assert reduced.shape[1] < 4 + patches
     torch.testing.assert_close(reduced, trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", available()["tower"])
+def test_a_tower_that_is_trained(name: str, world: TinyWorld, tmp_path: Path) -> None:
+    """With the blocks in which the method acts checkpointed; each that is read learns."""
+    settings = {"unfreeze_mm_vision_tower": True, "gradient_checkpointing": True, "max_steps": 1}
+    trainer = train(parse_args(world.flags(tmp_path, **settings, reduction=FLAGS[name])))
+    own = trainer.model.get_vision_tower().vision_tower.state_dict()
+    start = CLIPModel.from_pretrained(world.clip).vision_model.state_dict()
+    changed = {key for key, weight in own.items() if not torch.equal(weight, start[key].to(weight.dtype))}
+    assert {f"encoder.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)} | {
+        "embeddings.position_embedding.weight"
+    } <= (changed)
 
 
 def test_another_methods_checkpoint_is_not_gone_on_from(world: TinyWorld, tmp_path: Path) -> None:
