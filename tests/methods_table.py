@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
         {"layer": 1, "ratio": 0.5, "image_pivots": 1, "text_pivots": 2, "variant": "paper"},
     ),
     "sparsevlm": (
-        {"layers": [0], "keep": [4]},
+        {"tokens": 4},
         {"layers": [0, 1, 2], "keep": [9, 6, 3]},
         {"version": "2.0", "layers": [1, 2], "keep": [10, 4], "heads": 2},
         {"layers": [1, 2], "keep": [12, 5], "pool": "sample"},

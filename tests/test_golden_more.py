@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from llava.model.language_model.drop_plan import keep_best
 from llava.model.language_model.staged import StagedPass
 from llava.model.multimodal_encoder.regrouping import run_block
 from llava.reduction import VisionFeatures, available, build
@@ -172,6 +173,80 @@ def check_in_the_decoder(row: Row, name: str, golden: Path) -> None:
             assert patches[(patches >= 0) & (patches < 576)].tolist() == case["kept"].tolist()
         logits = check_answer(model, case, images=images)
     assert logits.shape[1] == about.get("final_length", logits.shape[1])
+
+
+class Watched:
+    """What a method with several drops chose in one prefill of one sample with one image."""
+
+    def __init__(self, reducer: Any) -> None:
+        self.scores: list[Tensor] = []
+        self.kept: list[Tensor] = []
+        self.merged: list[Tensor] = []
+        self.heads: list[Tensor] = []
+        self.raters = torch.empty(0)
+        self.reducer = reducer
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        def noted(name: str, into: Callable[..., None]) -> Any:
+            call = getattr(self.reducer, name)
+
+            def also(*given: Any) -> Any:
+                result = call(*given)
+                into(result, *given)
+                return result
+
+            return mock.patch.object(self.reducer, name, also)
+
+        def keep(scores: Tensor, pool: Tensor, *counts: Tensor) -> Tensor:
+            result = keep_best(scores, pool, *counts)
+            self.kept.append(result[0][pool[0] >= 0].nonzero()[:, 0])
+            return result
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(noted("queries", lambda found, _: setattr(self, "raters", found[0].nonzero()[:, 0])))
+            stack.enter_context(noted("score", lambda found, given: self.scores.append(found[0][given.pool[0] >= 0])))
+            stack.enter_context(noted("merge", lambda found, *_: self.merged.append(found.features[0])))
+            stack.enter_context(noted("strongest_heads", lambda found, _: self.heads.append(found[0])))
+            stack.enter_context(mock.patch("llava.model.language_model.staged.keep_best", keep))
+            yield
+
+
+@torch.no_grad()
+def check_in_steps(row: Row, name: str, golden: Path) -> None:
+    """Raters, scores, heads, kept and merged tokens of each drop, what they come from, and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction(row.reduction(about))
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    with tower_gives(model, seam(i)):
+        spliced = model.splice_images(case["input_ids"], images=images)
+    staged = StagedPass(spliced.image_index, reducer=model.get_model().decoder_reducer)
+    watched = Watched(staged.reducer)
+    with watched.watch():
+        model.get_model()(inputs_embeds=spliced.inputs_embeds, staged=staged)
+    first = about["image_start"]
+    assert (watched.raters - first - 576).tolist() == case["text_raters"].tolist()
+    origin = torch.arange(576)
+    for step, (score, kept) in enumerate(zip(watched.scores, watched.kept, strict=True)):
+        expected = case[f"score_{step}"]
+        atol = 2e-6 if about["version"] == "1.5" else 1e-3 * float(expected.abs().max())
+        torch.testing.assert_close(score, expected, atol=atol, rtol=0)
+        assert kept.tolist() == case[f"kept_{step}"].tolist()
+        merged = watched.merged[step] if watched.merged else torch.empty(0, 64)
+        torch.testing.assert_close(merged, case.get(f"merged_{step}", merged), **TOKENS)
+        origin = torch.cat([origin[kept], origin.new_full((len(merged),), -1)])
+        assert origin.tolist() == case[f"origin_{step}"].tolist()
+    assert len(watched.scores) == len(about["layers"])
+    assert watched.merged == [] or f"merged_{step}" in case
+    assert torch.equal(torch.stack(watched.heads), case["heads"]) if "heads" in case else not watched.heads
+    # The runner puts merged tokens where the case has them: in the places of tokens that were dropped.
+    visual = staged.kept[0][first : first + len(origin)] - first
+    assert visual[origin >= 0].tolist() == origin[origin >= 0].tolist()
+    logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about["final_length"]
 
 
 def check_tome_step(row: Row, name: str, golden: Path) -> None:
@@ -332,7 +407,7 @@ ROWS: dict[str, Row] = {
             "keep": about["keep"],
             **({"heads": about["heads"]} if "heads" in about else {}),
         },
-        check_in_the_decoder,
+        check_in_steps,
     ),
     "fastv": Row("fastv", lambda about: {"layer": about["layer"], "ratio": about["rate"]}, check_in_the_decoder),
     "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, unwritten),

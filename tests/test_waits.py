@@ -52,6 +52,8 @@ METHODS: dict[str, tuple[Any, int, int]] = {
     "token_concat": ({"name": "token_concat"}, 0, 0),
     "pyramiddrop": (PYRAMID, 0, 0),
     "fastv": (FASTV, 0, 0),
+    "sparsevlm": ({"name": "sparsevlm", "layers": [1, 3], "keep": [9, 4]}, 1, 1),
+    "sparsevlm 2.0": ({"name": "sparsevlm", "version": "2.0", "layers": [1, 3], "keep": [9, 4]}, 1, 1),
     "prumerge and pyramiddrop": ({"encoder": {"name": "prumerge"}, "decoder": PYRAMID}, 1, 2),
     "stf and fastv": ({"projector": {"name": "stf", "mbtf": 2}, "decoder": FASTV}, 0, 0),
 }

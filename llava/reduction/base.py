@@ -94,6 +94,8 @@ class VisionFeatures:
         mask: [N, P] bool, real tokens, where a method in the tower left different numbers; None: all are.
         source: [N, P] int64 after a method in the tower, as `VisualTokens` has it; None: token i is patch i.
         assignment: [N, patches] int64 after a method in the tower, see `VisualTokens`.
+        frames: how the N pictures form clips, in their order: F for a clip of F frames, 0 for what is no frame, a
+            picture or a tile of one. None: there are no clips.
     """
 
     features: Tensor
@@ -112,6 +114,7 @@ class VisionFeatures:
     mask: Tensor | None = None
     source: Tensor | None = None
     assignment: Tensor | None = None
+    frames: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is no tensor, or of a shape that does not go with `features`."""
@@ -184,6 +187,8 @@ class VisualTokens:
         lengths: tokens of each image, where the host knows them: then it need not wait for `mask`.
         assignment: [N, patches] int64, the token that each patch went into, -1 for one that went into none; None where
             a method does not say.
+        frames: how many pictures each row stands for, where the frames of a clip are one: `source` then counts their
+            patches frame by frame. None: one.
     """
 
     features: Tensor
@@ -192,6 +197,7 @@ class VisualTokens:
     grid: tuple[int, int] | None = None
     lengths: list[int] | None = None
     assignment: Tensor | None = None
+    frames: list[int] | None = None
     _host_mask: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -329,6 +335,26 @@ class TowerReducer(Reducer, abc.ABC):
 class EncoderReducer(Reducer, abc.ABC):
     """Acts on the vision tower's output, before the projector."""
 
+    ranks_frames: ClassVar[bool] = False  # whether the patches of all frames of a clip can be ranked together
+
+    frames: Literal["each", "joint"] = "each"  # of a clip: a method's budget is spent on each, or on all together
+
+    def validate(self) -> None:
+        super().validate()
+        if self.frames == "joint" and not self.ranks_frames:
+            raise self.mistake("it works on one picture's grid: frames=each is all it can do")
+
+    def measured(self, vision: VisionFeatures) -> VisionFeatures:
+        """With what the method measures on each picture; called before the frames of a clip are joined to one."""
+        return vision
+
+    def for_frames(self, frames: int) -> EncoderReducer:
+        """The method for a clip of so many frames as one picture: as many tokens as for each of them alone."""
+        tokens = getattr(self, "tokens", None)
+        if frames == 1 or tokens is None:
+            return self
+        return type(self)(**{**values_of(self), "tokens": frames * tokens})
+
     @property
     def needs(self) -> Needs:
         """What the method reads besides `features`."""
@@ -440,6 +466,8 @@ class LayerInput:
         query_mask: [B, Q] bool, which of them are real.
         output: [B, L, D], what the drop works on: the output of the layers that have run.
         norm: the language model's last norm.
+        rotary: the language model's rotary embedding.
+        positions: [B, L] int64, of the tokens that are still there.
         pool: [B, L] int64, the pool (an image, or all of a sample) in which a token competes, numbered from 0 row by
             row; -1 for what is never dropped.
         answer: [B, L] bool, tokens that are learnt; None outside of training.
@@ -458,6 +486,8 @@ class LayerInput:
     query_mask: Tensor
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     norm: nn.Module = field(default_factory=nn.Identity)
+    rotary: nn.Module = field(default_factory=nn.Identity)
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     pool: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     answer: Tensor | None = None
     drop: Drop = Drop(1, 1.0, 0)
@@ -486,9 +516,13 @@ class DecoderReducer(Reducer, abc.ABC):
     It says where, how many and by which score; `llava.model.language_model.staged` runs the layers.
     """
 
-    renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; otherwise tokens keep theirs
+    # Which tokens compete: those of one image or clip, of one image or frame, or of all of a sample.
+    pool: Literal["image", "frame", "sample"] = "image"
 
-    pool: Literal["image", "sample"] = "image"  # which tokens compete: those of one image, or of all of a sample
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions are 0, 1, 2, ... again after a drop; otherwise tokens keep theirs."""
+        return True
 
     @abc.abstractmethod
     def drops(self, num_layers: int) -> list[Drop]:

@@ -29,6 +29,8 @@ class DivPrune(BudgetedReducer):
     | budget | a ratio | round(0.098 P) by default, 56 of 576 patches; the default here too |
     """
 
+    ranks_frames = True
+
     ratio: Fraction | None = None  # of the patches: round(P * ratio) are kept; 0.098 by default
 
     @property

@@ -76,7 +76,7 @@ def part_of(name: str) -> str:
         "reducer" or "language_model".
     """
     parts = name.split(".")
-    if "vision_tower" in parts:
+    if "vision_tower" in parts or "video_tower" in parts:
         return "vision_tower"
     if any(p.startswith("mm_projector") or p in ("image_newline", "vision_resampler") for p in parts):
         return "projector"
@@ -161,7 +161,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _in_tower(name: str) -> bool:
-    return ".vision_tower.vision_tower." in name
+    return ".vision_tower.vision_tower." in name or ".video_tower.vision_tower." in name
 
 
 def _base_name(name: str) -> str:

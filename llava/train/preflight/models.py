@@ -47,6 +47,7 @@ def build_without_weights(arguments: Arguments, config: Any) -> Any:
         config.mm_vision_tower = model_args.vision_tower
         for name in SETTINGS:
             setattr(config, name, getattr(model_args, name))
+    config.mm_video_tower = model_args.video_tower or getattr(config, "mm_video_tower", None)
     config.image_grid_pinpoints = arguments.data.image_grid_pinpoints
     own = checkpoint_reduction(arguments, config)
     asked = own if model_args.reduction is None else ReductionConfig.parse(model_args.reduction)
@@ -99,16 +100,17 @@ def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Re
     with report.catch("checkpoint"):
         wanted = {k: v for k, v in own.items() if _is_in_checkpoint(k, keeps_projector)}
         if compare_files(checkpoint, wanted, complete=True):
-            holds_tower = any("vision_tower." in name for name in checkpoint_shapes(checkpoint))
+            holds_tower = any("_tower." in name for name in checkpoint_shapes(checkpoint))
         else:
             report.add("checkpoint", "it is on the hub: its files were not looked at", NOTE)
     if holds_tower:
         return
-    with report.catch("vision tower"):
-        prefix = "model.vision_tower.vision_tower."
+    for kind, folder in (("vision", arguments.model.vision_tower), ("video", arguments.model.video_tower)):
+        prefix = f"model.{kind}_tower.vision_tower."
         tower = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
-        if not compare_files(Path(arguments.model.vision_tower or ""), tower, complete=False):
-            report.add("vision tower", "it is on the hub: its files were not looked at", NOTE)
+        with report.catch(f"{kind} tower"):
+            if tower and not compare_files(Path(folder or ""), tower, complete=False):
+                report.add(f"{kind} tower", "it is on the hub: its files were not looked at", NOTE)
 
 
 def _is_in_checkpoint(name: str, keeps_projector: bool) -> bool:
@@ -188,7 +190,11 @@ class VisualCount:
         tokens = stand_in(self._tower).reduced(reducers)  # raises where they do not work with this tower
         return VisualTokens(torch.empty(1, self._tower.num_patches, 0)) if self.is_adaptive else tokens
 
-    def _count(self, size: tuple[int, int]) -> int:
+    def _count(self, size: tuple[int, int] | None) -> int:
+        """Tokens of an image of a size, or None: of a frame."""
+        if size is None:
+            tile = dataclasses.replace(self._tile)
+            return self._inner.layout_lengths(tile, [1], None, [True])[0] + self._inner.keeps_frame_cls()
         tiles = 1
         if self._pinpoints:
             columns, rows = get_anyres_image_grid_shape(size, self._pinpoints, self._tower.image_size)

@@ -38,6 +38,7 @@ def _if_true(value: str) -> Callable[[str], str | None]:
 
 LEGACY_FLAGS: dict[str, Legacy] = {
     LEGACY_TRIM_KEY: Legacy("reduction", trim_flag),
+    "image_tower": Legacy("vision_tower"),  # Video-LLaVA's
     "evaluation_strategy": Legacy("eval_strategy"),
     "no_cuda": Legacy("use_cpu"),
     "per_gpu_train_batch_size": Legacy("per_device_train_batch_size"),
