@@ -19,10 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.model.image_layout import padded_patches
 from llava.model.language_model.drop_plan import keep_best
 from llava.model.language_model.staged import StagedPass
+from llava.model.multimodal_encoder.regrouping import run_block
 from llava.reduction import VisionFeatures, available, build
 from llava.reduction.tower.tokens import TowerTokens
 from tests.conftest import GOLDEN
@@ -335,6 +338,67 @@ def check_cdpruner_wide(row: Row, name: str, golden: Path) -> None:
         assert build(row.method, tokens=tokens)(vision).source.tolist() == case[f"kept_{tokens}"].tolist()
 
 
+def block_of(case: Case, about: About) -> CLIPEncoderLayer:
+    """A block of a vision tower with a case's weights, which has what runs before and after it."""
+    width = case["x"].shape[-1]
+    hidden = case["weights.mlp.fc1.bias"].shape[0]
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_attention_heads=about["num_heads"],
+        hidden_act="gelu",
+        layer_norm_eps=about["layernorm_eps"],
+        attn_implementation="eager",
+    )
+    weights = {name.removeprefix("weights."): case[name].float() for name in case if name.startswith("weights.")}
+    for kind in ("weight", "bias"):
+        joined = weights.pop(f"attn.qkv.{kind}").chunk(3)
+        weights |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", joined, strict=True)}
+    names = {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2"}
+    for old, new in names.items():
+        weights = {name.replace(old, new): weight for name, weight in weights.items()}
+    block = CLIPEncoderLayer(config).eval()
+    block.load_state_dict(weights)
+    return block
+
+
+def check_evit_block(row: Row, name: str, golden: Path) -> None:
+    """One block at several shares, and twice at one of them."""
+    case, about = read_more(name)
+    block = block_of(case, about)
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    for key, of in about["cases"].items():
+        reducer = build(row.method, keep=of["keep_rate"], fuse=of["fuse_token"])
+        left = run_block(block, entered, reducer, 0, 1)
+        torch.testing.assert_close(left.features, case[f"output_{key}"], **TOKENS)
+        kept = case[f"kept_{key}"]
+        assert left.source[:, 1 : 1 + kept.shape[1]].tolist() == kept.tolist()
+        assert left.source.shape[1] - 1 == of["tokens_without_cls"]
+    reducer = build(row.method, keep=0.7)
+    once = run_block(block, entered, reducer, 0, 1)
+    twice = run_block(block, TowerTokens.of(once.features, first=1), reducer, 0, 1)
+    torch.testing.assert_close(twice.features, case["output_twice_0.7_fuse"], **TOKENS)
+    assert twice.source[:, 1:-1].tolist() == case["kept_twice_0.7_fuse"].tolist()
+
+
+def check_ats_block(row: Row, name: str, golden: Path) -> None:
+    """Two blocks one after another, the second as for each sample alone."""
+    case, about = read_more(name)
+    block, reducer = block_of(case, about), build(row.method, blocks=[0, 1])
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    one = run_block(block, entered, reducer, 0, 2)
+    torch.testing.assert_close(one.features, case["output_stage1"], **TOKENS)
+    assert one.source[:, 1:].tolist() == case["kept_stage1"].tolist()
+    assert one.mask.tolist() == case["policy_stage1"].squeeze(2).bool().tolist()
+    two = run_block(block, one, reducer, 1, 2)
+    for i in range(3):
+        kept = case[f"kept_stage2_alone_{i}"][0].long()
+        count = 1 + len(kept)
+        assert two.source[i].tolist() == [-1, *one.source[i][1 + kept].tolist(), *[-1] * (two.mask.shape[1] - count)]
+        torch.testing.assert_close(two.features[i, :count], case[f"output_stage2_alone_{i}"][0], **TOKENS)
+        assert two.mask[i].sum() == count
+
+
 def unwritten(row: Row, name: str, golden: Path) -> None:
     """In place of a check that the method's author writes."""
     raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
@@ -412,8 +476,8 @@ ROWS: dict[str, Row] = {
     ),
     "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
     "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
-    "evit": Row("evit", lambda _: {}, unwritten),
-    "ats": Row("ats", lambda _: {}, unwritten),
+    "evit": Row("evit", lambda _: {}, check_evit_block),
+    "ats": Row("ats", lambda _: {}, check_ats_block),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
     "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
     "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),
