@@ -35,12 +35,12 @@ METHODS = {
     "random 1/4": ("random", {"ratio": 1 / 4}),
     "visionzip 54 + 10": ("visionzip", {}),
     "divprune 64": ("divprune", {"tokens": 64}),
+    "vscan 96": ("vscan", {}),
+    "mmtok 64": ("mmtok", {"tokens": 64}),
     "fastervlm 64": ("fastervlm", {}),
     "vispruner 64": ("vispruner", {}),
     "cdpruner 64": ("cdpruner", {}),
     "holov 64": ("holov", {}),
-    "vscan 96": ("vscan", {}),
-    "mmtok 64": ("mmtok", {"tokens": 64}),
 }
 
 

@@ -19,10 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.model.image_layout import padded_patches
 from llava.model.language_model.drop_plan import keep_best
 from llava.model.language_model.staged import StagedPass
+from llava.model.multimodal_encoder.regrouping import run_block
 from llava.reduction import VisionFeatures, available, build
 from llava.reduction.tower.tokens import TowerTokens
 from tests.conftest import GOLDEN
@@ -267,6 +270,40 @@ def check_tome_step(row: Row, name: str, golden: Path) -> None:
             torch.testing.assert_close(sized.sizes, case[f"size_after_{n}_{pairs}"].squeeze(-1), **TOKENS)
 
 
+@torch.no_grad()
+def check_vscan(row: Row, name: str, golden: Path) -> None:
+    """What is selected, from pixels; what it becomes, from the seam; what each drop keeps; and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    drop = {"name": "vscan_drop", "layers": about["layers"], "keep": about["counts"]}
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction({"encoder": row.reduction(about), "decoder": drop})
+    inner = model.get_model()
+    vision = seam(i)
+    vision.attention = model.get_vision_tower()(images, inner.reducers().needs).attention
+    tokens = build(**row.reduction(about))(vision)
+    assert tokens.source[0].tolist() == case["selected"].tolist()
+    torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    spliced = model.splice_images(case["input_ids"], images=images)
+    first, last = about["image_start"], about["image_start"] + about["visual_tokens"]
+    for number in range(len(about["counts"])):
+        some = {key: drop[key][: number + 1] for key in ("layers", "keep")}
+        staged = StagedPass(spliced.image_index, reducer=build("vscan_drop", **some))
+        inner(inputs_embeds=spliced.inputs_embeds, staged=staged)
+        kept = staged.kept[0]
+        assert (kept[(kept >= first) & (kept < last)] - first).tolist() == entered(case, number).tolist()
+    logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about["final_length"]
+
+
+def entered(case: Case, number: int) -> Tensor:
+    """What drop `number` keeps, by its place among the tokens that entered the language model."""
+    kept = case[f"kept_{number}"]
+    return kept if number == 0 else entered(case, number - 1)[kept]
+
+
 def check_vispruner_random(row: Row, name: str, golden: Path) -> None:
     """The choice of a batch of two on random inputs."""
     case, about = read_more(name)
@@ -301,38 +338,65 @@ def check_cdpruner_wide(row: Row, name: str, golden: Path) -> None:
         assert build(row.method, tokens=tokens)(vision).source.tolist() == case[f"kept_{tokens}"].tolist()
 
 
-@torch.no_grad()
-def check_vscan(row: Row, name: str, golden: Path) -> None:
-    """What is selected, from pixels; what it becomes, from the seam; what each drop keeps; and the answer."""
+def block_of(case: Case, about: About) -> CLIPEncoderLayer:
+    """A block of a vision tower with a case's weights, which has what runs before and after it."""
+    width = case["x"].shape[-1]
+    hidden = case["weights.mlp.fc1.bias"].shape[0]
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_attention_heads=about["num_heads"],
+        hidden_act="gelu",
+        layer_norm_eps=about["layernorm_eps"],
+        attn_implementation="eager",
+    )
+    weights = {name.removeprefix("weights."): case[name].float() for name in case if name.startswith("weights.")}
+    for kind in ("weight", "bias"):
+        joined = weights.pop(f"attn.qkv.{kind}").chunk(3)
+        weights |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", joined, strict=True)}
+    names = {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2"}
+    for old, new in names.items():
+        weights = {name.replace(old, new): weight for name, weight in weights.items()}
+    block = CLIPEncoderLayer(config).eval()
+    block.load_state_dict(weights)
+    return block
+
+
+def check_evit_block(row: Row, name: str, golden: Path) -> None:
+    """One block at several shares, and twice at one of them."""
     case, about = read_more(name)
-    i = int(name.rpartition("_")[2])
-    images = pixels(golden, "pixels_pad")[i : i + 1]
-    drop = {"name": "vscan_drop", "layers": about["layers"], "keep": about["counts"]}
-    model = opened(golden)
-    model.set_reduction("none")
-    model.set_reduction({"encoder": row.reduction(about), "decoder": drop})
-    inner = model.get_model()
-    vision = seam(i)
-    vision.attention = model.get_vision_tower()(images, inner.reducers().needs).attention
-    tokens = build(**row.reduction(about))(vision)
-    assert tokens.source[0].tolist() == case["selected"].tolist()
-    torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
-    spliced = model.splice_images(case["input_ids"], images=images)
-    first, last = about["image_start"], about["image_start"] + about["visual_tokens"]
-    for number in range(len(about["counts"])):
-        some = {key: drop[key][: number + 1] for key in ("layers", "keep")}
-        staged = StagedPass(spliced.image_index, reducer=build("vscan_drop", **some))
-        inner(inputs_embeds=spliced.inputs_embeds, staged=staged)
-        kept = staged.kept[0]
-        assert (kept[(kept >= first) & (kept < last)] - first).tolist() == entered(case, number).tolist()
-    logits = check_answer(model, case, images=images)
-    assert logits.shape[1] == about["final_length"]
+    block = block_of(case, about)
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    for key, of in about["cases"].items():
+        reducer = build(row.method, keep=of["keep_rate"], fuse=of["fuse_token"])
+        left = run_block(block, entered, reducer, 0, 1)
+        torch.testing.assert_close(left.features, case[f"output_{key}"], **TOKENS)
+        kept = case[f"kept_{key}"]
+        assert left.source[:, 1 : 1 + kept.shape[1]].tolist() == kept.tolist()
+        assert left.source.shape[1] - 1 == of["tokens_without_cls"]
+    reducer = build(row.method, keep=0.7)
+    once = run_block(block, entered, reducer, 0, 1)
+    twice = run_block(block, TowerTokens.of(once.features, first=1), reducer, 0, 1)
+    torch.testing.assert_close(twice.features, case["output_twice_0.7_fuse"], **TOKENS)
+    assert twice.source[:, 1:-1].tolist() == case["kept_twice_0.7_fuse"].tolist()
 
 
-def entered(case: Case, number: int) -> Tensor:
-    """What drop `number` keeps, by its place among the tokens that entered the language model."""
-    kept = case[f"kept_{number}"]
-    return kept if number == 0 else entered(case, number - 1)[kept]
+def check_ats_block(row: Row, name: str, golden: Path) -> None:
+    """Two blocks one after another, the second as for each sample alone."""
+    case, about = read_more(name)
+    block, reducer = block_of(case, about), build(row.method, blocks=[0, 1])
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    one = run_block(block, entered, reducer, 0, 2)
+    torch.testing.assert_close(one.features, case["output_stage1"], **TOKENS)
+    assert one.source[:, 1:].tolist() == case["kept_stage1"].tolist()
+    assert one.mask.tolist() == case["policy_stage1"].squeeze(2).bool().tolist()
+    two = run_block(block, one, reducer, 1, 2)
+    for i in range(3):
+        kept = case[f"kept_stage2_alone_{i}"][0].long()
+        count = 1 + len(kept)
+        assert two.source[i].tolist() == [-1, *one.source[i][1 + kept].tolist(), *[-1] * (two.mask.shape[1] - count)]
+        torch.testing.assert_close(two.features[i, :count], case[f"output_stage2_alone_{i}"][0], **TOKENS)
+        assert two.mask[i].sum() == count
 
 
 def unwritten(row: Row, name: str, golden: Path) -> None:
@@ -410,10 +474,10 @@ ROWS: dict[str, Row] = {
         check_after_the_tower,
         lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
     ),
-    "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
     "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
-    "evit": Row("evit", lambda _: {}, unwritten),
-    "ats": Row("ats", lambda _: {}, unwritten),
+    "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
+    "evit": Row("evit", lambda _: {}, check_evit_block),
+    "ats": Row("ats", lambda _: {}, check_ats_block),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
     "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
     "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPModel
 
 from llava.model.builder import load_pretrained_model
 from llava.reduction import available
@@ -69,6 +70,19 @@ def test_visionzips_tuning_starts_at_a_finished_checkpoint(world: TinyWorld, tmp
     for name, weight in before.named_parameters():
         assert torch.equal(weight, weights[name]) != ("mm_projector" in name), name
     assert data["weight"] == 0.1
+
+
+@pytest.mark.parametrize("name", available()["tower"])
+def test_a_tower_that_is_trained(name: str, world: TinyWorld, tmp_path: Path) -> None:
+    """With the blocks in which the method acts checkpointed; each that is read learns."""
+    settings = {"unfreeze_mm_vision_tower": True, "gradient_checkpointing": True, "max_steps": 1}
+    trainer = train(parse_args(world.flags(tmp_path, **settings, reduction=FLAGS[name])))
+    own = trainer.model.get_vision_tower().vision_tower.state_dict()
+    start = CLIPModel.from_pretrained(world.clip).vision_model.state_dict()
+    changed = {key for key, weight in own.items() if not torch.equal(weight, start[key].to(weight.dtype))}
+    assert {f"encoder.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)} | {
+        "embeddings.position_embedding.weight"
+    } <= (changed)
 
 
 def test_another_methods_checkpoint_is_not_gone_on_from(world: TinyWorld, tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ class VisualEncoding(VisionModules):
         vision = self._see(pixels, methods, frames)
         for name, value in {"text": text, "frames": frames, **beside}.items():
             setattr(vision, name, value)
-        if vision.padding is not None and vision.source is not None:
-            vision.padding = vision.padding.gather(1, vision.source.clamp(min=0))
+        if vision.padding is not None and vision.source is not None:  # of the tokens that a method in the tower left
+            vision.padding = vision.padding.gather(1, vision.source.clamp(min=0)) & (vision.source >= 0)
         if methods.projector is not None:
             return vision
         if methods.needs.projected:
@@ -236,8 +236,7 @@ class VisualEncoding(VisionModules):
             sizes = size_pairs(image_sizes, len(counts))
             if sizes is not None:
                 tower = self._tower()
-                grid = tower.grid if methods.tower is None else methods.tower.input_grid(tower.grid)
-                masks = [padded_patches(size, tower.image_size, grid) for size in sizes]
+                masks = [padded_patches(size, tower.image_size, methods.input_grid(tower.grid)) for size in sizes]
                 beside["padding"] = to_device(torch.stack(masks), tower.device)
         if needs.text is None:
             return beside

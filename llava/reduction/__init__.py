@@ -19,6 +19,6 @@ from llava.reduction.encoder import (  # noqa: F401
 )
 from llava.reduction.projector import pooling, stf  # noqa: F401
 from llava.reduction.registry import available, build, register
-from llava.reduction.tower import tome  # noqa: F401
+from llava.reduction.tower import ats, evit, resize, tome  # noqa: F401
 
 __all__ = ["ReductionConfig", "VisionFeatures", "VisualTokens", "available", "build", "register"]

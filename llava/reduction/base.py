@@ -243,6 +243,11 @@ class Reducer(nn.Module):
         check_fields(self.method, self)
         self.validate()
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each image's own scores say how many tokens it keeps."""
+        return False
+
     def validate(self) -> None:
         """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
 
@@ -300,6 +305,19 @@ class TowerReducer(Reducer, abc.ABC):
             ValueError: the tower does not have the blocks that the options name.
         """
         return ()
+
+    def chosen_blocks(self, chosen: Sequence[int], selected: int) -> Sequence[int]:
+        """An option that names blocks, as `blocks` returns it.
+
+        Raises:
+            ValueError: they do not rise, or one does not lead to what is read.
+        """
+        if not chosen or list(chosen) != sorted({*chosen}) or chosen[-1] >= selected:
+            raise self.mistake(
+                f"blocks={list(chosen)}: expected rising numbers from 0 to {selected - 1}, of blocks that lead to what "
+                "is read of the vision tower"
+            )
+        return chosen
 
     def regroup(self, given: BlockTokens) -> Regrouping | None:
         """What becomes of the tokens in a block of `blocks`; None: they stay as they are."""
@@ -580,6 +598,15 @@ class Reducers:
     def needs(self) -> Needs:
         """What the method after the tower reads."""
         return Needs() if self.encoder is None else self.encoder.needs
+
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of the picture that enters a tower of (h, w)."""
+        return grid if self.tower is None else self.tower.input_grid(grid)
+
+    @property
+    def are_adaptive(self) -> bool:
+        """Whether an image's own scores say how many tokens enter the language model."""
+        return any(reducer is not None and reducer.is_adaptive for reducer in (self.tower, self.encoder))
 
     @property
     def read_text(self) -> bool:

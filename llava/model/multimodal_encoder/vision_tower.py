@@ -215,6 +215,11 @@ class VisionTower(nn.Module):
             )
         if reducers.tower is None:
             return
+        if reducers.tower.is_adaptive and reducers.encoder is not None:
+            raise reducers.encoder.mistake(
+                f"'{reducers.tower.method}' leaves a different number of tokens of each picture, which a method after "
+                "the tower does not take; leave one of them out"
+            )
         reducers.tower.input_grid(self.grid)
         acts = reducers.tower.blocks(self.depth, blocks[0])
         if acts and first_read is not None and first_read <= max(acts):
