@@ -25,6 +25,7 @@ PROJECTORS: dict[str, dict[str, Any] | None] = {
     "mlp2x_gelu": None,
     "avgpool": {"name": "avgpool"},
     "token_concat": {"name": "token_concat"},
+    "m3": {"name": "m3", "tokens": 36},
     "stf, MBTF alone": {"name": "stf", "kernel": 1},
     "stf, without MBTF": {"name": "stf", "mbtf": None},
     "stf": {"name": "stf"},

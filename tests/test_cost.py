@@ -43,6 +43,7 @@ METHODS: list[Any] = [
     {"name": "prumerge_plus", "tokens": 3, "variant": "paper"},
     {"name": "spatial", "ratio": 0.25},
     {"name": "avgpool"},
+    {"name": "m3", "tokens": 4},
     {"name": "stf", "mbtf": 2},
     {"name": "stf", "mbtf": [3, 1], "variant": "paper", "tokens_out": 2},
     {"name": "pyramiddrop"},

@@ -185,6 +185,44 @@ def check_tome_step(row: Row, name: str, golden: Path) -> None:
             torch.testing.assert_close(sized.sizes, case[f"size_after_{n}_{pairs}"].squeeze(-1), **TOKENS)
 
 
+@torch.no_grad()
+def check_in_the_projector(row: Row, name: str, golden: Path) -> None:
+    """Tokens from the seam, and the answer from pixels."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    model = opened(golden)
+    model.set_reduction("none")
+    inputs = {"images": pixels(golden, "pixels_pad")[i : i + 1], "reduction": row.reduction(about)}
+    with tower_gives(model, seam(i)):
+        tokens, _ = model.get_model().encode_images(**inputs)
+    if "output" in case:
+        torch.testing.assert_close(tokens, case["output"], **TOKENS)
+    logits = check_answer(model, case, **inputs)
+    assert logits.shape[1] == about.get("final_length", logits.shape[1])
+
+
+def check_m3_training(row: Row, name: str, golden: Path) -> None:
+    """The loss of each scale, their mean, and its gradients."""
+    case, about = read_more(name)
+    model = open_checkpoint(golden, "llava-v1.5-7b", reduction={"name": "m3", "scales": about["scales"]}).train()
+    batch = {key: case[key] for key in ("input_ids", "attention_mask", "labels")}
+    batch["images"] = pixels(golden, "pixels_pad")
+    with torch.no_grad():
+        losses = [model(**batch, reduction={"name": "m3", "tokens": scale}).loss for scale in about["scales"]]
+    torch.testing.assert_close(torch.stack(losses), case["losses"], atol=1e-4, rtol=0)
+    inner = model.get_model()
+    named = {
+        "grad_mm_projector_0_weight": inner.mm_projector[0].weight,
+        "grad_layers_7_q_proj_weight": inner.layers[7].self_attn.q_proj.weight,
+    }
+    for weight in named.values():
+        weight.requires_grad_(True)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss.detach(), case["loss"][0], atol=1e-4, rtol=0)
+    for (key, _), gradient in zip(named.items(), torch.autograd.grad(loss, list(named.values())), strict=True):
+        assert (gradient - case[key]).norm() <= 1e-3 * case[key].norm()
+
+
 def unwritten(row: Row, name: str, golden: Path) -> None:
     """In place of a check that the method's author writes."""
     raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
@@ -253,7 +291,8 @@ ROWS: dict[str, Row] = {
     "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
     "evit": Row("evit", lambda _: {}, unwritten),
     "ats": Row("ats", lambda _: {}, unwritten),
-    "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
+    "m3": Row("m3", lambda about: {"tokens": about["scale"]}, check_in_the_projector),
+    "m3_train": Row("m3", lambda _: {}, check_m3_training),
     "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
     "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),
     "sparsevlm": Row(

@@ -39,6 +39,8 @@ PROJECTOR_CASES = [
     pytest.param({"name": "stf", "kernel": 1, "mbtf": [2, 1]}, id="mbtf-alone"),
     pytest.param({"name": "avgpool"}, id="avgpool"),
     pytest.param({"name": "token_concat", "kernel": 4}, id="token_concat"),
+    pytest.param({"name": "m3", "tokens": 4}, id="m3-tokens"),
+    pytest.param({"name": "m3", "scales": [1, 16]}, id="m3-scales"),
 ]
 CASES = [*TOWER_CASES, *ENCODER_CASES, *PROJECTOR_CASES]
 # Batches of one sample, of three alike, and of three that differ: two images, none, one.

@@ -46,7 +46,7 @@ LLAVA_1_5 = {
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 MERGED_KEY = "merged_adapters"  # of config.json: marks of the adapters that were added to the weights
 # Patterns that bitsandbytes' modules are matched with, from the start of the name.
-NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.vision_tower", "lm_head"]
+NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.query_abstractor", r"model\.vision_tower", "lm_head"]
 
 
 def load_pretrained_model(
@@ -168,7 +168,7 @@ def _open(
         logger.warning("%s is a full checkpoint: model_base=%s is not read", folder, model_base)
     cls, config = _llava_config(folder, kwargs.pop("overwrite_config", None))
     model = cls.from_pretrained(str(folder), config=config, vision_tower=tower, **kwargs)
-    if not hasattr(model.get_model(), "mm_projector"):
+    if model.get_vision_tower() is None:
         raise ValueError(
             f"{folder} is a bare language model: its config.json has no mm_vision_tower. Pass it as model_base, with a "
             "LoRA or projector-only folder as model_path"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.data.prompt_text import question_of_ids
 from llava.data.stored_features import StoredFeatures
 from llava.model.image_inputs import Images, ImageSizes, Pictures, image_list, match_images, tile_counts
-from llava.model.language_model.batch_counts import LlavaOutput, count_batch
+from llava.model.language_model.batch_counts import LlavaOutput, count_batch, mean_output
 from llava.model.language_model.head_loss import head_loss
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.marker_tokens import add_marker_tokens
@@ -38,7 +39,7 @@ from llava.model.prompt_inputs import (
 )
 from llava.model.splice import Spliced, SplicePlan, plan_splice, splice
 from llava.model.vision_modules import Reduction
-from llava.model.visual_encoding import VisualEncoding
+from llava.model.visual_encoding import TowerOnce, VisualEncoding
 from llava.model.weights import (
     VISION_TOWER_PREFIX,
     check_files,
@@ -205,6 +206,7 @@ class LlavaMetaForCausalLM:
         skip_logits: bool | None = None,
         host: HostBatch | None = None,
         plan: SplicePlan | None = None,
+        draw: int = 0,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where labels are given; in training the loss alone.
@@ -233,6 +235,7 @@ class LlavaMetaForCausalLM:
             host: what `input_ids`, `attention_mask` and `labels` hold, as the collator hands it on; None: they are
                 copied to the host, which waits for the device.
             plan: for `inputs_embeds`, as `splice_images` returns it: then nothing is copied to the host.
+            draw: a whole number of this step of training, for a method that draws its tokens by chance.
 
         Returns:
             transformers' output, in training with labels a `LlavaOutput`; logits [B, L, V] for the spliced rows, padded
@@ -242,8 +245,57 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: markers and images do not match (the sample is named), or arguments that exclude each other.
         """
-        cached = check_call(past_key_values, images, inputs_embeds, packed)
         reducers = self.get_model().reducers(reduction)
+        trains = self.training and torch.is_grad_enabled() and labels is not None
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "images": images,
+            "image_sizes": image_sizes,
+            "texts": texts,
+            "image_index": image_index,
+            "packed": packed,
+            "logits_to_keep": logits_to_keep,
+            "skip_logits": skip_logits,
+            "host": host,
+            "plan": plan,
+            **kwargs,
+        }
+        if not trains or input_ids is None or reducers.projector is None:
+            return self._forward_with(reducers, **batch)
+        methods = reducers.projector.in_training(self.get_model().tile_grid(reducers), draw)
+        once = TowerOnce()
+        outputs = [self._forward_with(replace(reducers, projector=each), once=once, **batch) for each in methods]
+        return outputs[0] if len(outputs) == 1 else mean_output(outputs)
+
+    def _forward_with(
+        self,
+        reducers: Reducers,
+        *,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+        images: Images,
+        image_sizes: ImageSizes,
+        texts: Sequence[str] | None,
+        image_index: Tensor | None,
+        packed: bool,
+        logits_to_keep: int | Tensor,
+        skip_logits: bool | None,
+        host: HostBatch | None,
+        plan: SplicePlan | None,
+        once: TowerOnce | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`forward` with these methods."""
+        cached = check_call(past_key_values, images, inputs_embeds, packed)
         spliced = left = None
         if inputs_embeds is None and input_ids is not None and not cached:
             spliced = self.splice_images(
@@ -257,6 +309,7 @@ class LlavaMetaForCausalLM:
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
                 reduction=reducers,
                 host=host,
+                once=once,
             )
             input_ids, inputs_embeds, attention_mask = None, spliced.inputs_embeds, spliced.attention_mask
             position_ids, labels = spliced.position_ids, spliced.labels
@@ -410,12 +463,14 @@ class LlavaMetaForCausalLM:
         max_length: int | None = None,
         reduction: Reduction = None,
         host: HostBatch | None = None,
+        once: TowerOnce | None = None,
     ) -> Spliced:
         """Encode the images of a batch and put their tokens where the markers stand.
 
         Args:
             left: pad on the left; None: where the input is padded so, or `config.tokenizer_padding_side` says so.
             max_length: rows are cut after this many tokens.
+            once: see `encode_images`.
             Others as for `forward`.
         """
         check_prompt(input_ids, attention_mask, labels)
@@ -433,7 +488,7 @@ class LlavaMetaForCausalLM:
         reducers = self.get_model().reducers(reduction)
         reads = bool(pictures) and reducers.read_text
         texts = self._texts_of_images(texts, host, markers) if reads else None
-        visual, lengths = self._visual_tokens(pictures, sizes, texts, reducers)
+        visual, lengths = self._visual_tokens(pictures, sizes, texts, reducers, once)
         if left is None:
             side = getattr(self.config, "tokenizer_padding_side", "right")
             left = side == "left" or not bool(host.mask[:, 0].all())
@@ -458,10 +513,15 @@ class LlavaMetaForCausalLM:
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(
-        self, pictures: Pictures, sizes: ImageSizes, texts: list[str] | None, reducers: Reducers
+        self,
+        pictures: Pictures,
+        sizes: ImageSizes,
+        texts: list[str] | None,
+        reducers: Reducers,
+        once: TowerOnce | None,
     ) -> tuple[Tensor | None, Tensor]:
         if pictures:
-            return self.get_model().encode_images(pictures, sizes, texts, reducers)
+            return self.get_model().encode_images(pictures, sizes, texts, reducers, once)
         none = torch.zeros(0, dtype=torch.int64)
         tower = self.get_vision_tower()
         if not self.training or tower is None:
@@ -472,7 +532,7 @@ class LlavaMetaForCausalLM:
             blank: Pictures = pictures.blank(tower.num_patches)
         else:
             blank = [torch.zeros(3, tower.image_size, tower.image_size, device=self.device)]
-        return self.get_model().encode_images(blank, texts=[""], reduction=reducers)[0], none
+        return self.get_model().encode_images(blank, texts=[""], reduction=reducers, once=once)[0], none
 
     @torch.no_grad()
     def count_visual_tokens(

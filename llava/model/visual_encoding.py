@@ -11,6 +11,7 @@ shared space, D language-model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ from llava.model.vision_modules import Reduction, VisionModules
 from llava.reduction.base import Reducers, VisionFeatures, VisualTokens
 from llava.reduction.stand_in import reduce_features
 from llava.transfer import to_device
+
+
+@dataclass
+class TowerOnce:
+    """What several passes over the same images share, so that the vision tower runs once.
+
+    Attributes:
+        read: of the tiles, what the projector reads; None: nothing has run.
+        tiles: of each image.
+    """
+
+    read: VisionFeatures | VisualTokens | None = None
+    tiles: list[int] = field(default_factory=list)
 
 
 class VisualEncoding(VisionModules):
@@ -67,7 +81,7 @@ class VisualEncoding(VisionModules):
         """The projector, with a reducer in it; results as for `encode_tiles`."""
         if isinstance(read, VisionFeatures):
             assert methods.projector is not None
-            tokens = methods.projector(read, self.mm_projector, self.mm_projector_crosslayer)
+            tokens = methods.projector(read, **self.projector_modules())
             return tokens.features.flatten(0, 1), tokens
         flat, real = read.features.flatten(0, 1), read.host_mask.flatten()
         if not bool(real.all()):
@@ -90,7 +104,7 @@ class VisualEncoding(VisionModules):
         return self.mm_projector(tokens.to(self._projector_dtype())), layout
 
     def _projector_dtype(self) -> torch.dtype:
-        weight = next(self.mm_projector.parameters(), None)
+        weight = next((w for module in self.projector_modules().values() for w in module.parameters()), None)
         return self._tower().dtype if weight is None else weight.dtype
 
     def encode_images(
@@ -99,6 +113,7 @@ class VisualEncoding(VisionModules):
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         reduction: Reduction = None,
+        once: TowerOnce | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Visual tokens of all images in the order in which they enter the language model.
 
@@ -107,6 +122,7 @@ class VisualEncoding(VisionModules):
             image_sizes: N pairs (width, height) of the original pictures in pixels; needed for anyres.
             texts: N texts, one for each image, for a reducer that reads them.
             reduction: see `Reduction`.
+            once: shared by calls with the same images whose methods differ in the projector alone.
 
         Returns:
             Tokens [K, D], and how many of them each image has, [N] int64 on the CPU.
@@ -116,9 +132,13 @@ class VisualEncoding(VisionModules):
             counts = images.tiles
             projected, tokens = self._project_stored(images, reducers)
         else:
-            pixels, counts = self._tiles(images)
-            beside = self._beside(texts, counts, image_sizes, reducers)
-            projected, tokens = self.encode_tiles(pixels, reduction=reducers, **beside)
+            once = once or TowerOnce()
+            if once.read is None:
+                pixels, once.tiles = self._tiles(images)
+                beside = self._beside(texts, once.tiles, image_sizes, reducers)
+                once.read = self.read_tiles(pixels, methods=reducers, **{"text": None, **beside})
+            counts = once.tiles
+            projected, tokens = self._project(once.read, reducers)
         layouts = self._layouts(tokens, counts, image_sizes)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):

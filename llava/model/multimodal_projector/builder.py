@@ -33,7 +33,7 @@ def build_projector_modules(
             "mm_vision_select_feature=cls_patch keeps CLS among the patches, which a projector that fuses neighbours "
             "has no place for; set it to patch"
         )
-    reducer.reduced_grid(tower.grid)
+    reducer.token_count(tower.grid)
     tower.blocks_read(reducer)
     return reducer.build_modules(config.mm_hidden_size, config.hidden_size, plain)
 

@@ -113,7 +113,7 @@ class ModelArguments:
         None, "Vision block whose output is used, counted as in hidden_states. Default -1."
     )
     mm_vision_select_feature: str | None = flag(None, "patch or cls_patch. Default patch.")
-    pretrain_mm_mlp_adapter: str | None = flag(None, "mm_projector.bin to start from.")
+    pretrain_mm_mlp_adapter: str | None = flag(None, "mm_projector.bin to start from; none: the model's own.")
     mm_projector_type: str | None = flag(None, "linear, mlpNx_gelu or identity. Default linear.")
     mm_use_im_start_end: bool | None = flag(None, "Put marker tokens around an image. Default False.")
     mm_use_im_patch_token: bool | None = flag(
