@@ -25,6 +25,8 @@ PROJECTORS: dict[str, dict[str, Any] | None] = {
     "mlp2x_gelu": None,
     "avgpool": {"name": "avgpool"},
     "token_concat": {"name": "token_concat"},
+    "tokenpacker": {"name": "tokenpacker"},
+    "mqt": {"name": "mqt", "tokens": 64},
     "m3": {"name": "m3", "tokens": 36},
     "stf, MBTF alone": {"name": "stf", "kernel": 1},
     "stf, without MBTF": {"name": "stf", "mbtf": None},

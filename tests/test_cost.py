@@ -44,6 +44,8 @@ METHODS: list[Any] = [
     {"name": "spatial", "ratio": 0.25},
     {"name": "avgpool"},
     {"name": "m3", "tokens": 4},
+    {"name": "tokenpacker"},
+    {"name": "mqt", "tokens": 9},
     {"name": "stf", "mbtf": 2},
     {"name": "stf", "mbtf": [3, 1], "variant": "paper", "tokens_out": 2},
     {"name": "pyramiddrop"},

@@ -59,6 +59,8 @@ METHODS = (
     "{name: stf, mbtf: off}",
     "avgpool",
     "{name: m3, tokens: 4}",
+    "tokenpacker",
+    "{name: mqt, tokens: 6}",
     PYRAMID,
 )
 

@@ -223,6 +223,35 @@ def check_m3_training(row: Row, name: str, golden: Path) -> None:
         assert (gradient - case[key]).norm() <= 1e-3 * case[key].norm()
 
 
+def check_with_weights(row: Row, name: str, golden: Path) -> None:
+    """As `check_in_the_projector`, with the family's weights in the projector's place; from stored features too."""
+    case, about = read_more(name)
+    weights, _ = read_more(f"{row.method}_weights")
+    model = opened(golden)
+    own = model.get_model().projector_modules()
+    model.set_reduction({"name": row.method})
+    model.get_model().load_projector(weights, f"{row.method}_weights")
+    if "features_multi" in case:
+        method, features = build(row.method, **row.options(about)), case["features"].unsqueeze(0)
+        states = {
+            23: features,
+            **dict(zip((12, 16, 22), case["features_multi"].unsqueeze(0).chunk(4, 2), strict=False)),
+        }
+        with torch.no_grad():
+            modules = model.get_model().projector_modules()
+            tokens = method(VisionFeatures(features, grid=(24, 24), hidden_states=states), **modules)
+        torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    i = int(name.rpartition("_")[2])
+    inputs = {"images": pixels(golden, "pixels_pad")[i : i + 1], "reduction": row.reduction(about)}
+    with torch.no_grad():
+        tokens, _ = model.get_model().encode_images(**inputs)
+    torch.testing.assert_close(tokens, case["output"], atol=1e-3 * float(case["output"].abs().max()), rtol=0)
+    logits = check_answer(model, case, **inputs)
+    assert logits.shape[1] == about.get("final_length", logits.shape[1])
+    model.set_reduction("none")
+    model.get_model()._set_projector(own)
+
+
 def unwritten(row: Row, name: str, golden: Path) -> None:
     """In place of a check that the method's author writes."""
     raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
@@ -293,8 +322,8 @@ ROWS: dict[str, Row] = {
     "ats": Row("ats", lambda _: {}, unwritten),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, check_in_the_projector),
     "m3_train": Row("m3", lambda _: {}, check_m3_training),
-    "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
-    "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),
+    "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, check_with_weights),
+    "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, check_with_weights),
     "sparsevlm": Row(
         "sparsevlm",
         lambda about: {

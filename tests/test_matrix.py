@@ -9,6 +9,7 @@ import torch
 
 from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.reduction import available, build
+from llava.reduction.base import FIXED_WEIGHTS
 from llava.reduction.registry import method_class
 from llava.reduction.stand_in import StandIn, TowerShape
 from tests.tiny_models import pad, prompt
@@ -39,6 +40,10 @@ PROJECTOR_CASES = [
     pytest.param({"name": "stf", "kernel": 1, "mbtf": [2, 1]}, id="mbtf-alone"),
     pytest.param({"name": "avgpool"}, id="avgpool"),
     pytest.param({"name": "token_concat", "kernel": 4}, id="token_concat"),
+    pytest.param({"name": "tokenpacker"}, id="tokenpacker"),
+    pytest.param({"name": "tokenpacker", "scale": 4, "heads": 2}, id="tokenpacker-4"),
+    pytest.param({"name": "mqt", "tokens": 5}, id="mqt"),
+    pytest.param({"name": "mqt", "tokens": 7, "draws": True}, id="mqt-draws"),
     pytest.param({"name": "m3", "tokens": 4}, id="m3-tokens"),
     pytest.param({"name": "m3", "scales": [1, 16]}, id="m3-scales"),
 ]
@@ -117,11 +122,12 @@ def test_gradients_reach_projector_and_language_model(
     loss.backward()
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == ("vision_tower" not in name)
+        assert parameter.requires_grad == ("vision_tower" not in name and not name.endswith(FIXED_WEIGHTS))
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
-    assert model.get_model().mm_projector[0].weight.grad.abs().sum() > 0
+    for module in model.get_model().projector_modules().values():
+        assert all(weight.grad.abs().sum() > 0 for weight in module.parameters() if weight.grad is not None)
     assert model.get_model().layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 

@@ -30,6 +30,8 @@ REDUCTIONS = (
     {"name": "avgpool", "kernel": 2},
     {"name": "token_concat", "kernel": 2},
     {"name": "m3", "tokens": 4},
+    {"name": "tokenpacker"},
+    {"name": "mqt", "tokens": 9},
     {
         "projector": {"name": "stf", "mbtf": 2, "tokens_out": 2},
         "decoder": {"name": "pyramiddrop", "layers": [1], "ratios": [0.5]},

@@ -23,6 +23,8 @@ FLAGS = {
     "random": "{name: random, ratio: 0.5}",
     "stf": "{name: stf, mbtf: 1}",
     "avgpool": "avgpool",
+    "tokenpacker": "{name: tokenpacker, scale: 2}",
+    "mqt": "{name: mqt, tokens: 6}",
     "m3": "{name: m3, tokens: 4, scales: [1, 4, 16]}",
     "token_concat": '{"projector": {"name": "token_concat", "kernel": 4}}',
     "pyramiddrop": "{name: pyramiddrop, layers: [1], ratios: [0.25]}",

@@ -50,6 +50,8 @@ METHODS: dict[str, tuple[Any, int, int]] = {
     "stf": ({"name": "stf", "mbtf": 2}, 0, 0),
     "avgpool": ({"name": "avgpool"}, 0, 0),
     "token_concat": ({"name": "token_concat"}, 0, 0),
+    "tokenpacker": ("tokenpacker", 0, 0),
+    "mqt": ({"name": "mqt", "draws": True}, 0, 0),
     "m3": ({"name": "m3", "scales": [1, 4]}, 0, 0),
     "pyramiddrop": (PYRAMID, 0, 0),
     "fastv": (FASTV, 0, 0),

@@ -49,7 +49,7 @@ from llava.model.weights import (
     raise_for_nonfinite,
     without_load_report,
 )
-from llava.reduction.base import DecoderReducer, Reducers
+from llava.reduction.base import PROJECTOR_MODULES, DecoderReducer, Reducers
 from llava.reduction.config import ReductionConfig
 from llava.transfer import HostBatch
 
@@ -134,7 +134,9 @@ class LlavaMetaForCausalLM:
         filled = load_into(model, projector_weights or {}, projector_origin or path)
         if projector_weights is not None:
             lacking = {
-                key for key in info["missing_keys"] if "mm_projector" in key or key.endswith("image_newline")
+                key
+                for key in info["missing_keys"]
+                if any(name in key for name in PROJECTOR_MODULES) or key.endswith("image_newline")
             } - filled
             raise_for_keys(projector_origin or path, missing=sorted(lacking))
         missing = check_loaded(info, path, filled)

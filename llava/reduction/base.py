@@ -22,6 +22,9 @@ from llava.reduction.tower.tokens import BlockTokens, Regrouping
 PROJECTOR_MODULES = ("mm_projector", "mm_projector_crosslayer", "query_abstractor")
 """What lies between vision tower and language model, by its names in LLaVA and in the methods' releases."""
 
+FIXED_WEIGHTS = ("query_abstractor.pos_embed",)
+"""Endings of the names of weights in these modules that never learn."""
+
 Place = int | Literal["selected", "last"]
 """A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
 `mm_vision_select_layer` selects, or the last one."""

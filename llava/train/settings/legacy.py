@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from llava.reduction.config import trim_flag
-from llava.reduction.released import M3_KEY, TRIM_KEY, m3_method
+from llava.reduction.released import M3_KEY, MQT_KEY, MQT_TYPE_KEY, TRIM_KEY, m3_method, mqt_method
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ def _if_true(value: str) -> Callable[[str], str | None]:
 LEGACY_FLAGS: dict[str, Legacy] = {
     TRIM_KEY: Legacy("reduction", trim_flag),
     M3_KEY: Legacy("reduction", lambda text: json.dumps(m3_method(text)) if text else None),
+    MQT_KEY: Legacy("reduction", lambda text: json.dumps(mqt_method(text)) if text else None),
+    MQT_TYPE_KEY: Legacy(note="num_visual_tokens names the method"),
+    "tune_mm_query_abstractor": Legacy("tune_mm_mlp_adapter"),
+    "pretrain_mm_query_abstractor": Legacy("pretrain_mm_mlp_adapter"),
     "evaluation_strategy": Legacy("eval_strategy"),
     "no_cuda": Legacy("use_cpu"),
     "per_gpu_train_batch_size": Legacy("per_device_train_batch_size"),
