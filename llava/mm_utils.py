@@ -13,71 +13,22 @@ import binascii
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.pictures import UnfitImageError, to_rgb
+from llava.video import Clip, Sampling, read_clip
 
 Size = tuple[int, int]
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 """Allowed values of `image_aspect_ratio`; None means square."""
-
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
-
-
-class UnfitImageError(ValueError):
-    """A picture that Pillow reads and a model cannot use; the message goes on after the picture's name."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any of Pillow's modes as RGB, 8 bits a colour.
-
-    As `convert("RGB")`, which LLaVA calls, wherever that is right: transparency is dropped, palettes are looked up. But
-    it cuts off all values above 255, so that 16 bits become white, and floats black. So greys of 16 bits keep their
-    upper 8, as Pillow does with colours of 16 bits; integers of 32 bits are taken for the 8 or 16 bits that hold them;
-    and floats go from 0 (black) to 1 (white).
-
-    Raises:
-        UnfitImageError: integers or floats beyond those limits.
-    """
-    if image.mode == "F":
-        image = _float_grey(np.asarray(image))
-    elif image.mode.startswith("I"):
-        image = _integer_grey(image)
-    elif image.mode == "La":
-        image = image.convert("LA")
-    return image.convert("RGB")
-
-
-def _float_grey(values: np.ndarray) -> Image.Image:
-    if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
-        raise UnfitImageError(
-            f"holds floats from {values.min():g} to {values.max():g}, expected 0 (black) to 1 (white); scale them, "
-            "or save it with 8 or 16 bits"
-        )
-    return Image.fromarray((values * 255).round().astype(np.uint8))
-
-
-def _integer_grey(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    in_memory = image.mode == "I" and getattr(image, "format", None) is None  # an array, say; of 32 bits as in a TIFF
-    bits = tags.get(_BITS_PER_SAMPLE, (32 if in_memory else 16,))[0]
-    if bits > 16:  # they say nothing about what is white
-        bits = 8 if values.max() < 256 else 16
-    if values.min() < 0 or values.max() >= 1 << bits:
-        raise UnfitImageError(
-            f"holds integers from {values.min()} to {values.max()}, expected those of 16 bits, 0 to 65535; "
-            "scale them, or save it with 8 bits"
-        )
-    grey = (values >> (bits - 8)).astype(np.uint8)
-    return Image.fromarray(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
@@ -312,6 +263,51 @@ def process_images(
     if pixels and all(one.shape == pixels[0].shape for one in pixels):
         return torch.stack(pixels)
     return pixels
+
+
+def process_video(
+    video: Clip,
+    image_processor: Any,
+    model_cfg: Any,
+    num_frames: int = 8,
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    name: str | None = None,
+    open_picture: Callable[[str], Image.Image] | None = None,
+) -> torch.Tensor:
+    """Pixel values of a clip's frames, each prepared as one picture, one after the other.
+
+    Args:
+        video: the path of a video file or of a folder of frames, a list of pictures or their paths, or an array; see
+            `llava.video.clips`.
+        image_processor: image processor of the vision tower (CLIP, SigLIP).
+        model_cfg: has `image_aspect_ratio`. "pad" puts every frame on a square of the mean colour; all others leave it
+            to the processor alone. So does "anyres": a frame is never tiled, as in LLaVA-NeXT, which hands frames to
+            the processor whatever the ratio says.
+        num_frames: so many, evenly; a shorter clip's frames come more than once.
+        fps: in place of `num_frames`, frames a second.
+        max_frames: F at most.
+        name: what messages call the clip; default: its path.
+        open_picture: see `llava.video.read_clip`.
+
+    Returns:
+        Float [F, 3, H, W].
+
+    Raises:
+        ValueError: the clip cannot be read (a `VideoError`), an option is out of range, or `process_images` refuses.
+        ImportError: it is a video file, and PyAV is not installed.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    frame_cfg = SimpleNamespace(image_aspect_ratio="square" if aspect_ratio == "anyres" else aspect_ratio)
+    sampling = Sampling(num_frames, fps, max_frames)
+    pixels: list[torch.Tensor] = []
+    before = -1
+    for frame in read_clip(video, sampling, name=name, open_picture=open_picture):
+        again = frame.number == before
+        pixels.append(pixels[-1] if again else process_images([frame.picture], image_processor, frame_cfg)[0])
+        before = frame.number
+    return torch.stack(pixels)
 
 
 def leading_ids(tokenizer: Any) -> list[int]:

@@ -11,11 +11,10 @@ import torch
 from llava.reduction import ReductionConfig, available
 from llava.reduction.budget import TOLERANCE, ModelShape
 from llava.reduction.registry import method_class
+from tests.methods_table import NAMES, beside_a_budget
 from tests.tiny_models import SIDE, prompt, tiny_model
 
 LAYERS = 6
-OPTIONS: dict[str, dict[str, Any]] = {"stf": {"mbtf": 2}}  # that the small tower needs
-METHODS = [name for names in available().values() for name in names]
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT |= {"projection_dim": 24, "vocab_size": 99}
 
@@ -30,13 +29,13 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("budget", [5, 16, 33.5, 64])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_a_layer_processes_the_budget(model: Any, name: str, budget: float) -> None:
     """By the lengths of the cache after a prefill, or the method says that it can't."""
     model.set_reduction("none")
     try:
-        method = {"name": name, "budget": budget, **OPTIONS.get(name, {})}
+        method = {"name": name, "budget": budget, **beside_a_budget(name)}
         model.set_reduction(method)
     except ValueError as error:
         assert "can't be met; the nearest is" in str(error) or "can't be told" in str(error)
@@ -53,7 +52,7 @@ def test_a_layer_processes_the_budget(model: Any, name: str, budget: float) -> N
 
 def test_every_method_says_what_it_chooses_from() -> None:
     """The fewest tokens first, so that the nearest is found."""
-    for name in METHODS:
+    for name in NAMES:
         choices, shape = method_class(name).budget_choices(576), ModelShape()
         site = next(site for site, names in available().items() if name in names)
         some = [choices[i * (len(choices) - 1) // 7] for i in range(8)] if choices else []

@@ -24,9 +24,10 @@ from llava.model.language_model.staged import StagedPass
 from llava.reduction import VisionFeatures, available, build
 from llava.reduction.tower.tokens import TowerTokens
 from tests.conftest import GOLDEN
+from tests.golden.pack import FILES, MORE, read_index, read_packed
 from tests.test_golden import check_answer, open_checkpoint, pixels
 
-CASES = GOLDEN.parent / "golden-more" / "cases"
+CASES = GOLDEN.parent / "golden-more" / "cases"  # beside the repository, which keeps a selection itself
 TOKENS = {"atol": 1e-4, "rtol": 0}
 IMAGES = 3
 Case = dict[str, Tensor]
@@ -34,8 +35,11 @@ About = dict[str, Any]
 
 
 def read_more(name: str) -> tuple[Case, About]:
-    """Tensors and JSON of a case."""
-    return load_file(CASES / f"{name}.safetensors"), json.loads((CASES / f"{name}.json").read_text(encoding="utf-8"))
+    """Tensors and JSON of a case: of the set beside the repository, or of the selection in `tests/golden/more`."""
+    if CASES.is_dir():
+        return load_file(CASES / f"{name}.safetensors"), json.loads((CASES / f"{name}.json").read_text("utf-8"))
+    about = MORE / FILES / read_index(MORE)["files"][f"{name}.json"]
+    return read_packed(f"{name}.safetensors", MORE), json.loads(about.read_text("utf-8"))
 
 
 def seam(*images: int, **more: Tensor) -> VisionFeatures:
@@ -340,13 +344,22 @@ ROWS: dict[str, Row] = {
 INPUTS = ("tower_", "tokenpacker_weights", "mqt_weights")  # read by other cases
 
 
+def key_of(name: str) -> str:
+    """The key in `ROWS` that the case's name begins with; the longest one."""
+    return max((key for key in ROWS if name.startswith(key)), key=len)
+
+
 def row_of(name: str) -> Row:
-    """The row whose key the case's name begins with; the longest one."""
-    return ROWS[max((key for key in ROWS if name.startswith(key)), key=len)]
+    return ROWS[key_of(name)]
+
+
+def packed_names() -> list[str]:
+    return [file.removesuffix(".json") for file in read_index(MORE)["files"]]
 
 
 def names() -> list[str]:
-    return sorted(file.stem for file in CASES.glob("*.json") if not file.stem.startswith(INPUTS))
+    every = [file.stem for file in CASES.glob("*.json")] if CASES.is_dir() else packed_names()
+    return sorted(name for name in every if not name.startswith(INPUTS))
 
 
 _OPENED: list[Any] = []
@@ -378,3 +391,23 @@ def test_case(name: str, golden: Path) -> None:
     if row.method not in {method for methods in available().values() for method in methods}:
         pytest.skip(f"{row.method} is not registered yet")
     row.check(row, name, golden)
+
+
+def test_every_family_is_packed() -> None:
+    """A clone of the repository alone compares each of them."""
+    packed = packed_names()
+    assert {key_of(name) for name in packed if not name.startswith(INPUTS)} == set(ROWS)
+    assert any(name.startswith("sparsevlm_plus") for name in packed)
+
+
+if CASES.is_dir():
+
+    def test_what_is_packed_is_of_the_set() -> None:
+        for name in packed_names():
+            expected, about = read_more(name)
+            tensors = read_packed(f"{name}.safetensors", MORE)
+            stored = MORE / FILES / read_index(MORE)["files"][f"{name}.json"]
+            assert json.loads(stored.read_text("utf-8")) == about, name
+            assert list(tensors) == list(expected), name
+            for key, tensor in expected.items():
+                assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key], tensor), (name, key)

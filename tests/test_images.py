@@ -22,10 +22,11 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset, images
-from llava.data.images import check_image_exists, load_image, locate_image, open_image
+from llava import pictures
+from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.data.media.images import check_image_exists, locate_image, open_image
 from llava.data.samples import MAX_IMAGES, BadSampleError
-from llava.mm_utils import to_rgb
+from llava.pictures import load_image, to_rgb
 from llava.train.preflight.findings import Report
 from llava.train.preflight.samples import check_images_exist, check_samples
 from tests.test_dataset import Letters, processor, turns
@@ -305,7 +306,7 @@ def test_remote_images(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for look in (check_image_exists, open_image):
         with pytest.raises(ValueError, match="does not exist"):
             look("memory://images/gone.png")
-    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 20)
     with pytest.raises(ValueError, match=r"red\.png' has more than"):
         open_image(place)
 
@@ -321,7 +322,7 @@ def test_a_remote_image_that_comes_in_parts(store: Any, folder: Path, monkeypatc
     content = (folder / "red.png").read_bytes()
     monkeypatch.setattr(type(store), "open", lambda self, path, mode: Slowly(content))
     assert open_image("memory://images/red.png").size == (20, 10)
-    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 20)
     with pytest.raises(ValueError, match="has more than"):
         open_image("memory://images/red.png")
 
@@ -369,7 +370,7 @@ def test_a_sample_has_a_limit_of_images(folder: Path) -> None:
 
 
 def test_a_limit_of_bytes_holds_for_opened_files(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 20)
     with pytest.raises(ValueError, match="image 'embedded' has more than"):
         load_image(io.BytesIO((folder / "red.png").read_bytes()), "embedded")
 

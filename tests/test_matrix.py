@@ -1,7 +1,11 @@
-"""Every method before the language model, every budget: alone and in a batch, trained and asked, in two types."""
+"""Every method and every pair of methods: alone and in a batch, trained and asked, in two types.
+
+The registry drives it: a method without a row in `tests/methods_table.py` fails here.
+"""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,56 +14,29 @@ import torch
 from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.reduction import available, build
 from llava.reduction.base import FIXED_WEIGHTS
-from llava.reduction.registry import method_class
 from llava.reduction.stand_in import StandIn, TowerShape
+from tests.methods_table import METHODS, NAMES, Method, composes, pairwise, runs, together
 from tests.tiny_models import pad, prompt
 from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 
-ADAPTIVE = ("prumerge", "prumerge_plus", "trim")
-VARIANTS = {"prumerge": ("release", "paper"), "prumerge_plus": ("release", "paper"), "trim": ("release", "paper")}
-BUDGETS: dict[str, dict[str, Any]] = {"adaptive": {}, "fixed": {"ratio": 0.3}, "tokens": {"tokens": 5}}
-ENCODER_CASES = [
-    pytest.param({"name": name, **({"variant": variant} if variant else {}), **budget}, id=f"{name}-{variant}-{kind}")
-    for name in available()["encoder"]
-    for variant in VARIANTS.get(name, (None,))
-    for kind, budget in BUDGETS.items()
-    if (kind != "adaptive" or name in ADAPTIVE) and all(hasattr(method_class(name), option) for option in budget)
-]
-TOWER_CASES = [
-    pytest.param({"name": "tome", "tokens": 7}, id="tome-paper"),
-    pytest.param({"name": "tome", "per_block": 3, "variant": "lightcompress"}, id="tome-lightcompress"),
-    pytest.param({"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "prumerge"}}, id="tome-prumerge"),
-    pytest.param(
-        {"tower": {"name": "tome", "tokens": 9}, "encoder": {"name": "divprune", "tokens": 4}}, id="tome-divprune"
-    ),
-]
-PROJECTOR_CASES = [
-    pytest.param({"name": "stf", "mbtf": 1}, id="stf-release"),
-    pytest.param({"name": "stf", "mbtf": 3, "variant": "paper", "tokens_out": 2}, id="stf-paper-two-tokens"),
-    pytest.param({"name": "stf", "mbtf": None}, id="stf-alone"),
-    pytest.param({"name": "stf", "kernel": 1, "mbtf": [2, 1]}, id="mbtf-alone"),
-    pytest.param({"name": "avgpool"}, id="avgpool"),
-    pytest.param({"name": "token_concat", "kernel": 4}, id="token_concat"),
-    pytest.param({"name": "tokenpacker"}, id="tokenpacker"),
-    pytest.param({"name": "tokenpacker", "scale": 4, "heads": 2}, id="tokenpacker-4"),
-    pytest.param({"name": "mqt", "tokens": 5}, id="mqt"),
-    pytest.param({"name": "mqt", "tokens": 7, "draws": True}, id="mqt-draws"),
-    pytest.param({"name": "m3", "tokens": 4}, id="m3-tokens"),
-    pytest.param({"name": "m3", "scales": [1, 16]}, id="m3-scales"),
-]
-CASES = [*TOWER_CASES, *ENCODER_CASES, *PROJECTOR_CASES]
-# Batches of one sample, of three alike, and of three that differ: two images, none, one.
-ROWS = {
-    "one": [prompt(3, "image", 4)],
-    "three": [prompt(3, "image", 4, seed=i) for i in range(3)],
-    "ragged": [prompt("image", 3, "image", 2), prompt(4), prompt(1, "image", 6)],
-}
+
+def label(method: Method) -> str:
+    return "-".join(str(value) for value in method.values()).replace(" ", "")
+
+
+ALONE = [pytest.param(method, id=label(method)) for name in NAMES for method in runs(name)]
+TOGETHER = [pytest.param(together(*names), id="+".join(names)) for names in pairwise()]
+ENCODER_CASES = [case for case in ALONE if case.values[0]["name"] in available()["encoder"]]
+# Batches of three, whose rows are batches of one as well: alike, and with two images, none and one.
+ALIKE = [prompt(3, "image", 4, seed=i) for i in range(3)]
+RAGGED = [prompt("image", 3, "image", 2), prompt(4), prompt(1, "image", 6)]
 TEXTS = ["a red bus", "no image here", "something quite different"]
+ASK: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    world: TinyWorld = make_tiny_world(tmp_path_factory.mktemp("world"))
+    world: TinyWorld = make_tiny_world(tmp_path_factory.mktemp("world"), llm_layers=4)
     make_readable(world.clip)
     torch.manual_seed(0)
     model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
@@ -84,41 +61,49 @@ def use(model: Any, reduction: dict[str, Any]) -> None:
     model.set_reduction(reduction)
 
 
-def batch_of(single: list[dict[str, Any]]) -> dict[str, Any]:
-    ids, mask = pad([one["input_ids"][0] for one in single], "right")
+def batch_of(single: list[dict[str, Any]], side: str = "right") -> dict[str, Any]:
+    ids, mask = pad([one["input_ids"][0] for one in single], side)
     images = [image for one in single for image in one["images"]]
     return {"input_ids": ids, "attention_mask": mask, "images": images, "texts": [one["texts"][0] for one in single]}
 
 
-@pytest.mark.parametrize("reduction", CASES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_a_sample_is_the_same_alone_and_in_a_batch(model: Any, rows: str, reduction: dict[str, Any]) -> None:
-    use(model.float().eval(), reduction)
-    single = inputs_of(ROWS[rows], torch.float32)
-    batch = batch_of(single)
-    ask = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    with torch.no_grad():
-        logits = model(**batch).logits
-        tokens = model.generate(batch.pop("input_ids"), **batch, **ask)
-        for i, one in enumerate(single):
-            alone = model(**one).logits[0]
-            torch.testing.assert_close(logits[i, : len(alone)], alone, atol=1e-4, rtol=0)
-            expected = model.generate(one.pop("input_ids"), **one, **ask)
-            assert tokens[i].tolist() == expected[0].tolist()
+@torch.no_grad()
+def check_logits(model: Any, rows: list[torch.Tensor], side: str = "right") -> None:
+    """Logits of each row are the same alone and in the batch."""
+    single = inputs_of(rows, torch.float32)
+    logits = model(**batch_of(single, side)).logits
+    for i, one in enumerate(single):
+        alone = model(**one).logits[0]
+        row = logits[i, -len(alone) :] if side == "left" else logits[i, : len(alone)]
+        torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reduction", CASES)
-def test_gradients_reach_projector_and_language_model(
-    model: Any, reduction: dict[str, Any], dtype: torch.dtype
-) -> None:
-    use(model.to(dtype).train(), reduction)
+@torch.no_grad()
+def check_answers(model: Any, rows: list[torch.Tensor], side: str = "right") -> None:
+    """The answer to each row is the same alone and in the batch."""
+    single = inputs_of(rows, torch.float32)
+    batch = batch_of(single, side)
+    tokens = model.generate(batch.pop("input_ids"), **batch, **ASK)
+    for i, one in enumerate(single):
+        assert tokens[i].tolist() == model.generate(one.pop("input_ids"), **one, **ASK)[0].tolist()
+
+
+def with_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The last tokens of each row are learnt: two, and in every other row three."""
+    ids, real = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    from_the_end = real.flip(1).cumsum(1).flip(1) * real
+    return {**inputs, "labels": ids.masked_fill((from_the_end == 0) | (from_the_end > 2), -100)}
+
+
+def loss_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(0)  # a method may draw its count anew in each step
+    return model(**with_labels(inputs)).loss
+
+
+def check_training(model: Any, dtype: torch.dtype) -> None:
+    """A finite loss whose gradients reach the projector and the language model."""
     model.zero_grad()
-    batch = batch_of(inputs_of(ROWS["ragged"], dtype))
-    labels = (
-        batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100).masked_fill(batch["input_ids"] < 0, -100)
-    )
-    loss = model(**batch, labels=labels).loss
+    loss = loss_of(model, batch_of(inputs_of(RAGGED, dtype)))
     loss.backward()
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
@@ -127,17 +112,65 @@ def test_gradients_reach_projector_and_language_model(
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
     for module in model.get_model().projector_modules().values():
-        assert all(weight.grad.abs().sum() > 0 for weight in module.parameters() if weight.grad is not None)
+        assert all(weight.grad.abs().sum() > 0 for weight in module.parameters() if weight.requires_grad)
     assert model.get_model().layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("reduction", CASES)
-@torch.no_grad()
-def test_bfloat16_answers(model: Any, reduction: dict[str, Any]) -> None:
-    use(model.to(torch.bfloat16).eval(), reduction)
-    batch = batch_of(inputs_of(ROWS["ragged"], torch.bfloat16))
-    tokens = model.generate(batch.pop("input_ids"), **batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+def check_neighbours(model: Any) -> None:
+    """The loss of a batch is the mean over that of its rows, which learn two tokens each."""
+    single = inputs_of(RAGGED, torch.float32)
+    with torch.no_grad():
+        losses = [loss_of(model, one) for one in single]
+        torch.testing.assert_close(loss_of(model, batch_of(single)), sum(losses) / len(losses), atol=1e-5, rtol=0)
+
+
+def test_every_method_has_its_row() -> None:
+    assert set(NAMES) <= set(METHODS), "give a new method its row in tests/methods_table.py"
+
+
+def test_every_pair_is_run_or_refused(model: Any) -> None:
+    """Two methods that can't work together are refused before a picture is read, and the reason is given."""
+    covered = {pair for names in pairwise() for pair in itertools.combinations(sorted(names), 2)}
+    for pair in itertools.combinations(sorted(NAMES), 2):
+        assert (pair in covered) == composes(*pair), pair
+        if len(sites := together(*pair)) == 2 and not composes(*pair):
+            with pytest.raises(ValueError, match=r"whole grid; leave one out|still takes tokens away"):
+                use(model, sites)
+
+
+@pytest.mark.parametrize("reduction", ALONE)
+def test_a_sample_is_the_same_alone_and_in_a_batch(model: Any, reduction: Method) -> None:
+    use(model.float().eval(), reduction)
+    check_logits(model, ALIKE)
+    check_logits(model, RAGGED)
+    check_answers(model, RAGGED)
+
+
+@pytest.mark.parametrize("reduction", ALONE)
+def test_a_step_of_training(model: Any, reduction: Method) -> None:
+    use(model.float().train(), reduction)
+    check_training(model, torch.float32)
+    check_neighbours(model)
+
+
+@pytest.mark.parametrize("reduction", ALONE)
+def test_bfloat16(model: Any, reduction: Method) -> None:
+    use(model.to(torch.bfloat16).train(), reduction)
+    check_training(model, torch.bfloat16)
+    batch = batch_of(inputs_of(RAGGED, torch.bfloat16))
+    with torch.no_grad():
+        tokens = model.eval().generate(batch.pop("input_ids"), **batch, **ASK)
     assert tokens.shape == (3, 3)
+
+
+@pytest.mark.parametrize("reduction", TOGETHER)
+def test_together(model: Any, reduction: dict[str, Method]) -> None:
+    use(model.float().eval(), reduction)
+    check_logits(model, RAGGED, "left")
+    check_answers(model, RAGGED, "left")
+    model.train()
+    check_training(model, torch.float32)
+    check_neighbours(model)
 
 
 @pytest.mark.parametrize("reduction", ENCODER_CASES)

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
-from llava.data.images import load_image
 from llava.mm_utils import (
     divide_to_patches,
     expand2square,
@@ -28,6 +27,7 @@ from llava.mm_utils import (
     select_best_resolution,
     tokenizer_image_token,
 )
+from llava.pictures import load_image
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 

@@ -15,9 +15,10 @@ from llava.constants import IGNORE_INDEX
 from llava.model.language_model.drop_plan import keep_best, pack_columns, plan_pools
 from llava.model.language_model.packed import PACKED_SDPA
 from llava.model.language_model.staged import StagedCache, StagedPass
-from llava.reduction import build
+from llava.reduction import available, build
 from llava.reduction.base import DecoderReducer, Drop, EnteringTokens, LayerInput, MergedTokens
 from llava.reduction.decoder.ranking import attention_from_queries, pool_columns
+from tests.methods_table import runs
 from tests.test_model import FIRST, ROWS, SIZES, alone, pictures
 from tests.tiny_models import SIDE, pad, prompt, tiny_model
 
@@ -30,7 +31,7 @@ METHODS = (
     {"name": "pyramiddrop", "lambda": 0.7, "stages": 3},
     {"name": "fastv", "layer": 2, "ratio": 0.6},
     {"encoder": {"name": "prumerge", "ratio": 0.5}, "decoder": PYRAMID},
-    {"name": "dart", "layer": 2, "tokens": 8, "image_pivots": 2, "text_pivots": 2},
+    *(method for name in available()["decoder"] if name not in ("pyramiddrop", "fastv") for method in runs(name)),
 )
 BACKBONES: dict[str, dict[str, Any]] = {
     "llama": {},

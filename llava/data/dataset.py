@@ -16,8 +16,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava.conversation import get_template
-from llava.data.images import IMAGE_ACCESS
 from llava.data.items import ItemMaker
+from llava.data.media.images import IMAGE_ACCESS
 from llava.data.rejects import Rejects
 from llava.data.sources import DataPath, DataSource, parse_data_path
 from llava.data.table import import_datasets, load_table
@@ -41,7 +41,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         image_processor: of the vision tower; may be None where no sample has an image.
         version: name of the prompt template.
         image_folder: folder or URL that image files are looked up in.
-        image_access: where their names may lead; see `llava.data.images.IMAGE_ACCESS`.
+        image_access: where their names may lead; see `llava.data.media.images.IMAGE_ACCESS`.
         image_aspect_ratio: None or "square", "pad", "anyres"; see `llava.mm_utils.process_images`.
         image_grid_pinpoints: resolutions for anyres.
         mm_use_im_start_end: surround images by `<im_start>` and `<im_end>`.

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llava.data.images import check_image_exists
+from llava.data.media.images import check_image_exists
 from llava.data.sources import is_url
 from llava.data.stored_features import StoredFeatures, join_features
 from llava.files import atomic_folder

@@ -16,12 +16,13 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Template, get_template
 from llava.data.feature_cache import FeatureCache, NotCachedError
-from llava.data.images import IMAGE_ACCESS, check_image_exists, load_image, locate_image, open_image
+from llava.data.media.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
 from llava.data.preprocessing import parse_rounds, preprocess
 from llava.data.rejects import Rejects
 from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, image_files, sample_name
 from llava.data.stored_features import join_features
 from llava.mm_utils import leading_ids, process_images
+from llava.pictures import load_image
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,15 @@ from llava.conversation import Round, Template
 from llava.data.preprocessing import ConversationError, NoTrainableTokensError, parse_rounds
 from llava.data.records import DataError
 
-FORMAT, TAGS, NO_ANSWER, IMAGE = "format", "image tags", "nothing to learn", "image"
-"""Kinds of defects: malformed, `<image>` that do not match the images, no answer, an image that cannot be read."""
+FORMAT, TAGS, NO_ANSWER, IMAGE, VIDEO = "format", "image tags", "nothing to learn", "image", "video"
+"""Kinds of defects: malformed, `<image>` that do not match the images, no answer, an image or a video that cannot be
+read."""
 
 MAX_IMAGES = 1000
 """Images of one sample; no model can take more."""
+
+MAX_VIDEOS = 100
+"""Clips of one sample."""
 
 
 class BadSampleError(DataError):
@@ -55,6 +59,36 @@ def image_files(sample: dict[str, Any], name: str) -> list[str]:
     if len(files) > MAX_IMAGES:
         raise BadSampleError(f"{name}: it has {len(files)} images, at most {MAX_IMAGES} are read")
     return files
+
+
+def video_files(sample: dict[str, Any], name: str) -> list[str | list[str]]:
+    """A sample's clips, in the order of their `<video>`: names of files or folders, or of a clip's frames; or empty.
+
+    "video" is a name, or a list of clips; a clip that is a list of names is one of frames.
+
+    Raises:
+        BadSampleError: `video` is something else.
+    """
+    value = sample.get("video")
+    if value is None:
+        return []
+    clips = [value] if isinstance(value, str) else value
+    if not isinstance(clips, list) or not all(_is_name(clip) or _is_names(clip) for clip in clips):
+        raise BadSampleError(
+            f'{name}: "video" is {value!r:.80}, expected the name of a file or folder, or a list of clips, each such a '
+            "name or a list of its frames' names"
+        )
+    if len(clips) > MAX_VIDEOS:
+        raise BadSampleError(f"{name}: it has {len(clips)} videos, at most {MAX_VIDEOS} are read")
+    return clips
+
+
+def _is_name(clip: Any) -> bool:
+    return isinstance(clip, str) and bool(clip)
+
+
+def _is_names(clip: Any) -> bool:
+    return isinstance(clip, list) and bool(clip) and all(map(_is_name, clip))
 
 
 def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round], list[str]]:

@@ -15,11 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from llava.conversation import get_template
-from llava.data.images import IMAGE_ACCESS, check_image_exists, load_image, locate_image, open_image
+from llava.data.media.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
 from llava.data.preprocessing import build_prompt_ids
 from llava.eval.questions import Question
 from llava.mm_utils import process_images
 from llava.model.image_inputs import tile_counts
+from llava.pictures import load_image
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class VqaOptions:
 
     Attributes:
         image_folder: where the questions' image names start from: a folder or URL.
-        image_access: where they may lead; see `llava.data.images.IMAGE_ACCESS`.
+        image_access: where they may lead; see `llava.data.media.images.IMAGE_ACCESS`.
         conv_mode: name of the prompt template.
         temperature: 0 takes the likeliest token each time; above 0 it samples.
         top_p: sample from the likeliest tokens of this total probability; None: from all.

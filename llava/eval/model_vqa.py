@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llava.data.images import IMAGE_ACCESS
+from llava.data.media.images import IMAGE_ACCESS
 from llava.eval.answering import Answer, Answerer, VqaOptions, check_images
 from llava.eval.questions import Question, get_chunk, read_jsonl, read_questions
 from llava.files import check_apart, check_writable

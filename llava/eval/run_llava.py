@@ -20,7 +20,7 @@ from llava.constants import (
     IMAGE_PLACEHOLDER,
 )
 from llava.conversation import get_template
-from llava.data.images import open_image
+from llava.data.media.images import open_image
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 

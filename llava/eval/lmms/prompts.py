@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Round, get_template
-from llava.data.images import open_image
+from llava.data.media.images import open_image
 from llava.data.preprocessing import Preprocessed, encode_segments
 
 

@@ -22,8 +22,8 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import get_template
-from llava.data.images import IMAGE_ACCESS
 from llava.data.items import ON_BAD_SAMPLE
+from llava.data.media.images import IMAGE_ACCESS
 from llava.data.sources import is_url, parse_data_path
 from llava.data.streaming import SHUFFLE_BUFFER
 from llava.files import check_writable
