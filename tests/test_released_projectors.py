@@ -159,6 +159,22 @@ def test_the_shapes_are_the_releases() -> None:
     assert shapes["query"] == shapes["pos_embed"] == (256, 1024) and shapes["proj"] == (1024, 4096)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["m3", "tokenpacker", "mqt"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Tokens are those of float32, up to rounding."""
+    torch.manual_seed(0)
+    method = build(name)
+    modules = nn.ModuleDict(method.build_modules(16, 8, lambda width: nn.Linear(width, 8)))
+    features = torch.randn(2, 16, 16)
+    vision = VisionFeatures(features, grid=(4, 4), hidden_states={3: features, 2: features.roll(1, 0)})
+    exact = method(vision, **modules).features
+    states = {block: state.to(dtype) for block, state in vision.hidden_states.items()}
+    tokens = method(VisionFeatures(features.to(dtype), grid=(4, 4), hidden_states=states), **modules.to(dtype)).features
+    assert tokens.dtype == dtype
+    assert (tokens.float() - exact).norm() <= 0.03 * exact.norm()
+
+
 # TokenPacker -----------------------------------------------------------------------------------------------------
 
 
