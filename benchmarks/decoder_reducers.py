@@ -24,7 +24,7 @@ from llava.cost.formulas import Widths, block, cache_bytes, flops
 from llava.cost.sizes import linears_of
 from llava.model.language_model.families import LlavaLlamaConfig, LlavaLlamaForCausalLM
 
-METHODS = {"pyramiddrop": {"name": "pyramiddrop"}, "fastv": {"name": "fastv"}}
+METHODS = {name: {"name": name} for name in ("pyramiddrop", "fastv", "sparsevlm")}
 TEXT_BEFORE, TEXT_AFTER = 35, 25  # a system prompt, a question
 
 

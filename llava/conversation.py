@@ -10,13 +10,14 @@ prompt; `llava.data.preprocessing` turns the same segments into labels, so the t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 
 Round = tuple[str, str | None]
 """A question and its answer; None where the answer is still to come."""
@@ -138,7 +139,7 @@ class Template:
 
     def _question(self, question: str) -> str:
         if not self.keeps_question:
-            question = DEFAULT_IMAGE_TOKEN * question.count(DEFAULT_IMAGE_TOKEN)
+            question = "".join(re.findall(f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}", question))
         return question + self.question_close
 
 

@@ -13,6 +13,7 @@ import binascii
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.pictures import UnfitImageError, to_rgb
 from llava.video import Clip, Sampling, read_clip
 
@@ -322,10 +323,10 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | torch.Tensor:
-    """Token ids of a prompt, with `image_token_index` in the place of every `<image>`.
+    """Token ids of a prompt, with `image_token_index` in the place of every `<image>`, and -201 in that of `<video>`.
 
     Args:
-        prompt: text; the pieces between images are tokenized on their own.
+        prompt: text; the pieces between images and clips are tokenized on their own.
         tokenizer: of the language model; its begin-of-sequence token comes once, in front.
         image_token_index: the id that marks an image.
         return_tensors: None for a list, "pt" for a LongTensor [S].
@@ -343,10 +344,11 @@ def tokenizer_image_token(
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors={return_tensors!r} is not supported; use None or 'pt'")
     ids: list[int] = []
-    for index, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
-        if index:
-            ids.append(image_token_index)
-        if chunk:
+    markers = {DEFAULT_IMAGE_TOKEN: image_token_index, DEFAULT_VIDEO_TOKEN: VIDEO_TOKEN_INDEX}
+    for chunk in re.split(f"({'|'.join(markers)})", prompt):
+        if chunk in markers:
+            ids.append(markers[chunk])
+        elif chunk:
             ids.extend(tokenizer(chunk, add_special_tokens=False).input_ids)
     start = leading_ids(tokenizer)
     if ids[: len(start)] != start:

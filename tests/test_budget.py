@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.cost.tokens import layer_lengths
 from llava.reduction import ReductionConfig, available
 from llava.reduction.budget import TOLERANCE, ModelShape
 from llava.reduction.registry import method_class
@@ -41,7 +42,8 @@ def test_a_layer_processes_the_budget(model: Any, name: str, budget: float) -> N
         assert "can't be met; the nearest is" in str(error) or "can't be told" in str(error)
         return
     inner, ids = model.get_model(), prompt(3, "image", 6).unsqueeze(0)
-    inner._embed_texts = lambda phrases, kind: (torch.randn(len(phrases), 24), None)
+    shapes = {"pooled": (24,), "segments": (1, 24), "words": (4, model.config.hidden_size)}
+    inner._embed_texts = lambda phrases, kind: (torch.randn(len(phrases), *shapes[kind]), None)
     pixels = torch.randn(1, 3, 2 * SIDE, 2 * SIDE)
     cache = model(input_ids=ids, images=pixels, texts=["red"], use_cache=True).past_key_values
     del inner._embed_texts
@@ -61,6 +63,33 @@ def test_every_method_says_what_it_chooses_from() -> None:
             for choice in some
         ]
         assert means == sorted(means), name
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"name": "sparsevlm", "tokens": 192}, 206.5),
+        ({"name": "sparsevlm", "tokens": 128}, 145.4),
+        ({"name": "sparsevlm", "tokens": 96}, 114.1),
+        ({"name": "sparsevlm", "tokens": 64}, 82.3),
+        ({"name": "sparsevlm", "version": "2.0", "tokens": 192}, 206.8),
+        ({"name": "sparsevlm", "version": "2.0", "tokens": 128}, 144.1),
+        ({"name": "sparsevlm", "version": "2.0", "tokens": 96}, 113.9),
+        ({"name": "sparsevlm", "version": "2.0", "tokens": 64}, 81.8),
+        ({"name": "dart", "tokens": 192}, 219.8),
+        ({"name": "dart", "tokens": 128}, 159.8),
+        ({"name": "dart", "tokens": 64}, 99.8),
+        ({"name": "fastv", "ratio": 0.5}, 306),
+        ({"name": "fastv", "ratio": 0.778}, 156),
+    ],
+    ids=str,
+)
+def test_what_a_label_costs(method: dict[str, Any], expected: float) -> None:
+    """The mean over 32 layers, tokens that others were merged into included; `llava flops` counts the same."""
+    shape, reducers = ModelShape(), ReductionConfig.parse(method).build_all()
+    mean = shape.mean_tokens(reducers)
+    assert mean == pytest.approx(expected, abs=0.051)
+    assert sum(layer_lengths(reducers.decoder, 32, [576, 576], 60)) / 32 == 60 + 2 * mean
 
 
 def test_sites_together(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,8 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from llava.model.image_layout import padded_patches
+from llava.model.language_model.drop_plan import keep_best
 from llava.model.language_model.staged import StagedPass
+from llava.model.multimodal_encoder.regrouping import run_block
 from llava.reduction import VisionFeatures, available, build
 from llava.reduction.tower.tokens import TowerTokens
 from tests.conftest import GOLDEN
@@ -124,6 +129,8 @@ def check_after_the_tower(row: Row, name: str, golden: Path) -> None:
     inputs: dict[str, Any] = {"images": pixels(golden, "pixels_pad")[images]}
     if "image_size" in about:
         inputs["image_sizes"] = [about["image_size"]]
+    if row.method == "cdpruner":
+        inputs["texts"] = [about["text"]]  # in some cases another than the prompt's
     with tower_gives(model, vision):
         check_answer(model, case, **inputs)
     if stands(about):
@@ -169,6 +176,80 @@ def check_in_the_decoder(row: Row, name: str, golden: Path) -> None:
             assert patches[(patches >= 0) & (patches < 576)].tolist() == case["kept"].tolist()
         logits = check_answer(model, case, images=images)
     assert logits.shape[1] == about.get("final_length", logits.shape[1])
+
+
+class Watched:
+    """What a method with several drops chose in one prefill of one sample with one image."""
+
+    def __init__(self, reducer: Any) -> None:
+        self.scores: list[Tensor] = []
+        self.kept: list[Tensor] = []
+        self.merged: list[Tensor] = []
+        self.heads: list[Tensor] = []
+        self.raters = torch.empty(0)
+        self.reducer = reducer
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        def noted(name: str, into: Callable[..., None]) -> Any:
+            call = getattr(self.reducer, name)
+
+            def also(*given: Any) -> Any:
+                result = call(*given)
+                into(result, *given)
+                return result
+
+            return mock.patch.object(self.reducer, name, also)
+
+        def keep(scores: Tensor, pool: Tensor, *counts: Tensor) -> Tensor:
+            result = keep_best(scores, pool, *counts)
+            self.kept.append(result[0][pool[0] >= 0].nonzero()[:, 0])
+            return result
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(noted("queries", lambda found, _: setattr(self, "raters", found[0].nonzero()[:, 0])))
+            stack.enter_context(noted("score", lambda found, given: self.scores.append(found[0][given.pool[0] >= 0])))
+            stack.enter_context(noted("merge", lambda found, *_: self.merged.append(found.features[0])))
+            stack.enter_context(noted("strongest_heads", lambda found, _: self.heads.append(found[0])))
+            stack.enter_context(mock.patch("llava.model.language_model.staged.keep_best", keep))
+            yield
+
+
+@torch.no_grad()
+def check_in_steps(row: Row, name: str, golden: Path) -> None:
+    """Raters, scores, heads, kept and merged tokens of each drop, what they come from, and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction(row.reduction(about))
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    with tower_gives(model, seam(i)):
+        spliced = model.splice_images(case["input_ids"], images=images)
+    staged = StagedPass(spliced.image_index, reducer=model.get_model().decoder_reducer)
+    watched = Watched(staged.reducer)
+    with watched.watch():
+        model.get_model()(inputs_embeds=spliced.inputs_embeds, staged=staged)
+    first = about["image_start"]
+    assert (watched.raters - first - 576).tolist() == case["text_raters"].tolist()
+    origin = torch.arange(576)
+    for step, (score, kept) in enumerate(zip(watched.scores, watched.kept, strict=True)):
+        expected = case[f"score_{step}"]
+        atol = 2e-6 if about["version"] == "1.5" else 1e-3 * float(expected.abs().max())
+        torch.testing.assert_close(score, expected, atol=atol, rtol=0)
+        assert kept.tolist() == case[f"kept_{step}"].tolist()
+        merged = watched.merged[step] if watched.merged else torch.empty(0, 64)
+        torch.testing.assert_close(merged, case.get(f"merged_{step}", merged), **TOKENS)
+        origin = torch.cat([origin[kept], origin.new_full((len(merged),), -1)])
+        assert origin.tolist() == case[f"origin_{step}"].tolist()
+    assert len(watched.scores) == len(about["layers"])
+    assert watched.merged == [] or f"merged_{step}" in case
+    assert torch.equal(torch.stack(watched.heads), case["heads"]) if "heads" in case else not watched.heads
+    # The runner puts merged tokens where the case has them: in the places of tokens that were dropped.
+    visual = staged.kept[0][first : first + len(origin)] - first
+    assert visual[origin >= 0].tolist() == origin[origin >= 0].tolist()
+    logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about["final_length"]
 
 
 def check_tome_step(row: Row, name: str, golden: Path) -> None:
@@ -256,9 +337,132 @@ def check_with_weights(row: Row, name: str, golden: Path) -> None:
     model.get_model()._set_projector(own)
 
 
-def unwritten(row: Row, name: str, golden: Path) -> None:
-    """In place of a check that the method's author writes."""
-    raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
+def check_vscan(row: Row, name: str, golden: Path) -> None:
+    """What is selected, from pixels; what it becomes, from the seam; what each drop keeps; and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    drop = {"name": "vscan_drop", "layers": about["layers"], "keep": about["counts"]}
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction({"encoder": row.reduction(about), "decoder": drop})
+    inner = model.get_model()
+    vision = seam(i)
+    vision.attention = model.get_vision_tower()(images, inner.reducers().needs).attention
+    tokens = build(**row.reduction(about))(vision)
+    assert tokens.source[0].tolist() == case["selected"].tolist()
+    torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    spliced = model.splice_images(case["input_ids"], images=images)
+    first, last = about["image_start"], about["image_start"] + about["visual_tokens"]
+    for number in range(len(about["counts"])):
+        some = {key: drop[key][: number + 1] for key in ("layers", "keep")}
+        staged = StagedPass(spliced.image_index, reducer=build("vscan_drop", **some))
+        inner(inputs_embeds=spliced.inputs_embeds, staged=staged)
+        kept = staged.kept[0]
+        assert (kept[(kept >= first) & (kept < last)] - first).tolist() == entered(case, number).tolist()
+    logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about["final_length"]
+
+
+def entered(case: Case, number: int) -> Tensor:
+    """What drop `number` keeps, by its place among the tokens that entered the language model."""
+    kept = case[f"kept_{number}"]
+    return kept if number == 0 else entered(case, number - 1)[kept]
+
+
+def check_vispruner_random(row: Row, name: str, golden: Path) -> None:
+    """The choice of a batch of two on random inputs."""
+    case, about = read_more(name)
+    vision = VisionFeatures(case["features"].float(), attention={"selected": case["cls_attention"]})
+    for tokens, ratio in about["combos"]:
+        kept = build(row.method, tokens=tokens, important_ratio=ratio)(vision).source
+        assert kept.tolist() == case[f"kept_{tokens}_{ratio:g}"].tolist()
+
+
+def check_holov_random(row: Row, name: str, golden: Path) -> None:
+    """The choice on random inputs, in regions of one size and of two."""
+    case, _ = read_more(name)
+    for key in (key for key in case if key.startswith("kept_")):
+        _, kind, tokens = key.split("_")
+        features = case[f"features_{kind}"].float()
+        attention = {"selected": case[f"attention_{kind}"].unsqueeze(1)}
+        vision = VisionFeatures(features, attention=attention, projected=features)
+        assert build(row.method, tokens=int(tokens))(vision).source.tolist() == case[key].tolist()
+
+
+def check_cdpruner_wide(row: Row, name: str, golden: Path) -> None:
+    """The choice on random inputs of a width above the number of tokens."""
+    case, about = read_more(name)
+    values = {key: value.float() for key, value in case.items() if not key.startswith("kept")}
+    vision = VisionFeatures(
+        values["projected"],
+        projected=values["projected"],
+        patch_embeds=values["image_embeds"],
+        text=values["text_embeds"].unsqueeze(0),
+    )
+    for tokens in about["tokens"]:
+        assert build(row.method, tokens=tokens)(vision).source.tolist() == case[f"kept_{tokens}"].tolist()
+
+
+def block_of(case: Case, about: About) -> CLIPEncoderLayer:
+    """A block of a vision tower with a case's weights, which has what runs before and after it."""
+    width = case["x"].shape[-1]
+    hidden = case["weights.mlp.fc1.bias"].shape[0]
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_attention_heads=about["num_heads"],
+        hidden_act="gelu",
+        layer_norm_eps=about["layernorm_eps"],
+        attn_implementation="eager",
+    )
+    weights = {name.removeprefix("weights."): case[name].float() for name in case if name.startswith("weights.")}
+    for kind in ("weight", "bias"):
+        joined = weights.pop(f"attn.qkv.{kind}").chunk(3)
+        weights |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", joined, strict=True)}
+    names = {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2"}
+    for old, new in names.items():
+        weights = {name.replace(old, new): weight for name, weight in weights.items()}
+    block = CLIPEncoderLayer(config).eval()
+    block.load_state_dict(weights)
+    return block
+
+
+def check_evit_block(row: Row, name: str, golden: Path) -> None:
+    """One block at several shares, and twice at one of them."""
+    case, about = read_more(name)
+    block = block_of(case, about)
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    for key, of in about["cases"].items():
+        reducer = build(row.method, keep=of["keep_rate"], fuse=of["fuse_token"])
+        left = run_block(block, entered, reducer, 0, 1)
+        torch.testing.assert_close(left.features, case[f"output_{key}"], **TOKENS)
+        kept = case[f"kept_{key}"]
+        assert left.source[:, 1 : 1 + kept.shape[1]].tolist() == kept.tolist()
+        assert left.source.shape[1] - 1 == of["tokens_without_cls"]
+    reducer = build(row.method, keep=0.7)
+    once = run_block(block, entered, reducer, 0, 1)
+    twice = run_block(block, TowerTokens.of(once.features, first=1), reducer, 0, 1)
+    torch.testing.assert_close(twice.features, case["output_twice_0.7_fuse"], **TOKENS)
+    assert twice.source[:, 1:-1].tolist() == case["kept_twice_0.7_fuse"].tolist()
+
+
+def check_ats_block(row: Row, name: str, golden: Path) -> None:
+    """Two blocks one after another, the second as for each sample alone."""
+    case, about = read_more(name)
+    block, reducer = block_of(case, about), build(row.method, blocks=[0, 1])
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    one = run_block(block, entered, reducer, 0, 2)
+    torch.testing.assert_close(one.features, case["output_stage1"], **TOKENS)
+    assert one.source[:, 1:].tolist() == case["kept_stage1"].tolist()
+    assert one.mask.tolist() == case["policy_stage1"].squeeze(2).bool().tolist()
+    two = run_block(block, one, reducer, 1, 2)
+    for i in range(3):
+        kept = case[f"kept_stage2_alone_{i}"][0].long()
+        count = 1 + len(kept)
+        assert two.source[i].tolist() == [-1, *one.source[i][1 + kept].tolist(), *[-1] * (two.mask.shape[1] - count)]
+        torch.testing.assert_close(two.features[i, :count], case[f"output_stage2_alone_{i}"][0], **TOKENS)
+        assert two.mask[i].sum() == count
 
 
 @contextlib.contextmanager
@@ -277,6 +481,17 @@ def norm_weight(model: Any, weight: Tensor | None) -> Iterator[None]:
     norm.weight.data = own if weight is None else weight
     yield
     norm.weight.data = own
+
+
+def words_and_padding(model: Any, case: Case, about: About) -> dict[str, Tensor]:
+    """Embeddings of the stored words, and the patches that lie in the padding, as many as the case says."""
+    padding = padded_patches(tuple(about["image_size"]), 336, (24, 24)).unsqueeze(0)
+    assert int(padding.sum()) == about["excluded_padding_patches"]
+    words, phrases = case["keyword_ids"], build("mmtok").phrases(about["question"])
+    assert " ".join(phrases) == about["keywords"]
+    own = [token for word in phrases for token in model.tokenizer(word, add_special_tokens=False).input_ids]
+    assert words[0].tolist() == [model.tokenizer.bos_token_id, *own]
+    return {"text": model.get_model().embed_tokens(words[:, 1:]), "padding": padding}
 
 
 # The table --------------------------------------------------------------------------------------------------------
@@ -311,23 +526,23 @@ ROWS: dict[str, Row] = {
     "vispruner": Row(
         "vispruner", lambda about: {key: about[key] for key in ("tokens", "important_ratio")}, check_after_the_tower
     ),
-    "vispruner_random": Row("vispruner", lambda _: {}, unwritten),
+    "vispruner_random": Row("vispruner", lambda _: {}, check_vispruner_random),
     "holov": Row("holov", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
-    "holov_random": Row("holov", lambda _: {}, unwritten),
+    "holov_random": Row("holov", lambda _: {}, check_holov_random),
     "cdpruner": Row(
         "cdpruner",
         lambda about: {"tokens": about["tokens"]},
         check_after_the_tower,
         lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
     ),
-    "cdpruner_wide": Row("cdpruner", lambda _: {}, unwritten),
-    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
-    "evit": Row("evit", lambda _: {}, unwritten),
-    "ats": Row("ats", lambda _: {}, unwritten),
     "m3": Row("m3", lambda about: {"tokens": about["scale"]}, check_in_the_projector),
     "m3_train": Row("m3", lambda _: {}, check_m3_training),
     "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, check_with_weights),
     "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, check_with_weights),
+    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
+    "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
+    "evit": Row("evit", lambda _: {}, check_evit_block),
+    "ats": Row("ats", lambda _: {}, check_ats_block),
     "sparsevlm": Row(
         "sparsevlm",
         lambda about: {
@@ -336,10 +551,10 @@ ROWS: dict[str, Row] = {
             "keep": about["keep"],
             **({"heads": about["heads"]} if "heads" in about else {}),
         },
-        check_in_the_decoder,
+        check_in_steps,
     ),
     "fastv": Row("fastv", lambda about: {"layer": about["layer"], "ratio": about["rate"]}, check_in_the_decoder),
-    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, unwritten),
+    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, check_vscan),
 }
 INPUTS = ("tower_", "tokenpacker_weights", "mqt_weights")  # read by other cases
 

@@ -55,7 +55,7 @@ def test_parse(value: Any, expected: dict[str, Any]) -> None:
         ({"name": "PruMerge"}, "unknown reduction method 'PruMerge'"),
         (
             {"encoder": {"name": "prumerge", "rato": 0.5}},
-            "has no option 'rato'; it has: ratio, tokens, variant, neighbours, attention",
+            "has no option 'rato'; it has: frames, ratio, tokens, variant, neighbours, attention",
         ),
         ({"encoder": {"name": "prumerge", "ratio": 1.5}}, r"ratio=1.5 must be a number above 0"),
         ({"encoder": {"name": "prumerge", "ratio": "half"}}, r"ratio='half' must be a number"),

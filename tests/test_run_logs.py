@@ -99,7 +99,7 @@ def test_image_tokens(
 def test_counting_does_not_wait_for_the_device() -> None:
     """Tensors of the meta device have no values: whoever wants one on the host gets an error."""
     places = torch.zeros(2, 9, dtype=torch.long, device="meta")
-    spliced = Spliced(places, places, places, places, places, left=False, images=2, tiles=2)
+    spliced = Spliced(places, places, places, places, places, places, left=False, images=2, tiles=2)
     meter = BatchMeter()
     for staged in (None, StagedPass(places, packed=True, kept=places[:, :4])):
         counts = count_batch(spliced, staged)

@@ -31,8 +31,10 @@ METHODS = (
     {"name": "pyramiddrop", "lambda": 0.7, "stages": 3},
     {"name": "fastv", "layer": 2, "ratio": 0.6},
     {"encoder": {"name": "prumerge", "ratio": 0.5}, "decoder": PYRAMID},
+    {"encoder": {"name": "vscan", "tokens": 10}, "decoder": {"name": "vscan_drop", "layers": [2, 4], "keep": [6, 3]}},
     *(method for name in available()["decoder"] if name not in ("pyramiddrop", "fastv") for method in runs(name)),
 )
+SPARSE = [method for method in METHODS if method.get("name") == "sparsevlm"]
 BACKBONES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -360,7 +362,7 @@ def test_cached_decoding_equals_decoding_without_cache(backbone: str, reduction:
     torch.testing.assert_close(logits[:, -len(tokens[0]) - 1 : -1], torch.stack(output.logits, dim=1), **CLOSE)
 
 
-@pytest.mark.parametrize("reduction", [PYRAMID, METHODS[3]], ids=str)
+@pytest.mark.parametrize("reduction", [PYRAMID, METHODS[3], *SPARSE], ids=str)
 @torch.no_grad()
 def test_beams_and_sampling(reduction: Any) -> None:
     model = staged_model(reduction=reduction)
@@ -636,6 +638,13 @@ def test_default_stages_follow_the_depth() -> None:
         ("pyramiddrop", {"layer": 3}, "no option 'layer'"),
         ("fastv", {"layer": 0}, "layer=0"),
         ("fastv", {"ratio": 1.5}, "ratio=1.5"),
+        ("sparsevlm", {"version": 2.0}, 'version=2.0 is a number: put it in quotes, "2.0"'),
+        ("sparsevlm", {"version": "1.0"}, "version='1.0' is not known; choose one of: 1.5, 2.0"),
+        ("sparsevlm", {"layers": [1, 3]}, "must be lists of one length, a number for each drop; without one"),
+        ("sparsevlm", {"layers": [3, 1], "keep": [4, 2]}, r"layers=\[3, 1\] must rise"),
+        ("sparsevlm", {"keep": [9, 0, 1]}, "keep=.* each item a whole number, 1 or more"),
+        ("sparsevlm", {"keep": [9, 4, 1], "tokens": 64}, "keep and tokens both say"),
+        ("sparsevlm", {"heads": 2}, "heads are of version 2.0"),
     ],
 )
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.model.language_model.families import llava_class_for
 
 SIDE, PATCH, VOCAB = 56, 14, 96
 BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
+MARKERS = {"image": IMAGE_TOKEN_INDEX, "clip": VIDEO_TOKEN_INDEX}
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 
 
@@ -59,12 +60,12 @@ def tiny_model(
 
 
 def prompt(*parts: int | str, seed: int = 0) -> torch.Tensor:
-    """Ids of a prompt, [S]: a number stands for that many random tokens, "image" for an image."""
+    """Ids of a prompt, [S]: a number stands for that many random tokens, "image" for an image, "clip" for a clip."""
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.tensor([1])]
     for part in parts:
-        if part == "image":
-            ids.append(torch.tensor([IMAGE_TOKEN_INDEX]))
+        if part in MARKERS:
+            ids.append(torch.tensor([MARKERS[part]]))
         else:
             ids.append(torch.randint(3, VOCAB, (int(part),), generator=generator))
     return torch.cat(ids)

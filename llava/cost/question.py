@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -172,8 +172,7 @@ def methods(reduction: Any, share: float | None = None, model: Any = None) -> tu
     if model is not None:
         shape = ModelShape(TowerShape.of(model.get_model().get_vision_tower()), model.config.num_hidden_layers)
     reducers = ReductionConfig.parse(reduction).build_all(shape)
-    encoder, note = with_budget(reducers.encoder, share)
-    return replace(reducers, encoder=encoder), note
+    return with_budget(reducers, share, TowerShape() if shape is None else shape.tower)
 
 
 def tiles_of(model: Any, scenario: Any) -> tuple[int, float | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,36 +18,53 @@ from llava.cost.formulas import Linear
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.drop_plan import plan_pools
 from llava.model.multimodal_projector.builder import build_projector_modules
-from llava.reduction.base import DecoderReducer, EncoderReducer, Reducers, VisionFeatures, VisualTokens
+from llava.reduction.base import DecoderReducer, Reducer, Reducers, VisionFeatures, VisualTokens
 from llava.reduction.options import values_of
 from llava.reduction.stand_in import StandIn, TowerShape, reduce_features
+from llava.reduction.tower.evit import EViT
 
-# What stands for a method whose images say themselves how many patches they keep: its option `ratio`, and whence.
+# What stands for a method whose images say themselves how many patches they keep: a share of them, and whence.
 TYPICAL = {
     "prumerge": (0.055, "32 of 576 tokens on average over six tasks (arXiv 2403.15388, section 4.1)"),
     "prumerge_plus": (0.125, "a quarter of the tokens (arXiv 2403.15388, Table 7)"),
+    "ats": (0.25, "a quarter of the tokens (arXiv 2403.15388, Table 7), in equal steps over its blocks"),
     "trim": (0.212, "123 of 576 tokens (arXiv 2409.10994, section 5.1)"),
 }
 
 
-def with_budget(reducer: EncoderReducer | None, share: float | None = None) -> tuple[EncoderReducer | None, str]:
-    """The method itself, or where it is adaptive, the same one with a budget; and a note that says so.
+def with_budget(reducers: Reducers, share: float | None, shape: TowerShape) -> tuple[Reducers, str]:
+    """The methods, an adaptive one with a count in its place that is known; and a note that says so.
+
+    An adaptive method inside the tower is counted as one that goes down to the count in equal steps in the same blocks.
 
     Args:
-        reducer: a method after the tower.
-        share: the fraction of the patches that it was seen to keep; None: a typical one.
+        reducers: of all sites.
+        share: the fraction of the patches that the adaptive one was seen to keep; None: a typical one.
+        shape: of the tower.
 
     Raises:
         ValueError: an adaptive method without a typical count.
     """
-    if reducer is None or not getattr(reducer, "is_adaptive", False):
-        return reducer, ""
+    encoder, tower = reducers.encoder, reducers.tower
+    if encoder is not None and encoder.is_adaptive:
+        ratio, note = _share_of(encoder, share)
+        return replace(reducers, encoder=type(encoder)(**{**values_of(encoder), "ratio": ratio})), note
+    if tower is not None and tower.is_adaptive:
+        ratio, note = _share_of(tower, share)
+        tokens = max(1, round(shape.grid[0] * shape.grid[1] * ratio))
+        counted = EViT(blocks_=[*tower.blocks(shape.depth, shape.selected)], tokens=tokens, fuse=False)
+        return replace(reducers, tower=counted), note
+    return reducers, ""
+
+
+def _share_of(reducer: Reducer, share: float | None) -> tuple[float, str]:
+    """The fraction of the patches that an adaptive method is counted to keep, and whence."""
     if share is not None:
-        return type(reducer)(**{**values_of(reducer), "ratio": min(1.0, share)}), ""
+        return min(1.0, share), ""
     if reducer.method not in TYPICAL:
         raise reducer.mistake("each image says how many tokens it keeps; give a budget, tokens=64 say, to count with")
     ratio, source = TYPICAL[reducer.method]
-    return type(reducer)(**{**values_of(reducer), "ratio": ratio}), f"adaptive; counted as {source}"
+    return ratio, f"adaptive; counted as {source}"
 
 
 def tile_count(model: Any, image_size: tuple[int, int] | None) -> int:
@@ -89,7 +107,7 @@ def reduced_tokens(model: Any, reducers: Reducers, tiles: int) -> VisualTokens:
     tower = model.get_model().get_vision_tower()
     inside = StandIn(TowerShape.of(tower), tiles)
     if reducers.projector is not None:
-        grid = model.get_model().tile_grid(reducers)
+        grid = reducers.input_grid(tower.grid)
         return reducers.projector.placed(torch.empty(tiles, reducers.projector.token_count(grid), 0), grid)
     return inside.reduced(reducers)
 
@@ -135,7 +153,7 @@ def projector_passes(model: Any, reducers: Reducers) -> tuple[int, list[tuple[Li
         if reducer is None:
             features = torch.empty(1, patches_read(tower), tower.hidden_size)
             return modules["mm_projector"](features).shape[1], products.seen
-        grid = model.get_model().tile_grid(reducers)
+        grid = reducers.input_grid(tower.grid)
         features = torch.empty(1, grid[0] * grid[1], tower.hidden_size)
         states = dict.fromkeys(tower.blocks_read(reducer), features)
         vision = VisionFeatures(features, grid=grid, hidden_states=states)

@@ -34,8 +34,8 @@ class DataCollatorForSupervisedDataset:
         Returns:
             `input_ids`, `labels` and `attention_mask` (LongTensor [B, S], padded on the tokenizer's side),
             `images` (of the whole batch, see `join_images`) and `image_sizes` (a list), both empty without images,
-            `texts` (B strings), `host` (the first three once more, which stay on the host), and `packed` where asked
-            for.
+            `videos` (a list of clips, where there are any), `texts` (B strings), `host` (the first three once more,
+            which stay on the host), and `packed` where asked for.
 
         Raises:
             ValueError: the tokenizer has no padding token.
@@ -49,6 +49,7 @@ class DataCollatorForSupervisedDataset:
         labels = self._pad([instance["labels"] for instance in instances], IGNORE_INDEX)
         # By length: the padding id itself may also be a token of the text (eos, unk).
         mask = self._pad([torch.ones_like(one) for one in ids], 0)
+        videos = [clip for instance in instances for clip in instance.get("videos", [])]
         return {
             "input_ids": input_ids,
             "labels": labels,
@@ -57,6 +58,7 @@ class DataCollatorForSupervisedDataset:
             "image_sizes": [size for instance in instances for size in instance["image_sizes"]],
             "texts": [instance["text"] for instance in instances],
             "host": HostBatch(input_ids, mask.bool(), labels),
+            **({"videos": videos} if videos else {}),
             **({"packed": True} if self.packing else {}),
         }
 

@@ -21,6 +21,7 @@ from llava.data.media.images import IMAGE_ACCESS
 from llava.data.rejects import Rejects
 from llava.data.sources import DataPath, DataSource, parse_data_path
 from llava.data.table import import_datasets, load_table
+from llava.video import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
 
     An item is a dict of `input_ids` and `labels` (LongTensor [S]), `images` (a tensor for each, in the order
     of their `<image>`: [3, H, W], or tiles [T, 3, H, W] with anyres), `image_sizes` ((width, height) in
-    pixels), `text` (what a reducer that reads it is given, without `<image>`) and `id`.
+    pixels), `videos` (a tensor [F, 3, H, W] for each clip, in the order of their `<video>`), `text` (what a reducer
+    that reads it is given, without marks) and `id`.
 
     Args:
         data_path: see `llava.data.sources.parse_data_path`.
@@ -53,6 +55,8 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         seed: of the choice of samples where a weight is no whole number.
         cache_dir: of converted files; default: $HF_DATASETS_CACHE.
         judge: False: malformed samples raise nothing until they are asked for, whatever `on_bad_sample` says.
+        video_folder: folder or URL that clips are looked up in; default: `image_folder`.
+        sampling: which frames of a clip are taken.
 
     Raises:
         ValueError: see `read_records` and `check_sample`; also an unknown template or image_aspect_ratio, and
@@ -77,6 +81,8 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         cache_dir: str | None = None,
         judge: bool = True,
+        video_folder: str | Path | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         get_template(version)
         self.sources = parse_data_path(data_path)
@@ -93,10 +99,12 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
             text=text,
             on_bad_sample=on_bad_sample,
             rejects=rejects,
+            video_folder=video_folder,
+            sampling=sampling,
         )
         if judge:
             self._judge_bad_samples()
-        if self.column("images").any():
+        if self.column("images").any() or self.column("clips").any():
             self.maker.check_image_options()
 
     def _load(self, version: str, seed: int, cache_dir: str | None) -> None:
@@ -134,6 +142,13 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.table) if self._order is None else len(self._order)
 
+    @property
+    def frames_of_a_clip(self) -> int:
+        """Frames that are taken of a clip: the most, or `num_frames` where their rate alone is set."""
+        sampling = self.maker.sampling
+        most = sampling.num_frames if sampling.fps is None else sampling.max_frames or sampling.num_frames
+        return min(most, sampling.max_frames or most)
+
     def column(self, name: str, valid: bool = False) -> np.ndarray:
         """A column of all samples, in their order; with `valid` whether each has a value there."""
         values = self.table.data.column(name)
@@ -142,14 +157,15 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Length of each sample in words, an image counting for `IMAGE_LENGTH`."""
-        length: list[int] = (self.column("words") + IMAGE_LENGTH * self.column("images")).tolist()
+        """Length of each sample in words, an image and each frame of a clip counting for `IMAGE_LENGTH`."""
+        pictures = self.column("images") + self.frames_of_a_clip * self.column("clips")
+        length: list[int] = (self.column("words") + IMAGE_LENGTH * pictures).tolist()
         return length
 
     @property
     def modality_lengths(self) -> list[int]:
-        """`lengths`, negative for samples without an image, as LLaVA's sampler by modality wants them."""
-        signs = np.where(self.column("images") > 0, 1, -1)
+        """`lengths`, negative for samples with nothing to see, as LLaVA's sampler by modality wants them."""
+        signs = np.where((self.column("images") > 0) | (self.column("clips") > 0), 1, -1)
         length: list[int] = (signs * np.maximum(self.lengths, 1)).tolist()
         return length
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.constants import IGNORE_INDEX
 from llava.conversation import Template, get_template
 from llava.data.feature_cache import FeatureCache, NotCachedError
 from llava.data.media.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
-from llava.data.preprocessing import parse_rounds, preprocess
+from llava.data.media.videos import check_video_exists, locate_video, read_video
+from llava.data.preprocessing import marks_of, parse_rounds, preprocess, without_marks
 from llava.data.rejects import Rejects
-from llava.data.samples import IMAGE, NO_ANSWER, BadSampleError, image_files, sample_name
+from llava.data.samples import IMAGE, NO_ANSWER, VIDEO, BadSampleError, image_files, sample_name, video_files
 from llava.data.stored_features import join_features
 from llava.mm_utils import leading_ids, process_images
 from llava.pictures import load_image
+from llava.video import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class ItemMaker:
         text: str,
         on_bad_sample: str,
         rejects: Rejects | None,
+        video_folder: str | Path | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         if text not in ("question", "conversation"):
             raise ValueError(f"text={text!r}: choose question or conversation")
@@ -67,6 +71,8 @@ class ItemMaker:
         self.image_processor = image_processor
         self.version = version
         self.image_folder = str(image_folder or "")
+        self.video_folder = str(video_folder or "")
+        self.sampling = sampling or Sampling()
         self.image_access = image_access
         self.mm_use_im_start_end = mm_use_im_start_end
         self.text = text
@@ -118,7 +124,8 @@ class ItemMaker:
             "labels": labels,
             "images": images,
             "image_sizes": sizes,
-            "text": self._text(sample["conversations"], bool(sizes)),
+            "videos": self._clips(row, image_folder, name),
+            "text": self._text(sample["conversations"], bool(sizes), bool(video_files(sample, name))),
         }
 
     def _pixels(
@@ -146,13 +153,27 @@ class ItemMaker:
             raise BadSampleError(f"{name}: {error}", IMAGE) from error
         return join_features([cache.empty(), *(features for features, _ in found)]), [size for _, size in found]
 
+    def _clips(self, row: dict[str, Any], image_folder: str | None, name: str) -> list[torch.Tensor]:
+        """Pixels of each clip of a row, [F, 3, H, W]."""
+        if self.feature_cache is not None and self.clips(row, image_folder):
+            raise NotCachedError(f"{name}: it shows a clip, and only images are cached; train without --feature_cache")
+        return list(self.read_clips(row, image_folder, name))
+
     def placeholder(self, sample_id: object) -> dict[str, Any]:
         """An item of one token that teaches nothing: it keeps a skipped sample's place in its batch."""
         start = leading_ids(self.tokenizer) or [self.tokenizer.pad_token_id or 0]
         ids = torch.tensor(start, dtype=torch.long)
         labels = torch.full_like(ids, IGNORE_INDEX)
         images: Any = [] if self.feature_cache is None else self.feature_cache.empty()
-        return {"id": sample_id, "input_ids": ids, "labels": labels, "images": images, "image_sizes": [], "text": ""}
+        return {
+            "id": sample_id,
+            "input_ids": ids,
+            "labels": labels,
+            "images": images,
+            "image_sizes": [],
+            "videos": [],
+            "text": "",
+        }
 
     def tokens(self, sample: dict[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a sample, LongTensor [S] each.
@@ -168,6 +189,7 @@ class ItemMaker:
                 bool(image_files(sample, name)),
                 mm_use_im_start_end=self.mm_use_im_start_end,
                 sample=name,
+                has_video=bool(video_files(sample, name)),
             )
         except BadSampleError:
             raise
@@ -188,6 +210,30 @@ class ItemMaker:
         files = image_files(sample, sample_name(sample, row["index"], ""))
         return [locate_image(folder, file, self.image_access) for file in files]
 
+    def clips(self, row: dict[str, Any], image_folder: str | None = None) -> list[str | list[str]]:
+        """Paths or URLs of a row's clips; of each of its frames, where one is a list of them.
+
+        Raises:
+            BadSampleError: one leads where `image_access` does not allow.
+        """
+        sample = json.loads(row["sample"])
+        name = sample_name(sample, row["index"], row["file"])
+        images = self.image_folder if image_folder is None else image_folder
+        try:
+            files = video_files(sample, name)
+            return [locate_video(self.video_folder, clip, self.image_access, images) for clip in files]
+        except ValueError as error:
+            raise BadSampleError(f"{name}: {error}", VIDEO) from error
+
+    def read_clips(self, row: dict[str, Any], image_folder: str | None, name: str) -> Iterator[torch.Tensor]:
+        """The pixels of a row's clips as the vision tower reads them, [F, 3, H, W], one after the other.
+
+        Raises:
+            BadSampleError: one cannot be read.
+        """
+        for clip in self.clips(row, image_folder):
+            yield read_video(clip, name, self.image_processor, self._image_config, self.sampling)
+
     def images(self, row: dict[str, Any], image_folder: str | None = None) -> Iterator[Image.Image]:
         """A row's images, one after the other, read completely.
 
@@ -202,7 +248,7 @@ class ItemMaker:
             raise BadSampleError(f"{name}: {error}", IMAGE) from error
 
     def check_images(self, row: dict[str, Any], image_folder: str | None = None) -> None:
-        """Look for a row's images without opening them: the files, or what the cache has of them.
+        """Look for a row's images and clips without opening them: the files, or what the cache has of them.
 
         Raises:
             NotCachedError: one is not in the cache.
@@ -213,17 +259,20 @@ class ItemMaker:
                 self.feature_cache.check(picture)
             elif isinstance(picture, str):
                 check_image_exists(picture)
+        for clip in self.clips(row, image_folder):
+            check_video_exists(clip)
 
     def process(self, image: Image.Image) -> torch.Tensor:
         """The pixels of an image as the vision tower reads them, [3, H, W] or [tiles, 3, H, W]."""
         return process_images([image], self.image_processor, self._image_config)[0]
 
-    def _text(self, conversation: Sequence[dict[str, str]], has_image: bool) -> str:
+    def _text(self, conversation: Sequence[dict[str, str]], has_image: bool, has_video: bool) -> str:
+        marks = marks_of(has_image, has_video)
         if self.text == "question":
-            return _questions(conversation, has_image)
+            return _questions(conversation, marks)
         template = get_template(self.version)
-        segments = template.render(parse_rounds(conversation, template, has_image))
-        return "".join(segment.text for segment in segments).replace(DEFAULT_IMAGE_TOKEN, "")
+        segments = template.render(parse_rounds(conversation, template, has_image, has_video=has_video))
+        return without_marks("".join(segment.text for segment in segments), marks)
 
 
 def open_picture(picture: str | bytes, number: int = 0) -> Image.Image:
@@ -245,11 +294,9 @@ def _id(sample: Any, index: int) -> Any:
     return sample.get("id", index) if isinstance(sample, dict) else index
 
 
-def _questions(conversation: Sequence[dict[str, str]], has_image: bool) -> str:
+def _questions(conversation: Sequence[dict[str, str]], marks: Iterable[str]) -> str:
     """The human's words, a line a turn; what a reducer that looks at the text is given."""
-    texts = [turn["value"] for turn in conversation if turn["from"] == "human"]
-    if has_image:
-        texts = [text.replace(DEFAULT_IMAGE_TOKEN, "") for text in texts]
+    texts = [without_marks(turn["value"], marks) for turn in conversation if turn["from"] == "human"]
     return "\n".join(text.strip() for text in texts if text.strip())
 
 

@@ -9,7 +9,8 @@ tokenization exists that could disagree with the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
+    DEFAULT_VIDEO_TOKEN,
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
+    VIDEO_TOKEN_INDEX,
 )
 from llava.conversation import Round, Segment, Template, get_template
 from llava.mm_utils import leading_ids
@@ -41,7 +44,7 @@ class Preprocessed(NamedTuple):
     """One sample for the model.
 
     Attributes:
-        input_ids: LongTensor [S], `IMAGE_TOKEN_INDEX` where an image goes.
+        input_ids: LongTensor [S], `IMAGE_TOKEN_INDEX` where an image goes, `VIDEO_TOKEN_INDEX` where a clip goes.
         labels: LongTensor [S], the id where it is learned, otherwise `IGNORE_INDEX`.
     """
 
@@ -49,17 +52,39 @@ class Preprocessed(NamedTuple):
     labels: torch.Tensor
 
 
-def place_images(question: str, mm_use_im_start_end: bool = False) -> str:
-    """A question with its image in front on a line of its own, as LLaVA trains it.
+def marks_of(has_image: bool, has_video: bool) -> dict[str, int]:
+    """What stands for something to see in a sample, with its id: `<image>` where it has images, `<video>` for clips."""
+    marks = {DEFAULT_IMAGE_TOKEN: IMAGE_TOKEN_INDEX} if has_image else {}
+    return marks | {DEFAULT_VIDEO_TOKEN: VIDEO_TOKEN_INDEX} if has_video else marks
 
-    Several images keep their places, since the text may refer to them one by one.
+
+def count_marks(text: str, marks: Iterable[str]) -> int:
+    """How many of the marks a text holds."""
+    return sum(text.count(mark) for mark in marks)
+
+
+def without_marks(text: str, marks: Iterable[str]) -> str:
+    """A text without them."""
+    for mark in marks:
+        text = text.replace(mark, "")
+    return text
+
+
+def place_images(
+    question: str, mm_use_im_start_end: bool = False, has_image: bool = True, has_video: bool = False
+) -> str:
+    """A question with its image or clip in front on a line of its own, as LLaVA trains it.
+
+    Several keep their places, since the text may refer to them one by one.
     """
-    count = question.count(DEFAULT_IMAGE_TOKEN)
+    marks = marks_of(has_image, has_video)
+    count = count_marks(question, marks)
     if count == 1:
-        question = f"{DEFAULT_IMAGE_TOKEN}\n{question.replace(DEFAULT_IMAGE_TOKEN, '').strip()}"
+        mark = next(mark for mark in marks if mark in question)
+        question = f"{mark}\n{question.replace(mark, '').strip()}"
     if count:
         question = question.strip()
-    if mm_use_im_start_end:
+    if mm_use_im_start_end and has_image:
         marked = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
         question = question.replace(DEFAULT_IMAGE_TOKEN, marked)
     return question
@@ -70,6 +95,7 @@ def parse_rounds(
     template: Template,
     has_image: bool,
     sample: str = "conversation",
+    has_video: bool = False,
 ) -> list[Round]:
     """The (question, answer) pairs of a conversation, checked.
 
@@ -80,6 +106,7 @@ def parse_rounds(
         template: what the conversation will be written in.
         has_image: `<image>` stands for an image; otherwise it is text like any other.
         sample: what to call the sample in an error.
+        has_video: the same for `<video>` and a clip.
 
     Raises:
         ConversationError: malformed or not alternating turns, no turn at all, `<image>` in an
@@ -89,16 +116,18 @@ def parse_rounds(
     turns = _parse_turns(conversation, sample)
     values = [value for _, value in turns]
     offset = len(conversation) - len(turns)
+    marks = marks_of(has_image, has_video)
     for index, value in enumerate(values[1::2]):
-        if has_image and DEFAULT_IMAGE_TOKEN in value:
-            where = f"{sample}: turn {offset + 2 * index + 1} (gpt)"
-            raise ConversationError(f"{where} holds {DEFAULT_IMAGE_TOKEN}; only human turns show images")
+        for mark in marks:
+            if mark in value:
+                where = f"{sample}: turn {offset + 2 * index + 1} (gpt)"
+                raise ConversationError(f"{where} holds {mark}; only human turns show images and clips")
     if len(values) < 2:
         raise NoTrainableTokensError(
             f"{sample}: it has no answer, so all of its labels would be masked; add one or remove the sample"
         )
     if not template.keeps_question:
-        _check_caption(values, template, has_image, sample)
+        _check_caption(values, template, marks, sample)
     answers: list[str | None] = [*values[1::2], None]
     return list(zip(values[0::2], answers, strict=False))
 
@@ -140,13 +169,13 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _check_caption(values: list[str], template: Template, has_image: bool, sample: str) -> None:
+def _check_caption(values: list[str], template: Template, marks: Iterable[str], sample: str) -> None:
     if len(values) != 2:
         raise ConversationError(
             f"{sample}: template {template.name!r} takes one question and one caption, "
             f"got {len(values)} turns; use a chat template such as 'v1' for conversations"
         )
-    if not has_image or DEFAULT_IMAGE_TOKEN not in values[0]:
+    if not count_marks(values[0], marks):
         raise ConversationError(
             f"{sample}: template {template.name!r} writes captions of images, and this sample shows none; "
             f"put {DEFAULT_IMAGE_TOKEN} into its question or use a chat template such as 'v1'"
@@ -161,6 +190,7 @@ def preprocess(
     *,
     mm_use_im_start_end: bool = False,
     sample: str = "conversation",
+    has_video: bool = False,
 ) -> Preprocessed:
     """Ids and labels of one conversation.
 
@@ -174,6 +204,7 @@ def preprocess(
         has_image: `<image>` stands for an image, otherwise it is text like any other.
         mm_use_im_start_end: surround every image by `<im_start>` and `<im_end>`.
         sample: what to call the sample in an error.
+        has_video: `<video>` stands for a clip.
 
     Raises:
         ValueError: unknown template.
@@ -181,10 +212,10 @@ def preprocess(
         NoTrainableTokensError: every label would be masked.
     """
     template = get_template(version)
-    rounds = parse_rounds(conversation, template, has_image, sample)
-    if has_image:
-        rounds = [(place_images(question, mm_use_im_start_end), answer) for question, answer in rounds]
-    ids, trained = encode_segments(template.render(rounds), tokenizer, has_image)
+    rounds = parse_rounds(conversation, template, has_image, sample, has_video)
+    placing = (mm_use_im_start_end, has_image, has_video)
+    rounds = [(place_images(question, *placing), answer) for question, answer in rounds]
+    ids, trained = encode_segments(template.render(rounds), tokenizer, has_image, has_video)
     if not any(trained):
         raise NoTrainableTokensError(
             f"{sample}: the tokenizer gives no token for its answers, so all of its labels would be masked"
@@ -193,21 +224,22 @@ def preprocess(
     return Preprocessed(torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long))
 
 
-def build_rounds(question: str, num_images: int = 1, mm_use_im_start_end: bool = False) -> list[Round]:
-    """The open round of a question about `num_images` images, each on a line in front where it names none.
+def build_rounds(
+    question: str, num_images: int = 1, mm_use_im_start_end: bool = False, num_videos: int = 0
+) -> list[Round]:
+    """The open round of a question about images and clips, each on a line in front where it names none of its kind.
 
     Raises:
-        ValueError: the question has `<image>` some other number of times.
+        ValueError: the question has `<image>` or `<video>` some other number of times.
     """
-    count = question.count(DEFAULT_IMAGE_TOKEN)
-    if num_images and count not in (0, num_images):
-        raise ValueError(
-            f"the question has {count} {DEFAULT_IMAGE_TOKEN} for {num_images} image(s); write one for each, or none"
-        )
-    if num_images:
-        if not count:
-            question = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + question
-        question = place_images(question, mm_use_im_start_end)
+    for mark, number, kind in ((DEFAULT_VIDEO_TOKEN, num_videos, "clip"), (DEFAULT_IMAGE_TOKEN, num_images, "image")):
+        count = question.count(mark)
+        if number and count not in (0, number):
+            raise ValueError(f"the question has {count} {mark} for {number} {kind}(s); write one for each, or none")
+        if number and not count:
+            question = f"{mark}\n" * number + question
+    if num_images or num_videos:
+        question = place_images(question, mm_use_im_start_end, num_images > 0, num_videos > 0)
     return [(question, None)]
 
 
@@ -218,6 +250,7 @@ def build_prompt(
     *,
     mm_use_im_start_end: bool = False,
     system: str | None = None,
+    num_videos: int = 0,
 ) -> str:
     """The text of a question for inference, the same as training has it up to the answer.
 
@@ -227,11 +260,12 @@ def build_prompt(
         num_images: how many images the question is about.
         mm_use_im_start_end: as the model was trained.
         system: replaces the template's system prompt.
+        num_videos: how many clips the question is about.
 
     Raises:
-        ValueError: unknown template, or a wrong number of `<image>`.
+        ValueError: unknown template, or a wrong number of `<image>` or `<video>`.
     """
-    rounds = build_rounds(question, num_images, mm_use_im_start_end)
+    rounds = build_rounds(question, num_images, mm_use_im_start_end, num_videos)
     return "".join(segment.text for segment in get_template(version).render(rounds, system))
 
 
@@ -243,26 +277,30 @@ def build_prompt_ids(
     *,
     mm_use_im_start_end: bool = False,
     system: str | None = None,
+    num_videos: int = 0,
 ) -> torch.Tensor:
     """`build_prompt` as ids: LongTensor [S], the start of what `preprocess` gives for that question."""
-    rounds = build_rounds(question, num_images, mm_use_im_start_end)
-    ids, _ = encode_segments(get_template(version).render(rounds, system), tokenizer, num_images > 0)
+    rounds = build_rounds(question, num_images, mm_use_im_start_end, num_videos)
+    ids, _ = encode_segments(get_template(version).render(rounds, system), tokenizer, num_images > 0, num_videos > 0)
     return torch.tensor(ids, dtype=torch.long)
 
 
-def encode_segments(segments: Sequence[Segment], tokenizer: Any, has_image: bool) -> tuple[list[int], list[bool]]:
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: Any, has_image: bool, has_video: bool = False
+) -> tuple[list[int], list[bool]]:
     """Ids of a rendered conversation, and for each whether it is learned.
 
     Args:
         segments: pieces of text in order.
         tokenizer: of the language model; its begin-of-sequence token comes once, in front.
         has_image: put `IMAGE_TOKEN_INDEX` where `<image>` stands.
+        has_video: put `VIDEO_TOKEN_INDEX` where `<video>` stands.
     """
     ids: list[int] = []
     trained: list[bool] = []
-    for index, chunk in enumerate(_split_at_images(segments) if has_image else [list(segments)]):
-        if index:
-            ids.append(IMAGE_TOKEN_INDEX)
+    for marker, chunk in _split_at_marks(segments, marks_of(has_image, has_video)):
+        if marker is not None:
+            ids.append(marker)
             trained.append(False)
         chunk_ids, chunk_trained = _encode_chunk(_merge(chunk), tokenizer)
         ids += chunk_ids
@@ -273,12 +311,16 @@ def encode_segments(segments: Sequence[Segment], tokenizer: Any, has_image: bool
     return start + ids, [False] * len(start) + trained
 
 
-def _split_at_images(segments: Sequence[Segment]) -> list[list[Segment]]:
-    chunks: list[list[Segment]] = [[]]
+def _split_at_marks(segments: Sequence[Segment], marks: dict[str, int]) -> list[tuple[int | None, list[Segment]]]:
+    """The text between the marks, with the id of the mark before it."""
+    chunks: list[tuple[int | None, list[Segment]]] = [(None, [])]
+    pattern = re.compile(f"({'|'.join(marks)})") if marks else None
     for text, trained in segments:
-        first, *others = text.split(DEFAULT_IMAGE_TOKEN)
-        chunks[-1].append(Segment(first, trained))
-        chunks += [[Segment(other, trained)] for other in others]
+        for part in [text] if pattern is None else pattern.split(text):
+            if part in marks:
+                chunks.append((marks[part], []))
+            else:
+                chunks[-1][1].append(Segment(part, trained))
     return chunks
 
 

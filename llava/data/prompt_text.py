@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.conversation import Template, conv_templates
 
 
@@ -15,7 +15,7 @@ def question_of_ids(ids: Tensor, tokenizer: Any) -> str:
     """The last question of a prompt.
 
     Args:
-        ids: [S] int64, with IMAGE_TOKEN_INDEX where an image goes, without padding.
+        ids: [S] int64, without padding, with IMAGE_TOKEN_INDEX or VIDEO_TOKEN_INDEX where an image or a clip goes.
         tokenizer: that the prompt was made with.
 
     Raises:
@@ -23,7 +23,7 @@ def question_of_ids(ids: Tensor, tokenizer: Any) -> str:
     """
     pieces: list[list[int]] = [[]]
     for token in ids.tolist():
-        if token == IMAGE_TOKEN_INDEX:
+        if token in (IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX):
             pieces.append([])
         else:
             pieces[-1].append(token)

@@ -1,16 +1,16 @@
-"""What a sample is, {"id", "image" (optional), "conversations"}, and what is wrong with one."""
+"""What a sample is, {"id", "image" and "video" (optional), "conversations"}, and what is wrong with one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.conversation import Round, Template
 from llava.data.preprocessing import ConversationError, NoTrainableTokensError, parse_rounds
 from llava.data.records import DataError
 
 FORMAT, TAGS, NO_ANSWER, IMAGE, VIDEO = "format", "image tags", "nothing to learn", "image", "video"
-"""Kinds of defects: malformed, `<image>` that do not match the images, no answer, an image or a video that cannot be
+"""Kinds of defects: malformed, marks that do not match images or clips, no answer, an image or a clip that cannot be
 read."""
 
 MAX_IMAGES = 1000
@@ -91,11 +91,37 @@ def _is_names(clip: Any) -> bool:
     return isinstance(clip, list) and bool(clip) and all(map(_is_name, clip))
 
 
-def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round], list[str]]:
-    """Rounds and image files of a sample, checked without opening the images.
+def with_clip_marks(sample: Any) -> Any:
+    """A sample about clips alone with `<video>` for each, however its file marks them.
+
+    LLaVA-Video's data has `<image>` there. Video-ChatGPT's has {"q", "a", "video_id"} in place of a conversation.
+    """
+    if not isinstance(sample, dict):
+        return sample
+    if "conversations" not in sample and {"q", "a", "video_id"} <= sample.keys():
+        rest = {key: value for key, value in sample.items() if key not in ("q", "a", "video_id")}
+        question = {"from": "human", "value": f"{DEFAULT_VIDEO_TOKEN}\n{sample['q']}"}
+        said = [question, {"from": "gpt", "value": sample["a"]}]
+        return {"id": sample["video_id"], "video": sample["video_id"], "conversations": said, **rest}
+    turns = sample.get("conversations")
+    if sample.get("video") is None or sample.get("image") is not None or not isinstance(turns, list):
+        return sample
+    if any(DEFAULT_VIDEO_TOKEN in str(turn.get("value")) for turn in turns if isinstance(turn, dict)):
+        return sample
+
+    def marked(turn: Any) -> Any:
+        if not isinstance(turn, dict) or turn.get("from") != "human" or not isinstance(turn.get("value"), str):
+            return turn
+        return {**turn, "value": turn["value"].replace(DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN)}
+
+    return {**sample, "conversations": [marked(turn) for turn in turns]}
+
+
+def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round], list[str], list[str | list[str]]]:
+    """Rounds, image files and clips of a sample, checked without opening the files.
 
     In a sample without images, `<image>` inside a text is text (a page of XML, say). At the start or end of a
-    question it is taken for LLaVA's mark of an image that has been forgotten.
+    question it is taken for LLaVA's mark of an image that has been forgotten. So is `<video>` for clips.
 
     Args:
         sample: a decoded sample.
@@ -104,30 +130,30 @@ def check_sample(sample: Any, name: str, template: Template) -> tuple[list[Round
 
     Raises:
         BadSampleError: a key is missing or of the wrong type, the conversation is malformed, or the number of
-            `<image>` is not the number of images.
+            marks is not the number of images or clips.
     """
     if not isinstance(sample, dict):
         raise BadSampleError(f"{name}: expected an object with 'conversations', got {sample!r:.80}")
     if "conversations" not in sample:
         raise BadSampleError(f"{name}: the key 'conversations' is missing; it has {sorted(sample)!r:.200}")
-    files = image_files(sample, name)
+    files, clips = image_files(sample, name), video_files(sample, name)
     try:
-        rounds = parse_rounds(sample["conversations"], template, bool(files), name)
+        rounds = parse_rounds(sample["conversations"], template, bool(files), name, bool(clips))
     except NoTrainableTokensError as error:
         raise BadSampleError(str(error), NO_ANSWER) from error
     except ConversationError as error:
         raise BadSampleError(str(error)) from error
     questions = [question.strip() for question, _ in rounds]
-    tag = DEFAULT_IMAGE_TOKEN
-    count = sum(question.count(tag) for question in questions)
-    marked = any(question.startswith(tag) or question.endswith(tag) for question in questions)
-    if count != len(files) and (files or marked):
-        raise BadSampleError(
-            f"{name}: its questions have {count} {tag} and it names {len(files)} image file(s); "
-            f'write one {tag} for each file of "image"',
-            TAGS,
-        )
-    return rounds, files
+    for tag, key, named in ((DEFAULT_IMAGE_TOKEN, "image", files), (DEFAULT_VIDEO_TOKEN, "video", clips)):
+        count = sum(question.count(tag) for question in questions)
+        marked = any(question.startswith(tag) or question.endswith(tag) for question in questions)
+        if count != len(named) and (named or marked):
+            raise BadSampleError(
+                f"{name}: its questions have {count} {tag} and it names {len(named)} {key} file(s); "
+                f'write one {tag} for each of "{key}"',
+                TAGS,
+            )
+    return rounds, files, clips
 
 
 def split_pictures(sample: Any) -> tuple[Any, list[bytes]]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from llava.conversation import Template, get_template
 from llava.data.records import DataError, Malformed, read_records, reading
-from llava.data.samples import FORMAT, BadSampleError, check_sample, sample_name, split_pictures
+from llava.data.samples import FORMAT, BadSampleError, check_sample, sample_name, split_pictures, with_clip_marks
 from llava.files import check_writable
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache's key: raise it when the columns or the checks change."""
 
 
@@ -38,7 +38,7 @@ def import_datasets() -> Any:
 def features() -> Any:
     """The columns of a table.
 
-    sample: JSON text. file, index: where it stands. words: of its questions and answers. images: how many.
+    sample: JSON text. file, index: where it stands. words: of its questions and answers. images, clips: how many.
     pictures: contents of images that the sample holds itself. kind, problem: what is wrong with it, otherwise null.
     """
     d = import_datasets()
@@ -49,6 +49,7 @@ def features() -> Any:
             "index": d.Value("int64"),
             "words": d.Value("int32"),
             "images": d.Value("int32"),
+            "clips": d.Value("int32"),
             "pictures": d.List(d.Value("large_binary")),
             "kind": d.Value("string"),
             "problem": d.Value("string"),
@@ -76,7 +77,7 @@ def rows(files: list[str], version: str) -> Iterator[dict[str, Any]]:
 
 
 def _row(sample: Any, file: str, index: int, template: Template) -> dict[str, Any]:
-    sample, pictures = split_pictures(sample)
+    sample, pictures = split_pictures(with_clip_marks(sample))
     problem = sample.reason if isinstance(sample, Malformed) else None
     row = {
         "sample": json.dumps(None if problem else sample, default=str),
@@ -84,6 +85,7 @@ def _row(sample: Any, file: str, index: int, template: Template) -> dict[str, An
         "index": index,
         "words": 0,
         "images": 0,
+        "clips": 0,
         "pictures": pictures or None,
         "kind": FORMAT if problem else None,
         "problem": problem,
@@ -91,11 +93,11 @@ def _row(sample: Any, file: str, index: int, template: Template) -> dict[str, An
     if problem:
         return row
     try:
-        turns, names = check_sample(sample, sample_name(sample, index, file), template)
+        turns, names, clips = check_sample(sample, sample_name(sample, index, file), template)
     except BadSampleError as error:
         return {**row, "kind": error.kind, "problem": str(error)}
     words = sum(len(text.split()) for texts in turns for text in texts if text)
-    return {**row, "words": words, "images": len(names)}
+    return {**row, "words": words, "images": len(names), "clips": len(clips)}
 
 
 def load_table(file: str, version: str, cache_dir: str | None = None) -> Any:

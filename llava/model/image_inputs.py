@@ -1,19 +1,90 @@
-"""The images of a batch, in the forms in which callers hand them over."""
+"""The images and clips of a batch, in the forms in which callers hand them over."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.data.stored_features import StoredFeatures
-from llava.model.prompt_inputs import describe, is_dense
+from llava.model.prompt_inputs import Markers, describe, is_dense
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """The frames of one clip, [F, 3, H, W], among the pictures of a batch."""
+
+    frames: Tensor
+
 
 Images = Tensor | Sequence[Tensor] | StoredFeatures | None
-Pictures = list[Tensor] | StoredFeatures
+Videos = Tensor | Sequence[Tensor] | None
+Picture = Tensor | Clip
+Pictures = list[Picture] | StoredFeatures
 ImageSizes = Sequence[tuple[int, int]] | Tensor | None
+
+
+def match_pictures(
+    markers: Markers, images: Images, image_sizes: ImageSizes, videos: Videos, *, trusted: bool = False
+) -> tuple[Pictures, list[tuple[int, int]] | None]:
+    """What the markers stand for, in their order, with the pictures' sizes; a clip's is that of its frames.
+
+    Args:
+        markers: of the batch.
+        images, image_sizes, videos: as for `LlavaMetaForCausalLM.forward`.
+        trusted: see `match_images`.
+
+    Raises:
+        ValueError: counts do not match.
+    """
+    pictures, sizes = match_images(markers.images, images, image_sizes, trusted=trusted)
+    clips = clip_list(videos)
+    if len(clips) != sum(markers.clips):
+        per_sample = ", ".join(f"sample {i}: {count}" for i, count in enumerate(markers.clips))
+        raise ValueError(
+            f"the batch has {sum(markers.clips)} clip markers ({per_sample}) but {len(clips)} videos were given; each "
+            "<video> in a prompt needs one clip"
+        )
+    if not clips:
+        return pictures, sizes
+    if isinstance(pictures, StoredFeatures):
+        raise ValueError("stored features are of images alone, and the batch has clips: run it without a feature cache")
+    image, clip = iter(pictures), iter(clips)
+    placed = [next(clip) if is_clip else next(image) for is_clip in markers.is_clip]
+    if sizes is None:
+        return placed, None
+    size = iter(sizes)
+    return placed, [
+        (one.frames.shape[3], one.frames.shape[2]) if isinstance(one, Clip) else next(size) for one in placed
+    ]
+
+
+def clip_list(videos: Videos) -> list[Clip]:
+    """A batch's clips one by one.
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    if videos is None:
+        return []
+    if isinstance(videos, Tensor) and videos.ndim != 5:
+        raise ValueError(
+            f"videos of shape {tuple(videos.shape)}: expected [N, F, 3, H, W], or a list of clips [F, 3, H, W]; "
+            "[clip] for one"
+        )
+    if not isinstance(videos, Tensor | list | tuple):
+        raise ValueError(f"videos are {describe(videos)}: expected a list of what llava.mm_utils.process_video returns")
+    for i, clip in enumerate(videos):
+        if not is_dense(clip) or not clip.is_floating_point() or clip.ndim != 4 or clip.shape[1] != 3 or not len(clip):
+            raise ValueError(
+                f"video {i} is {describe(clip)}: expected float pixels [F, 3, H, W], as "
+                "llava.mm_utils.process_video returns"
+            )
+    return [Clip(clip) for clip in videos]
 
 
 def match_images(
@@ -31,7 +102,7 @@ def match_images(
     Raises:
         ValueError: counts do not match, or an image that is not blank has no marker.
     """
-    pictures: Pictures = images if isinstance(images, StoredFeatures) else image_list(images)
+    pictures: Any = images if isinstance(images, StoredFeatures) else image_list(images)
     real = [count > 0 for count in markers for _ in range(max(count, 1))]  # blank images of text-only samples: False
     if len(pictures) == sum(markers):
         real = [True] * len(pictures)
@@ -80,29 +151,51 @@ def image_list(images: Images) -> list[Tensor]:
     return pictures
 
 
-def tile_counts(pictures: Pictures) -> list[int]:
-    """How many pictures each image is for the vision tower: 1, or its tiles."""
+def tile_counts(pictures: Pictures | Sequence[Picture]) -> list[int]:
+    """How many pictures each image or clip is for the vision tower: 1, its tiles, or its frames."""
     if isinstance(pictures, StoredFeatures):
         return pictures.tiles
-    return [picture.shape[0] if picture.ndim == 4 else 1 for picture in pictures]
+    return [pixels.shape[0] if pixels.ndim == 4 else 1 for pixels in map(pixels_of, pictures)]
 
 
-def check_side(pictures: Sequence[Tensor], side: int) -> None:
+def pixels_of(picture: Picture) -> Tensor:
+    """[3, H, W], or [T, 3, H, W] of tiles or frames."""
+    return picture.frames if isinstance(picture, Clip) else picture
+
+
+def frame_counts(pictures: Sequence[Picture]) -> list[int] | None:
+    """What `VisionFeatures.frames` is of these pictures; None where there is no clip."""
+    if not any(isinstance(picture, Clip) for picture in pictures):
+        return None
+    each = zip(pictures, tile_counts(pictures), strict=True)
+    return [entry for picture, count in each for entry in ([count] if isinstance(picture, Clip) else [0] * count)]
+
+
+def check_side(pictures: Sequence[Picture], side: int) -> None:
     """Raise ValueError for an image that is not of the vision tower's height and width."""
-    for i, picture in enumerate(pictures):
+    for i, picture in enumerate(map(pixels_of, pictures)):
         if tuple(picture.shape[-2:]) != (side, side):
             raise ValueError(
-                f"image {i} has shape {tuple(picture.shape)}: the vision tower reads {side} x {side} pixels; prepare "
-                "images with the checkpoint's image processor, and check crop_size in its preprocessor_config.json"
+                f"{_name(pictures, i)} has shape {tuple(picture.shape)}: the vision tower reads {side} x {side} "
+                "pixels; prepare images with the checkpoint's image processor, and check crop_size in its "
+                "preprocessor_config.json"
             )
 
 
-def check_finite(pictures: Sequence[Tensor]) -> None:
-    """Raise ValueError for NaN or infinity in an image of `image_list`; waits for the device that they are on."""
-    finite = torch.stack([picture.isfinite().all().to(pictures[0].device) for picture in pictures]).tolist()
-    bad = [str(i) for i, is_finite in enumerate(finite) if not is_finite]
+def check_finite(pictures: Sequence[Picture]) -> None:
+    """Raise ValueError for NaN or infinity in an image or clip; waits for the device that they are on."""
+    pixels = [pixels_of(picture) for picture in pictures]
+    finite = torch.stack([each.isfinite().all().to(pixels[0].device) for each in pixels]).tolist()
+    bad = [_name(pictures, i) for i, is_finite in enumerate(finite) if not is_finite]
     if bad:
-        raise ValueError(f"images {', '.join(bad)} hold NaN or infinity: check how their pixels were prepared")
+        raise ValueError(f"{', '.join(bad)}: NaN or infinity among the pixels; check how they were prepared")
+
+
+def _name(pictures: Sequence[Picture], place: int) -> str:
+    """What a caller calls the picture at a place: images and videos are counted apart."""
+    kind = type(pictures[place])
+    number = sum(isinstance(picture, Clip) == (kind is Clip) for picture in pictures[:place])
+    return f"{'video' if kind is Clip else 'image'} {number}"
 
 
 def size_pairs(sizes: ImageSizes, count: int) -> list[tuple[int, int]] | None:

@@ -19,9 +19,22 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.constants import VIDEO_TOKEN_INDEX
 from llava.data.prompt_text import question_of_ids
 from llava.data.stored_features import StoredFeatures
-from llava.model.image_inputs import Images, ImageSizes, Pictures, image_list, match_images, tile_counts
+from llava.model.image_inputs import (
+    Clip,
+    Images,
+    ImageSizes,
+    Picture,
+    Pictures,
+    Videos,
+    clip_list,
+    image_list,
+    match_pictures,
+    size_pairs,
+    tile_counts,
+)
 from llava.model.language_model.batch_counts import LlavaOutput, count_batch, mean_output
 from llava.model.language_model.head_loss import head_loss
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
@@ -35,12 +48,14 @@ from llava.model.prompt_inputs import (
     check_host_batch,
     check_prompt,
     check_texts,
-    count_markers,
+    find_markers,
+    join_frame_markers,
 )
 from llava.model.splice import Spliced, SplicePlan, plan_splice, splice
 from llava.model.vision_modules import Reduction
-from llava.model.visual_encoding import TowerOnce, VisualEncoding
+from llava.model.visual_encoding import EncodedPictures, TowerOnce, VisualEncoding
 from llava.model.weights import (
+    VIDEO_TOWER_PREFIX,
     VISION_TOWER_PREFIX,
     check_files,
     check_loaded,
@@ -55,6 +70,11 @@ from llava.transfer import HostBatch
 
 # Where TRIM's release has what `ClipText` holds.
 RELEASED_NAMES = {r"vision_tower\.vision_tower\.visual_projection": "vision_tower.text_tower.visual_projection"}
+# Where Video-LLaVA's releases have the two towers.
+VIDEO_LLAVA_NAMES = {
+    r"model\.image_tower\.image_tower\.": "model.vision_tower.vision_tower.",
+    r"model\.video_tower\.video_tower\.": "model.video_tower.vision_tower.",
+}
 
 
 class LlavaMetaModel(VisualEncoding):
@@ -126,7 +146,7 @@ class LlavaMetaForCausalLM:
         quantized = getattr(config, "quantization_config", None) is not None
         check_files(path, kwargs.get("cache_dir"), quantized=quantized)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("key_mapping", RELEASED_NAMES)
+        kwargs.setdefault("key_mapping", {**RELEASED_NAMES, **VIDEO_LLAVA_NAMES})
         with without_load_report():
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -142,8 +162,12 @@ class LlavaMetaForCausalLM:
         missing = check_loaded(info, path, filled)
         read = ((name, weight) for name, weight in model.named_parameters() if name not in info["missing_keys"])
         raise_for_nonfinite(path, read)
-        if missing:
-            model.get_vision_tower().load_weights({key.removeprefix(VISION_TOWER_PREFIX) for key in missing})
+        inner = model.get_model()
+        towers = {VISION_TOWER_PREFIX: inner.vision_tower, VIDEO_TOWER_PREFIX: inner.video_tower}
+        for prefix, tower in towers.items():
+            lacking = {key.removeprefix(prefix) for key in missing if key.startswith(prefix)}
+            if lacking:
+                tower.load_weights(lacking)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -157,10 +181,19 @@ class LlavaMetaForCausalLM:
                 "the model holds a LoRA adapter that is not merged: open it with merge_lora=True and write that, or "
                 "run llava merge; the LoRA folder itself can be copied"
             )
-        # What transformers undoes in writing: left alone, the renamings that this model's reading needed.
-        self._weight_conversions = get_model_conversion_mapping(
-            self, hf_quantizer=getattr(self, "hf_quantizer", None), add_legacy=False
+        # What transformers undoes in writing: left alone, the renamings that this model's reading needed. Video-LLaVA
+        # has its towers under names of its own, and without the `vision_model` that transformers puts into them.
+        has_two_towers = self.get_model().video_tower is not None
+        conversions = get_model_conversion_mapping(
+            self,
+            key_mapping=VIDEO_LLAVA_NAMES if has_two_towers else None,
+            hf_quantizer=getattr(self, "hf_quantizer", None),
+            add_legacy=False,
         )
+        towers = ("vision_tower", "video_tower") if has_two_towers else ()
+        self._weight_conversions = [
+            each for each in conversions if (each.scope_prefix or "").partition(".")[0] not in towers
+        ]
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -201,6 +234,7 @@ class LlavaMetaForCausalLM:
         images: Images = None,
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
+        videos: Videos = None,
         image_index: Tensor | None = None,
         packed: bool = False,
         reduction: Reduction = None,
@@ -214,7 +248,8 @@ class LlavaMetaForCausalLM:
         """Logits, and the loss where labels are given; in training the loss alone.
 
         Args:
-            input_ids: [B, S] int64 with IMAGE_TOKEN_INDEX (-200) where an image goes.
+            input_ids: [B, S] int64 with IMAGE_TOKEN_INDEX (-200) where an image goes, VIDEO_TOKEN_INDEX (-201) where a
+                clip goes.
             attention_mask: [B, S], 1 at real tokens; padding on either side. Default: all real.
             labels: [B, S] int64, -100 where nothing is learnt.
             images: N images of the batch in order of their markers: [N, 3, H, W], [N, tiles, 3, H, W], or a list of
@@ -224,6 +259,7 @@ class LlavaMetaForCausalLM:
             image_sizes: N pairs (width, height) in pixels, for anyres.
             texts: B texts for a reducer that reads them (trim). Without them the question is read off the prompt,
                 where the model was opened with its tokenizer.
+            videos: clips of the batch in order of their markers, [F, 3, H, W] each, as `process_video` gives them.
             position_ids: [B, L] for `inputs_embeds`; those of `input_ids` follow from the mask, whatever is given.
             image_index: [B, L] for `inputs_embeds`, as `splice_images` returns it (-1 for text); a decoder reducer and
                 packing need it.
@@ -257,6 +293,7 @@ class LlavaMetaForCausalLM:
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "images": images,
+            "videos": videos,
             "image_sizes": image_sizes,
             "texts": texts,
             "image_index": image_index,
@@ -269,10 +306,15 @@ class LlavaMetaForCausalLM:
         }
         if not trains or input_ids is None or reducers.projector is None:
             return self._forward_with(reducers, **batch)
-        methods = reducers.projector.in_training(self.get_model().tile_grid(reducers), draw)
+        methods = reducers.projector.in_training(self._tile_grid(reducers), draw)
         once = TowerOnce()
         outputs = [self._forward_with(replace(reducers, projector=each), once=once, **batch) for each in methods]
         return outputs[0] if len(outputs) == 1 else mean_output(outputs)
+
+    def _tile_grid(self, reducers: Reducers) -> tuple[int, int]:
+        tower = self.get_vision_tower()
+        assert tower is not None
+        return reducers.input_grid(tower.grid)
 
     def _forward_with(
         self,
@@ -285,6 +327,7 @@ class LlavaMetaForCausalLM:
         inputs_embeds: Tensor | None,
         labels: Tensor | None,
         images: Images,
+        videos: Videos,
         image_sizes: ImageSizes,
         texts: Sequence[str] | None,
         image_index: Tensor | None,
@@ -297,7 +340,7 @@ class LlavaMetaForCausalLM:
         **kwargs: Any,
     ) -> Any:
         """`forward` with these methods."""
-        cached = check_call(past_key_values, images, inputs_embeds, packed)
+        cached = check_call(past_key_values, images, videos, inputs_embeds, packed)
         spliced = left = None
         if inputs_embeds is None and input_ids is not None and not cached:
             spliced = self.splice_images(
@@ -312,10 +355,11 @@ class LlavaMetaForCausalLM:
                 reduction=reducers,
                 host=host,
                 once=once,
+                videos=videos,
             )
             input_ids, inputs_embeds, attention_mask = None, spliced.inputs_embeds, spliced.attention_mask
             position_ids, labels = spliced.position_ids, spliced.labels
-            image_index, plan, left = spliced.image_index, spliced.plan, spliced.left
+            image_index, plan, left = spliced.pool_index, spliced.plan, spliced.left
         if plan is not None and (inputs_embeds is None or plan.image_index.shape != inputs_embeds.shape[:2]):
             plan = None  # of another batch: beams have been added, say, or the prompt is cut into chunks
         inputs = {
@@ -402,6 +446,7 @@ class LlavaMetaForCausalLM:
         texts: Sequence[str] | None = None,
         attention_mask: Tensor | None = None,
         reduction: Reduction = None,
+        videos: Videos = None,
         **kwargs: Any,
     ) -> Any:
         """Continue prompts. Arguments as for `forward`; `kwargs` are those of transformers' generate.
@@ -418,16 +463,16 @@ class LlavaMetaForCausalLM:
         reducers = kwargs["reduction"] = self.get_model().reducers(reduction)
         if reducers.decoder is not None:
             self._choose_cache(kwargs)
-        if inputs is None and images is None:
+        if inputs is None and images is None and videos is None:
             return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         if "inputs_embeds" in kwargs:
-            raise ValueError("pass input_ids, with images and their markers, or inputs_embeds; not both")
+            raise ValueError("pass input_ids, with images or videos and their markers, or inputs_embeds; not both")
         kwargs.pop("position_ids", None)  # they follow from the mask
         spliced = self.splice_images(
-            inputs, attention_mask, None, images, image_sizes, texts, left=True, reduction=reducers
+            inputs, attention_mask, None, images, image_sizes, texts, left=True, reduction=reducers, videos=videos
         )
         if reducers.decoder is not None:
-            kwargs["image_index"] = spliced.image_index
+            kwargs["image_index"] = spliced.pool_index
         return super().generate(  # type: ignore[misc]
             inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, plan=spliced.plan, **kwargs
         )
@@ -466,13 +511,14 @@ class LlavaMetaForCausalLM:
         reduction: Reduction = None,
         host: HostBatch | None = None,
         once: TowerOnce | None = None,
+        videos: Videos = None,
     ) -> Spliced:
-        """Encode the images of a batch and put their tokens where the markers stand.
+        """Encode the images and clips of a batch and put their tokens where the markers stand.
 
         Args:
             left: pad on the left; None: where the input is padded so, or `config.tokenizer_padding_side` says so.
             max_length: rows are cut after this many tokens.
-            once: see `encode_images`.
+            once: see `encode_pictures`.
             Others as for `forward`.
         """
         check_prompt(input_ids, attention_mask, labels)
@@ -482,20 +528,25 @@ class LlavaMetaForCausalLM:
             host = HostBatch.read(input_ids, attention_mask, labels)
         else:
             check_host_batch(host, input_ids, attention_mask, labels)
-        vocabulary = self.config.vocab_size
-        markers = count_markers(host, vocabulary)
-        if texts is not None:
-            check_texts(texts, len(markers), "sample")
-        pictures, sizes = match_images(markers, images, image_sizes, trusted=self.training)
-        reducers = self.get_model().reducers(reduction)
-        reads = bool(pictures) and reducers.read_text
-        texts = self._texts_of_images(texts, host, markers) if reads else None
-        visual, lengths = self._visual_tokens(pictures, sizes, texts, reducers, once)
         if left is None:
             side = getattr(self.config, "tokenizer_padding_side", "right")
             left = side == "left" or not bool(host.mask[:, 0].all())
+        if self.get_model().video_tower is not None and not bool((host.input_ids == VIDEO_TOKEN_INDEX).any()):
+            host = join_frame_markers(host, tile_counts(clip_list(videos)))
+        vocabulary = self.config.vocab_size
+        markers = find_markers(host, vocabulary)
+        if texts is not None:
+            check_texts(texts, len(input_ids), "sample")
+        pictures, sizes = match_pictures(markers, images, image_sizes, videos, trusted=self.training)
+        reducers = self.get_model().reducers(reduction)
+        reads = bool(pictures) and reducers.read_text
+        texts = self._texts_of_images(texts, host, markers.of_samples) if reads else None
+        encoded = self._visual_tokens(pictures, sizes, texts, reducers, once)
+        visual = None if encoded is None else encoded.tokens
         text_embeds = self.get_model().embed_tokens(input_ids.clamp(0, vocabulary - 1))
-        plan = plan_splice(host.input_ids, host.mask, lengths, max_length, left)
+        none = torch.zeros(0, dtype=torch.int64)
+        lengths, frames = (none, None) if encoded is None or not pictures else (encoded.lengths, encoded.frames)
+        plan = plan_splice(host.input_ids, host.mask, lengths, max_length, left, frames)
         if visual is not None and not pictures:
             # The sum of none of them is zero, and so are its gradients; 0 * sum would be NaN where the sum overflows.
             text_embeds = text_embeds + visual.flatten()[:0].sum().to(text_embeds.device)
@@ -520,21 +571,21 @@ class LlavaMetaForCausalLM:
         sizes: ImageSizes,
         texts: list[str] | None,
         reducers: Reducers,
-        once: TowerOnce | None,
-    ) -> tuple[Tensor | None, Tensor]:
+        once: TowerOnce | None = None,
+    ) -> EncodedPictures | None:
+        """The tokens of a batch's pictures; in training of a blank one, where there are none."""
         if pictures:
-            return self.get_model().encode_images(pictures, sizes, texts, reducers, once)
-        none = torch.zeros(0, dtype=torch.int64)
+            return self.get_model().encode_pictures(pictures, sizes, texts, reducers, once)
         tower = self.get_vision_tower()
         if not self.training or tower is None:
-            return None, none
+            return None
         # Every rank must run the same modules and have a gradient for the same weights, or ZeRO and DDP wait for
         # ever: a batch without images encodes a blank one, whose tokens are multiplied by zero.
         if isinstance(pictures, StoredFeatures):
             blank: Pictures = pictures.blank(tower.num_patches)
         else:
             blank = [torch.zeros(3, tower.image_size, tower.image_size, device=self.device)]
-        return self.get_model().encode_images(blank, texts=[""], reduction=reducers, once=once)[0], none
+        return self.get_model().encode_pictures(blank, texts=[""], reduction=reducers, once=once)
 
     @torch.no_grad()
     def count_visual_tokens(
@@ -543,12 +594,21 @@ class LlavaMetaForCausalLM:
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         reduction: Reduction = None,
+        videos: Videos = None,
     ) -> list[tuple[int, int]]:
-        """For each image, its visual tokens without and with the reduction; `texts` has one for each image."""
-        pictures = image_list(images)
+        """For each image, then for each clip, its visual tokens without and with the reduction.
+
+        `texts` has one for each of them.
+        """
+        stills, clips = image_list(images), clip_list(videos)
+        sizes, side = size_pairs(image_sizes, len(stills)), self.get_model().get_vision_tower().image_size
+        if sizes is not None:
+            sizes += [(side, side)] * len(clips)
+        pictures: list[Picture] = [*stills, *clips]
         model = self.get_model()
-        before = model.layout_lengths(None, tile_counts(pictures), image_sizes)
-        after = model.encode_images(pictures, image_sizes, texts, reduction)[1].tolist()
+        is_clip = [isinstance(picture, Clip) for picture in pictures]
+        before = model.layout_lengths(None, tile_counts(pictures), sizes, is_clip)
+        after = model.encode_pictures(pictures, sizes, texts, reduction).lengths.tolist()
         return list(zip(before, after, strict=True))
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
@@ -565,7 +625,7 @@ def _staged_pass(
     plan: SplicePlan | None,
 ) -> StagedPass:
     if image_index is None and plan is not None:
-        image_index = plan.image_index
+        image_index = plan.pool_index
     if image_index is None:
         raise ValueError(
             "inputs_embeds do not tell which tokens are an image's: pass image_index [batch, tokens] with them, as "

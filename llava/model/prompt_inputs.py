@@ -6,13 +6,14 @@ Shapes: B samples, S tokens a row of ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.transfer import HostBatch
 
 _WHOLE_NUMBERS = (torch.int64, torch.int32)
@@ -73,8 +74,50 @@ def check_host_batch(host: Any, input_ids: Tensor, attention_mask: Tensor | None
             raise ValueError(f"host holds other {name} than the batch: {advice}")
 
 
-def count_markers(batch: HostBatch, vocab_size: int) -> list[int]:
-    """Image markers of each sample, [B].
+@dataclass(frozen=True)
+class Markers:
+    """Where images and clips go.
+
+    Attributes:
+        images: image markers of each sample.
+        clips: clip markers of each sample.
+        is_clip: of each marker of the batch, row by row.
+    """
+
+    images: list[int]
+    clips: list[int]
+    is_clip: list[bool]
+
+    @property
+    def of_samples(self) -> list[int]:
+        """Markers of either kind of each sample."""
+        return [images + clips for images, clips in zip(self.images, self.clips, strict=True)]
+
+
+def join_frame_markers(batch: HostBatch, frames: Sequence[int]) -> HostBatch:
+    """The batch with one clip marker for each run of as many image markers as the next clip has frames.
+
+    So Video-LLaVA's prompts mark a clip. The other markers of a run are taken out by the mask.
+
+    Args:
+        batch: of a prompt for a model with a video tower.
+        frames: of each clip, in their order.
+    """
+    ids, mask, left = batch.input_ids.clone(), batch.mask.clone(), list(frames)
+    is_image = (ids == IMAGE_TOKEN_INDEX) & mask
+    starts = is_image & ~torch.cat([torch.zeros_like(is_image[:, :1]), is_image[:, :-1]], dim=1)
+    for row, place in starts.nonzero().tolist():
+        run = int(is_image[row, place:].long().cumprod(0).sum())
+        while left and left[0] <= run:
+            count = left.pop(0)
+            ids[row, place] = VIDEO_TOKEN_INDEX
+            mask[row, place + 1 : place + count] = False
+            place, run = place + count, run - count
+    return replace(batch, input_ids=ids, mask=mask)
+
+
+def find_markers(batch: HostBatch, vocab_size: int) -> Markers:
+    """The markers of a batch.
 
     Args:
         batch: what its padding holds is not looked at.
@@ -87,9 +130,11 @@ def count_markers(batch: HostBatch, vocab_size: int) -> list[int]:
     if batch.labels is not None:
         checked.append(("labels", batch.labels, IGNORE_INDEX, "nothing is learnt"))
     is_image = (batch.input_ids == IMAGE_TOKEN_INDEX) & batch.mask
+    is_clip = (batch.input_ids == VIDEO_TOKEN_INDEX) & batch.mask
+    is_marker = is_image | is_clip
     # A label at a marker goes with it.
-    odd = [((ids < 0) & (ids != mark) | (ids >= vocab_size)) & batch.mask & ~is_image for _, ids, mark, _ in checked]
-    markers, *counts = torch.stack([part.sum(dim=1) for part in (is_image, *odd)]).tolist()
+    odd = [((ids < 0) & (ids != mark) | (ids >= vocab_size)) & batch.mask & ~is_marker for _, ids, mark, _ in checked]
+    images, clips, *counts = torch.stack([part.sum(dim=1) for part in (is_image, is_clip, *odd)]).tolist()
     for (name, ids, mark, meaning), where, count in zip(checked, odd, counts, strict=True):
         row = next((i for i, number in enumerate(count) if number), None)
         if row is not None:
@@ -97,7 +142,7 @@ def count_markers(batch: HostBatch, vocab_size: int) -> list[int]:
                 f"{name} of sample {row} hold {', '.join(map(str, ids[row][where[row]].tolist()[:5]))}: expected ids "
                 f"from 0 to {vocab_size - 1} (the model's vocabulary), or {mark} where {meaning}"
             )
-    return markers
+    return Markers(images, clips, is_clip[is_marker].tolist())
 
 
 def is_dense(value: Any) -> bool:
@@ -111,7 +156,7 @@ def check_cache(cache: Any) -> None:
         raise ValueError(f"past_key_values is {describe(cache)}: expected the cache that an earlier call returned")
 
 
-def check_call(cache: Any, images: Any, inputs_embeds: Any, packed: bool) -> bool:
+def check_call(cache: Any, images: Any, videos: Any, inputs_embeds: Any, packed: bool) -> bool:
     """Raise ValueError for arguments of `forward` that exclude each other.
 
     Returns:
@@ -119,10 +164,12 @@ def check_call(cache: Any, images: Any, inputs_embeds: Any, packed: bool) -> boo
     """
     check_cache(cache)
     cached = cache is not None and cache.get_seq_length() > 0
-    if cached and images is not None:
-        raise ValueError("images enter with the prompt: pass the whole prompt, without a cache that holds it already")
-    if inputs_embeds is not None and images is not None:
-        raise ValueError("images enter with input_ids, where their markers stand: pass those, not inputs_embeds")
+    named = "images" if images is not None else "videos"
+    given = images is not None or videos is not None
+    if cached and given:
+        raise ValueError(f"{named} enter with the prompt: pass the whole prompt, without a cache that holds it already")
+    if inputs_embeds is not None and given:
+        raise ValueError(f"{named} enter with input_ids, where their markers stand: pass those, not inputs_embeds")
     if packed and cache is not None:
         raise ValueError("packed=True runs a batch for its loss and logits, without past_key_values")
     return cached

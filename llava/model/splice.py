@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.transfer import to_device
 
 
@@ -24,9 +24,12 @@ class Spliced:
         attention_mask: [B, L] int64, 1 at real tokens.
         position_ids: [B, L] int64, 0, 1, 2, ... over the real tokens of a row; 0 at padding.
         labels: [B, L] int64, -100 at images and padding; None where none were given.
-        image_index: [B, L] int64, number of the image in the batch that a token belongs to; -1 for text and padding.
+        image_index: [B, L] int64, number of the image or clip in the batch that a token belongs to; -1 for text and
+            padding.
+        pool_index: the same with the frames of a clip numbered like images, where a decoder method lets each compete
+            for itself; otherwise `image_index`.
         left: whether rows are padded on the left.
-        images: how many images the batch holds.
+        images: how many images and clips the batch holds.
         tiles: how many pictures they are for the vision tower.
         plan: the same on the host.
     """
@@ -36,6 +39,7 @@ class Spliced:
     position_ids: Tensor
     labels: Tensor | None
     image_index: Tensor
+    pool_index: Tensor
     left: bool
     images: int = 0
     tiles: int = 0
@@ -52,7 +56,13 @@ class SplicePlan:
     image_index: Tensor  # [B, L]
     left: bool
     lengths: list[int]  # real tokens of each row
+    pool_index: Tensor  # [B, L], see `Spliced`
     labels: Tensor | None = None  # [B, L], set by `splice`
+
+
+def is_marker(ids: Tensor) -> Tensor:
+    """Where an image or a clip goes: bool, of the shape of the ids."""
+    return (ids == IMAGE_TOKEN_INDEX) | (ids == VIDEO_TOKEN_INDEX)
 
 
 def plan_splice(
@@ -61,21 +71,23 @@ def plan_splice(
     image_lengths: Tensor,
     max_length: int | None = None,
     left: bool = False,
+    frames: Tensor | None = None,
 ) -> SplicePlan:
     """Lay out the rows of a batch, with each marker as wide as its image.
 
     All of it is on the host, where lengths become shapes and nothing waits for the device.
 
     Args:
-        input_ids: [B, S] int64; IMAGE_TOKEN_INDEX stands for an image. Markers in row-major order take the images
-            in order.
+        input_ids: [B, S] int64; IMAGE_TOKEN_INDEX stands for an image, VIDEO_TOKEN_INDEX for a clip. Markers in
+            row-major order take the images and clips in order.
         mask: [B, S] bool, real tokens; padding may stand on either side.
-        image_lengths: [N] int64, visual tokens of each image.
+        image_lengths: [N] int64, visual tokens of each image or clip.
         max_length: rows are cut after this many tokens; None cuts none.
         left: pad on the left.
+        frames: [K] int64, the image or frame of each visual token, where those are the pools of a decoder method.
     """
     b, s = input_ids.shape
-    is_image = (input_ids == IMAGE_TOKEN_INDEX) & mask
+    is_image = is_marker(input_ids) & mask
     widths = mask.long().masked_scatter(is_image, image_lengths)
     ends = widths.cumsum(dim=1)
     row_lengths = ends[:, -1]
@@ -105,7 +117,10 @@ def plan_splice(
     zero_row = b * s + int(image_lengths.sum())
     source = rows(source, zero_row)
     mask, positions, images = source != zero_row, rows(position, 0), rows(image_number, -1)
-    return SplicePlan(source, mask, positions, images, left, kept_lengths.tolist())
+    pools = images
+    if frames is not None:
+        pools = torch.where(images < 0, images, frames[(source - b * s).clamp(0, max(len(frames) - 1, 0))])
+    return SplicePlan(source, mask, positions, images, left, kept_lengths.tolist(), pools)
 
 
 def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | None, plan: SplicePlan) -> Spliced:
@@ -123,12 +138,12 @@ def splice(text_embeds: Tensor, visual_tokens: Tensor | None, labels: Tensor | N
         parts.append(visual_tokens.to(text_embeds))  # the projector may be on another device
     parts.append(text_embeds.new_zeros(1, d))
     plan = replace(plan, labels=None if labels is None else _place_labels(labels, plan))
-    given = [plan.source, plan.attention_mask.long(), plan.position_ids, plan.image_index]
+    given = [plan.source, plan.attention_mask.long(), plan.position_ids, plan.image_index, plan.pool_index]
     if plan.labels is not None:
         given.append(plan.labels)
-    source, mask, positions, images, *rest = to_device(torch.stack(given), text_embeds.device)
+    source, mask, positions, images, pools, *rest = to_device(torch.stack(given), text_embeds.device)
     embeds = torch.cat(parts)[source]
-    return Spliced(embeds, mask, positions, rest[0] if rest else None, images, plan.left, plan=plan)
+    return Spliced(embeds, mask, positions, rest[0] if rest else None, images, pools, plan.left, plan=plan)
 
 
 def _place_labels(labels: Tensor, plan: SplicePlan) -> Tensor:

@@ -40,6 +40,7 @@ class VisionModules:
     """
 
     vision_tower: VisionTower | None
+    video_tower: VisionTower | None
     mm_projector: nn.Module
     mm_projector_crosslayer: nn.Module | None
     query_abstractor: nn.Module | None
@@ -56,6 +57,7 @@ class VisionModules:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision_tower = None
+        self.video_tower = None  # where frames have one of their own, as in Video-LLaVA
         self.tokenizer = None  # the language model's, for a reducer that reads words
         self.tower_reducer = None
         self.encoder_reducer = None
@@ -69,6 +71,8 @@ class VisionModules:
         config = self.config
         self.vision_tower = build_vision_tower(config)
         self.vision_tower.requires_grad_(False)
+        if getattr(config, "mm_video_tower", None):
+            self.video_tower = self._build_video_tower()
         reducers = self._build_reducers(ReductionConfig.of_model(config))
         if reducers.needs.clip_text:
             add_text_tower(self.vision_tower, config)
@@ -76,6 +80,27 @@ class VisionModules:
         self._set_projector(build_projector_modules(config, self.vision_tower, reducers.projector))
         self._add_newline()
         self._set_reducers(reducers)
+
+    def _build_video_tower(self) -> VisionTower:
+        """The tower of the frames, in which a frame's class token counts.
+
+        Raises:
+            ValueError: its tokens are not those of the other tower, so that no projector could read both.
+        """
+        tower = build_vision_tower(self.config, "video")
+        tower.requires_grad_(False)
+        pictures = self._tower()
+        ours, theirs = ((each.hidden_size, each.image_size, each.grid) for each in (pictures, tower))
+        if ours != theirs or not tower.has_cls or pictures.select_feature != "patch":
+            raise ValueError(
+                f"the video tower {tower.name!r} has width, side and grid {theirs}, the image tower {pictures.name!r} "
+                f"{ours}: Video-LLaVA has one projector for two towers of one shape, with a class token, and "
+                "mm_vision_select_feature=patch"
+            )
+        return tower
+
+    def _towers(self) -> list[VisionTower]:
+        return [self._tower()] if self.video_tower is None else [self._tower(), self.video_tower]
 
     def _build_reducers(self, reduction: ReductionConfig) -> Reducers:
         tower = self.vision_tower
@@ -146,11 +171,6 @@ class VisionModules:
         """How many blocks of the vision tower the projector's input goes through."""
         return max(self._tower().blocks_read(self.projector_reducer))
 
-    def tile_grid(self, reducers: Reducers) -> tuple[int, int]:
-        """Rows and columns of the patches of a tile, of which a method in the tower may read a smaller picture."""
-        grid = self._tower().grid
-        return grid if reducers.tower is None else reducers.tower.input_grid(grid)
-
     def _tower(self) -> VisionTower:
         if self.vision_tower is None:
             raise ValueError(
@@ -162,10 +182,10 @@ class VisionModules:
         """Give a language model its vision tower and projector, or new settings to the ones it has.
 
         Args:
-            model_args: with `vision_tower`, `mm_vision_select_layer`, `mm_vision_select_feature`,
-                `mm_projector_type`, `mm_patch_merge_type`, `pretrain_mm_mlp_adapter` (a file of projector
-                weights, or None) and `reduction` (what `ReductionConfig.parse` reads; None for the model's own, or
-                what the projector's file shows).
+            model_args: with `vision_tower`, `video_tower` (of frames, as in Video-LLaVA), `mm_vision_select_layer`,
+                `mm_vision_select_feature`, `mm_projector_type`, `mm_patch_merge_type`, `pretrain_mm_mlp_adapter` (a
+                file of projector weights, or None) and `reduction` (what `ReductionConfig.parse` reads; None for the
+                model's own, or what the projector's file shows).
 
         Raises:
             ValueError: the tower or the projector's weights do not fit; the keys or shapes are named.
@@ -181,9 +201,9 @@ class VisionModules:
         if self.vision_tower is None:
             config.reduction = reduction.to_dict()
             self._add_vision_modules()
-            tower = self._tower()
-            self._to_language_model(tower, *self.projector_modules().values())
-            tower.load_weights()
+            self._to_language_model(*self._towers(), *self.projector_modules().values())
+            for each in self._towers():
+                each.load_weights()
         else:
             self._change_vision_modules(changes)
             self.set_reduction(reduction)
@@ -204,10 +224,15 @@ class VisionModules:
         return reduction.keeping_projector_of(own)
 
     def _change_vision_modules(self, changes: dict[str, Any]) -> None:
-        config, tower = self.config, self._tower()
-        if "mm_vision_tower" in changes:
-            tower.rename(config.mm_vision_tower)
-        tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
+        config = self.config
+        if getattr(config, "mm_video_tower", None) and self.video_tower is None:
+            self.video_tower = self._build_video_tower()
+            self._to_language_model(self.video_tower)
+            self.video_tower.load_weights()
+        for kind, tower in zip(("vision", "video"), self._towers(), strict=False):
+            if f"mm_{kind}_tower" in changes:
+                tower.rename(getattr(config, f"mm_{kind}_tower"))
+            tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
         self._add_newline()
 
     def _to_language_model(self, *modules: nn.Module) -> None:
@@ -297,4 +322,5 @@ def _vision_settings(model_args: Any, config: Any) -> dict[str, Any]:
     names = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type")
     wanted = {name: getattr(model_args, name, None) for name in names}
     wanted["mm_vision_tower"] = getattr(model_args, "vision_tower", None)
+    wanted["mm_video_tower"] = getattr(model_args, "video_tower", None)
     return {k: v for k, v in wanted.items() if v is not None and v != getattr(config, k, None)}

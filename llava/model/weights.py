@@ -31,6 +31,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 VISION_TOWER_PREFIX = "model.vision_tower."
+VIDEO_TOWER_PREFIX = "model.video_tower."
 _DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -390,13 +391,13 @@ def check_loaded(info: Mapping[str, Any], origin: object, filled: Iterable[str] 
         filled: missing keys that were filled from elsewhere.
 
     Returns:
-        The missing keys of the vision tower, if all else is well.
+        The missing keys of the towers, if all else is well.
 
     Raises:
         ValueError: a missing, unexpected or misshapen weight; all are listed.
     """
     missing = set(info["missing_keys"]) - set(filled)
-    tower = {key for key in missing if key.startswith(VISION_TOWER_PREFIX)}
+    tower = {key for key in missing if key.startswith((VISION_TOWER_PREFIX, VIDEO_TOWER_PREFIX))}
     raise_for_keys(
         origin,
         missing=sorted(missing - tower),

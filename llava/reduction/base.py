@@ -25,9 +25,9 @@ PROJECTOR_MODULES = ("mm_projector", "mm_projector_crosslayer", "query_abstracto
 FIXED_WEIGHTS = ("query_abstractor.pos_embed",)
 """Endings of the names of weights in these modules that never learn."""
 
-Place = int | Literal["selected", "last"]
+Place = int | Literal["early", "selected", "last"]
 """A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
-`mm_vision_select_layer` selects, or the last one."""
+`mm_vision_select_layer` selects, the last one, or an early one, a fifth of the way up: block 5 of 24."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,15 @@ class VisionFeatures:
             reducer named the blocks.
         patch_embeds: [N, P, E], the patches in the space that CLIP shares between images and texts.
         projected: [N, P, D], what the projector makes of `features`.
-        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments or words.
+        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments, or [N, S, D]
+            of its words.
         text_mask: [N, S] bool, real segments or words, which come first; None: all are.
         padding: [N, P] bool, patches that only pad the picture; None: there are none, or it is not known.
         mask: [N, P] bool, real tokens, where a method in the tower left different numbers; None: all are.
         source: [N, P] int64 after a method in the tower, as `VisualTokens` has it; None: token i is patch i.
         assignment: [N, patches] int64 after a method in the tower, see `VisualTokens`.
+        frames: how the N pictures form clips, in their order: F for a clip of F frames, 0 for what is no frame, a
+            picture or a tile of one. None: there are no clips.
     """
 
     features: Tensor
@@ -119,6 +122,7 @@ class VisionFeatures:
     mask: Tensor | None = None
     source: Tensor | None = None
     assignment: Tensor | None = None
+    frames: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is no tensor, or of a shape that does not go with `features`."""
@@ -136,14 +140,15 @@ class VisionFeatures:
             raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
         for block, state in self.hidden_states.items():
             _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
+        width = embeds = None
         if self.projected is not None:
-            _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
-        embeds = None
+            *_, width = _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
         if self.patch_embeds is not None:
             *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
         if self.text is not None:
             several = isinstance(self.text, Tensor) and self.text.ndim == 3
-            sizes = (n, None, embeds) if several else (n, embeds)
+            widths = tuple(size for size in (embeds, width) if size is not None)
+            sizes = (n, None, widths or None) if several else (n, embeds)
             _float_shape("text", self.text, "[N, E] or [N, S, E]", sizes)
 
     def _check_projections(self, n: int, p: int) -> None:
@@ -191,6 +196,8 @@ class VisualTokens:
         lengths: tokens of each image, where the host knows them: then it need not wait for `mask`.
         assignment: [N, patches] int64, the token that each patch went into, -1 for one that went into none; None where
             a method does not say.
+        frames: how many pictures each row stands for, where the frames of a clip are one: `source` then counts their
+            patches frame by frame. None: one.
     """
 
     features: Tensor
@@ -199,6 +206,7 @@ class VisualTokens:
     grid: tuple[int, int] | None = None
     lengths: list[int] | None = None
     assignment: Tensor | None = None
+    frames: list[int] | None = None
     _host_mask: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -241,6 +249,11 @@ class Reducer(nn.Module):
         super().__init__()
         check_fields(self.method, self)
         self.validate()
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each image's own scores say how many tokens it keeps."""
+        return False
 
     def validate(self) -> None:
         """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
@@ -300,6 +313,19 @@ class TowerReducer(Reducer, abc.ABC):
         """
         return ()
 
+    def chosen_blocks(self, chosen: Sequence[int], selected: int) -> Sequence[int]:
+        """An option that names blocks, as `blocks` returns it.
+
+        Raises:
+            ValueError: they do not rise, or one does not lead to what is read.
+        """
+        if not chosen or list(chosen) != sorted({*chosen}) or chosen[-1] >= selected:
+            raise self.mistake(
+                f"blocks={list(chosen)}: expected rising numbers from 0 to {selected - 1}, of blocks that lead to what "
+                "is read of the vision tower"
+            )
+        return chosen
+
     def regroup(self, given: BlockTokens) -> Regrouping | None:
         """What becomes of the tokens in a block of `blocks`; None: they stay as they are."""
         return None
@@ -317,6 +343,26 @@ class TowerReducer(Reducer, abc.ABC):
 
 class EncoderReducer(Reducer, abc.ABC):
     """Acts on the vision tower's output, before the projector."""
+
+    ranks_frames: ClassVar[bool] = False  # whether the patches of all frames of a clip can be ranked together
+
+    frames: Literal["each", "joint"] = "each"  # of a clip: a method's budget is spent on each, or on all together
+
+    def validate(self) -> None:
+        super().validate()
+        if self.frames == "joint" and not self.ranks_frames:
+            raise self.mistake("it works on one picture's grid: frames=each is all it can do")
+
+    def measured(self, vision: VisionFeatures) -> VisionFeatures:
+        """With what the method measures on each picture; called before the frames of a clip are joined to one."""
+        return vision
+
+    def for_frames(self, frames: int) -> EncoderReducer:
+        """The method for a clip of so many frames as one picture: as many tokens as for each of them alone."""
+        tokens = getattr(self, "tokens", None)
+        if frames == 1 or tokens is None:
+            return self
+        return type(self)(**{**values_of(self), "tokens": frames * tokens})
 
     @property
     def needs(self) -> Needs:
@@ -442,6 +488,8 @@ class LayerInput:
         query_mask: [B, Q] bool, which of them are real.
         output: [B, L, D], what the drop works on: the output of the layers that have run.
         norm: the language model's last norm.
+        rotary: the language model's rotary embedding.
+        positions: [B, L] int64, of the tokens that are still there.
         pool: [B, L] int64, the pool (an image, or all of a sample) in which a token competes, numbered from 0 row by
             row; -1 for what is never dropped.
         answer: [B, L] bool, tokens that are learnt; None outside of training.
@@ -460,6 +508,8 @@ class LayerInput:
     query_mask: Tensor
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     norm: nn.Module = field(default_factory=nn.Identity)
+    rotary: nn.Module = field(default_factory=nn.Identity)
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     pool: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     answer: Tensor | None = None
     drop: Drop = Drop(1, 1.0, 0)
@@ -488,9 +538,13 @@ class DecoderReducer(Reducer, abc.ABC):
     It says where, how many and by which score; `llava.model.language_model.staged` runs the layers.
     """
 
-    renumbers: ClassVar[bool] = True  # positions are 0, 1, 2, ... again after a drop; otherwise tokens keep theirs
+    # Which tokens compete: those of one image or clip, of one image or frame, or of all of a sample.
+    pool: Literal["image", "frame", "sample"] = "image"
 
-    pool: Literal["image", "sample"] = "image"  # which tokens compete: those of one image, or of all of a sample
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions are 0, 1, 2, ... again after a drop; otherwise tokens keep theirs."""
+        return True
 
     @abc.abstractmethod
     def drops(self, num_layers: int) -> list[Drop]:
@@ -564,6 +618,15 @@ class Reducers:
     def needs(self) -> Needs:
         """What the method after the tower reads."""
         return Needs() if self.encoder is None else self.encoder.needs
+
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of the picture that enters a tower of (h, w)."""
+        return grid if self.tower is None else self.tower.input_grid(grid)
+
+    @property
+    def are_adaptive(self) -> bool:
+        """Whether an image's own scores say how many tokens enter the language model."""
+        return any(reducer is not None and reducer.is_adaptive for reducer in (self.tower, self.encoder))
 
     @property
     def read_text(self) -> bool:

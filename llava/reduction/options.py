@@ -92,6 +92,8 @@ def check_fields(method: str, reducer: Any) -> None:
             continue
         name = option_name(field.name)
         if get_origin(hint) is Literal:
+            if not isinstance(value, str) and str(value) in get_args(hint):
+                raise ValueError(f"method '{method}': {name}={value!r} is a number: put it in quotes, \"{value}\"")
             allowed = ", ".join(map(str, get_args(hint)))
             raise ValueError(f"method '{method}': {name}={value!r} is not known; choose one of: {allowed}")
         raise ValueError(f"method '{method}': {name}={value!r} must be {_in_words(hint)}")

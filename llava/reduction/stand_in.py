@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.reduction.base import Needs, Reducers, TowerReducer, VisionFeatures, VisualTokens
+from llava.reduction.base import EncoderReducer, Needs, Reducers, TowerReducer, VisionFeatures, VisualTokens
+from llava.reduction.frames import reduce_jointly
 from llava.reduction.tower.tokens import BlockTokens, TowerTokens
 
 
@@ -138,6 +139,9 @@ def reduce_features(vision: VisionFeatures, reducers: Reducers) -> VisualTokens:
         vision: what the tower hands on, with all that the method after it needs.
         reducers: of whose sites `tower` has acted already.
 
+    Returns:
+        A row for each picture; for each clip, where its frames are ranked together (`VisualTokens.frames`).
+
     Raises:
         ValueError: the method after the tower can't work on what the one inside left.
     """
@@ -150,12 +154,20 @@ def reduce_features(vision: VisionFeatures, reducers: Reducers) -> VisualTokens:
             f"'{inside.method}' leaves a different number of tokens of each picture, which a method after the tower "
             "does not take; leave one of them out"
         )
-    tokens: VisualTokens = after(vision)
+    if after.frames == "joint" and max(vision.frames or (0,)) > 1:
+        return reduce_jointly(after, vision, _after)
+    tokens = _after(after, vision)
+    if tokens.grid is None and inside is not None:
+        tokens.grid = vision.grid
+    return tokens
+
+
+def _after(method: EncoderReducer, vision: VisionFeatures) -> VisualTokens:
+    """What a method after the tower leaves, with the patches that its tokens come from, whatever acted inside."""
+    tokens: VisualTokens = method(vision)
     if vision.source is not None:
         place = None if tokens.source is None else tokens.source.to(vision.source.device)
         own = vision.source if place is None else vision.source.gather(1, place.clamp(min=0))
         tokens.source = own if place is None else own.masked_fill(place < 0, -1)
         tokens.assignment = None
-    elif tokens.grid is None and inside is not None:
-        tokens.grid = vision.grid
     return tokens

@@ -18,6 +18,7 @@ from llava.model.multimodal_encoder.vision_tower import resolve_vision_config
 from llava.reduction.config import ReductionConfig
 from llava.train.checkpoints.folders import read_state
 from llava.train.settings.parsing import Arguments
+from llava.video import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def load_dataset(
         "version": model_args.version,
         "image_folder": data_args.image_folder,
         "image_access": data_args.image_access,
+        "video_folder": data_args.video_folder,
+        "sampling": Sampling(data_args.num_frames or Sampling.num_frames, data_args.video_fps, data_args.max_frames),
         "image_aspect_ratio": data_args.image_aspect_ratio,
         "image_grid_pinpoints": data_args.image_grid_pinpoints,
         "mm_use_im_start_end": bool(model_args.mm_use_im_start_end),
@@ -115,6 +118,7 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
         image_aspect_ratio=data_args.image_aspect_ratio,
         image_grid_pinpoints=getattr(data_args, "image_grid_pinpoints", None),
         mm_use_im_start_end=bool(getattr(data_args, "mm_use_im_start_end", False)),
+        video_folder=getattr(data_args, "video_folder", None),
     )
     return {
         "train_dataset": dataset,

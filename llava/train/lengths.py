@@ -35,20 +35,23 @@ def sample_lengths(arguments: Arguments, config: Any, dataset: LazySupervisedDat
         BadSampleError: a sample that cannot be trained on, where such samples stop the run.
     """
     training = arguments.training
-    visual = tokens_of_an_image(arguments, config) if dataset.column("images").any() else 0
+    count = None
+    if dataset.column("images").any() or dataset.column("clips").any():
+        count = VisualCount(build_without_weights(arguments, config), arguments)
+    visual = 0 if count is None else tokens_of_an_image(arguments, count)
+    clip = 0 if count is None else dataset.frames_of_a_clip * min(visual, count.count(None))
     places = dataset.places()
     share = np.array_split(places, training.world_size)[training.process_index]
     rows = chain.from_iterable(row_chunks(dataset, places=share))
-    own = [_length(dataset, row, visual, training.model_max_length) for row, *_ in rows]
+    own = [_length(dataset, row, visual, clip, training.model_max_length) for row, *_ in rows]
     shares = gather_object([own]) if training.world_size > 1 else [own]
     lengths: list[int] = dataset.of_samples(np.array(list(chain.from_iterable(shares)))).tolist()
     return lengths
 
 
-def tokens_of_an_image(arguments: Arguments, config: Any) -> int:
+def tokens_of_an_image(arguments: Arguments, count: VisualCount) -> int:
     """The most tokens that an image has in the language model, or what is expected of an adaptive method."""
     training, data = arguments.training, arguments.data
-    count = VisualCount(build_without_weights(arguments, config), arguments)
     if count.is_adaptive and training.image_tokens_estimate:
         return training.image_tokens_estimate
     if count.is_adaptive:
@@ -61,7 +64,7 @@ def tokens_of_an_image(arguments: Arguments, config: Any) -> int:
     return count.count((1, 1))
 
 
-def _length(dataset: LazySupervisedDataset, row: dict[str, Any], visual: int, max_length: int) -> int:
+def _length(dataset: LazySupervisedDataset, row: dict[str, Any], visual: int, clip: int, max_length: int) -> int:
     try:
         if row["problem"] is not None:
             raise BadSampleError(row["problem"], row["kind"])
@@ -70,4 +73,5 @@ def _length(dataset: LazySupervisedDataset, row: dict[str, Any], visual: int, ma
         if dataset.maker.on_bad_sample == "stop":
             raise
         return 1  # the placeholder's
-    return min(measure(ids, labels, [visual] * int(row["images"]), max_length).total, max_length)
+    images, clips = [visual] * int(row["images"]), [clip] * int(row["clips"])
+    return min(measure(ids, labels, images, max_length, clips).total, max_length)

@@ -27,6 +27,7 @@ from llava.train.settings.arguments import (
     parse_pinpoints,
 )
 from llava.train.settings.parsing import Arguments
+from llava.video import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,13 @@ def read_config(arguments: Arguments) -> Any:
             f"{model.model_name_or_path} is a language model without a vision tower: name one with --vision_tower"
         )
     model.vision_tower = lasting_name(model.vision_tower or config.mm_vision_tower)
+    video_tower = model.video_tower or getattr(config, "mm_video_tower", None)
+    model.video_tower = None if video_tower is None else lasting_name(video_tower)
     model.model_name_or_path = lasting_name(str(model.model_name_or_path))  # adapters name it as their base
     for name, default in VISION_DEFAULTS.items():
         if getattr(model, name) is None:
             setattr(model, name, getattr(config, name, default) if is_llava else default)
+    data.num_frames = data.num_frames or getattr(config, "num_frames", None) or Sampling.num_frames
     data.image_aspect_ratio = data.image_aspect_ratio or getattr(config, "image_aspect_ratio", "square")
     data.image_grid_pinpoints = data.image_grid_pinpoints or getattr(config, "image_grid_pinpoints", None)
     if data.image_aspect_ratio == "anyres" and not data.image_grid_pinpoints:
@@ -231,6 +235,9 @@ def write_llava_config(
     values = {
         "image_aspect_ratio": data_args.image_aspect_ratio,
         "image_grid_pinpoints": parse_pinpoints(data_args.image_grid_pinpoints),
+        "num_frames": data_args.num_frames,
+        "video_fps": data_args.video_fps,
+        "max_frames": data_args.max_frames,
         "tokenizer_padding_side": tokenizer.padding_side,
         "tokenizer_model_max_length": tokenizer.model_max_length,
         "tune_mm_mlp_adapter": model_args.tune_mm_mlp_adapter,
@@ -277,12 +284,13 @@ def tower_weights_read(model: Any) -> set[str]:
     would wait for theirs, and DeepSpeed would let weight decay shrink them.
     """
     inner = model.get_model()
-    tower = inner.get_vision_tower()
-    encoder = tower.vision_tower
-    blocks = range(inner.tower_depth_read, tower.depth)
-    unread = {"encoder.layers." + str(i) for i in blocks} | {"post_layernorm", "head"}
-    idle = {id(p) for name in unread if _has(encoder, name) for p in encoder.get_submodule(name).parameters()}
-    used = {id(parameter) for parameter in encoder.parameters()} - idle
+    used: set[int] = set()
+    for tower in filter(None, (inner.get_vision_tower(), inner.video_tower)):
+        encoder = tower.vision_tower
+        blocks = range(inner.tower_depth_read, tower.depth)
+        unread = {"encoder.layers." + str(i) for i in blocks} | {"post_layernorm", "head"}
+        idle = {id(p) for name in unread if _has(encoder, name) for p in encoder.get_submodule(name).parameters()}
+        used |= {id(parameter) for parameter in encoder.parameters()} - idle
     return {name for name, parameter in model.named_parameters() if id(parameter) in used}
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from llava.cost.bench.workload import stand_in_tokenizer
+from llava.cost.bench.workload import StandInWords, stand_in_tokenizer
 from llava.cost.sizes import open_model
 from llava.files import ADAPTER_CONFIG
 from llava.model.builder import load_pretrained_model
@@ -154,6 +154,7 @@ def _random_model(
             made = type(planned)(config).eval()
     finally:
         torch.set_default_dtype(before)
+    made.tokenizer = StandInWords(made.config.vocab_size)
     tower = made.get_model().get_vision_tower()
     if tower.text_tower is not None:
         tower.text_tower._tokenizer = stand_in_tokenizer(tower.text_tower.config.vocab_size)

@@ -110,6 +110,18 @@ def stand_in_tokenizer(vocabulary: int) -> Callable[..., BatchEncoding]:
     return tokenize
 
 
+class StandInWords:
+    """In place of the language model's tokenizer, for a method that reads words: a word is one id."""
+
+    bos_token_id = 1
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def __call__(self, word: str, **_: Any) -> BatchEncoding:
+        return BatchEncoding({"input_ids": [sum(word.encode()) % self._vocabulary]})
+
+
 class Answering:
     """Answers a workload with one method, phase by phase.
 

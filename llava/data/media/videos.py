@@ -20,11 +20,16 @@ from llava.pictures import check_file, missing, unreadable
 from llava.video import Clip, Sampling
 from llava.video.clips import frames_of_folder, pictures_among
 
+_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+
 
 def locate_video(
     folder: str, clip: str | list[str], access: str = IMAGE_ACCESS[0], image_folder: str = ""
 ) -> str | list[str]:
     """Path or URL of a clip that data names; of each of its frames, where it is a list of them.
+
+    A name without a suffix that no file or folder has, as Video-ChatGPT's data has it, is that of the first file with
+    one of the usual suffixes.
 
     Args:
         folder: path or URL that names of clips start from: `video_folder`. Empty: `image_folder`.
@@ -37,8 +42,16 @@ def locate_video(
     """
     start = folder or image_folder
     if isinstance(clip, str):
-        return locate_image(start, clip, access, "video")
+        return _with_suffix(locate_image(start, clip, access, "video"))
     return [locate_image(start, frame, access, "video") for frame in clip]
+
+
+def _with_suffix(location: str) -> str:
+    system, path = file_system(location)
+    if system is not None or os.path.lexists(path):
+        return location
+    # Names such as v_abc.def have a dot of their own.
+    return next((location + suffix for suffix in _SUFFIXES if os.path.isfile(path + suffix)), location)  # noqa: PTH113
 
 
 def check_video_exists(location: str | list[str]) -> None:

@@ -26,6 +26,7 @@ METHOD_NAMES = {
     "token_concat": "TokenConcat",
     "pyramiddrop": "PyramidDrop",
     "fastv": "FastV",
+    "sparsevlm": "SparseVLM",
 }
 
 

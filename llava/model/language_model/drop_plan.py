@@ -80,10 +80,10 @@ def plan_pools(
     """Find the pools and the queries of a batch, on the host.
 
     Args:
-        image_index: [B, L] int64, -1 for text and padding.
+        image_index: [B, L] int64, of images, or of frames where they are the pools; -1 for text and padding.
         mask: [B, L] bool, real tokens.
         labels: [B, L] int64 or None; see `StagedPass`.
-        pool_of: "image" or "sample".
+        pool_of: "image", "frame" or "sample".
         left: the side on which rows are padded; None: as they are, and on the left where there is no padding, so that
             they end alike and the next token is read off the last column.
         device: where the hidden states are; None: the host.
@@ -92,7 +92,7 @@ def plan_pools(
     b, real = len(image_index), mask
     image = image_index.masked_fill(~real, -1)
     is_image = image >= 0
-    if pool_of == "image":
+    if pool_of != "sample":
         before = torch.cat([image.new_full((b, 1), -1), image[:, :-1]], dim=1)
         starts = is_image & (image != before)
         pool = starts.flatten().cumsum(0).view_as(image) - 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llava.model.language_model.drop_plan import Pools
 from llava.reduction.base import MergedTokens
+from llava.transfer import to_device
 
 
 @dataclass
@@ -53,17 +54,17 @@ def plan_merged(merged: MergedTokens, counts: Tensor, keep: Tensor, pool: Tensor
     slots = torch.arange(merged.columns.shape[1])
     nth = torch.arange(len(pools.row)) - torch.searchsorted(pools.row, pools.row)  # of the pools of its row
     width = int(nth.max() + 1) * len(slots)
-    place = (length + nth.unsqueeze(1) * len(slots) + slots).to(device)
-    index = (pools.row.to(device).unsqueeze(1).expand_as(place), place)
+    place = to_device(length + nth.unsqueeze(1) * len(slots) + slots, device)
+    index = (to_device(pools.row, device).unsqueeze(1).expand_as(place), place)
     column = torch.arange(length, device=device).expand(b, -1)
     empty = column.new_zeros(b, width)
     last = column.new_zeros(len(pools.row)).scatter_reduce(
         0, pool.clamp(min=0).flatten(), column.masked_fill(pool < 0, 0).flatten(), "amax"
     )
-    step, slots = 1 + len(slots), slots.to(device)
+    step, slots = 1 + len(slots), to_device(slots, device)
     key = torch.cat([column * step, empty], dim=1).index_put(index, last.unsqueeze(1) * step + 1 + slots)
     order = key.argsort(dim=1, stable=True)
-    is_real = slots < counts.to(device).unsqueeze(1)
+    is_real = slots < to_device(counts, device).unsqueeze(1)
     stays = torch.cat([keep, empty.bool()], dim=1).index_put(index, is_real)
     stands_in = torch.cat([column, empty], dim=1).index_put(index, merged.columns.to(device))
     return MergedRows(order, stays.gather(1, order), stands_in, index, width)

@@ -70,7 +70,7 @@ class StagedPass:
     def on_host(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`image_index`, the [B, L] bool mask of real tokens, and `labels`, on the host."""
         if self.plan is not None:
-            return self.plan.image_index, self.plan.attention_mask, self.plan.labels
+            return self.plan.pool_index, self.plan.attention_mask, self.plan.labels
         given = [self.image_index, mask.long()] + ([] if self.labels is None else [self.labels])
         image_index, real, *labels = torch.stack(given).cpu()
         return image_index, real.bool(), labels[0] if labels else None
@@ -386,7 +386,7 @@ def _layer_input(model: Any, layer: Any, judged: Tensor, hidden: Tensor, stage: 
     """What a method ranks by; the fields that say how many stay are the caller's to fill in.
 
     Args:
-        model: with `norm`.
+        model: with `norm` and `rotary_emb`.
         layer: that ranks.
         judged: the input of the layer that ranks, as it is stored.
         hidden: the input of the layer that comes next.
@@ -412,6 +412,8 @@ def _layer_input(model: Any, layer: Any, judged: Tensor, hidden: Tensor, stage: 
         query_mask,
         output=output,
         norm=model.norm,
+        rotary=model.rotary_emb,
+        positions=rows.position_ids.to(device),
         pool=pool,
         answer=None if answer is None else answer.to(device),
     )

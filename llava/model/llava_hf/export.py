@@ -5,6 +5,7 @@ Shapes: V rows of the vocabulary, D language-model width.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
+    VideoLlavaConfig,
+    VideoLlavaImageProcessor,
 )
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.conversation import get_template
 from llava.mm_utils import get_image_side, parse_grid_pinpoints
 from llava.model.generation_config import writable_generation_config
@@ -49,7 +52,9 @@ def write_hf(
     model.set_reduction(None, keep_projector=True)
     prompt = get_template(template or _TEMPLATES[_language_config_class(model.config).model_type])
     kept = _kept_settings(model.config, tokenizer)
-    tokens = [AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)]
+    has_two_towers = model.get_model().video_tower is not None
+    markers = [DEFAULT_IMAGE_TOKEN, *([DEFAULT_VIDEO_TOKEN] if has_two_towers else [])]
+    tokens = [AddedToken(marker, special=True, normalized=False) for marker in markers]
     tokenizer.add_tokens(tokens, special_tokens=True)
     marked = bool(getattr(model.config, "mm_use_im_start_end", False))
     chat = chat_template(prompt, marked, line_break_after(DEFAULT_IM_END_TOKEN if marked else "", tokenizer))
@@ -96,7 +101,7 @@ def _check_expressible(config: Any, drop_reduction: bool) -> bool:
 
 def _kept_settings(config: Any, tokenizer: Any) -> dict[str, Any]:
     """What the way back needs and the hf layout has no place for."""
-    left_out = {"reduction", *KEYS, "mm_vision_config", "mm_hidden_size", "model_type"}
+    left_out = {"reduction", *KEYS, "mm_vision_config", "mm_video_config", "mm_hidden_size", "model_type"}
     own = config.to_dict()
     return {
         "config": {k: own[k] for k in sorted(set(own) - set(_language_config_class(config)().to_dict()) - left_out)},
@@ -117,11 +122,11 @@ def _language_config_class(config: Any) -> Any:
 
 
 def _hf_config(model: Any, tokenizer: Any, anyres: bool) -> Any:
-    own, tower = model.config, model.get_vision_tower()
+    own, tower, frames = model.config, model.get_vision_tower(), model.get_model().video_tower
     rows = max(own.vocab_size, len(tokenizer))
     keep_all = tower.select_feature == "cls_patch" or not tower.has_cls
     values = {
-        "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
+        "architectures": [f"{_hf_kind(model, anyres)}ForConditionalGeneration"],
         "vision_config": tower.config.to_dict(),
         "text_config": _text_config(model, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE),
         "image_token_index": tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN),
@@ -132,11 +137,23 @@ def _hf_config(model: Any, tokenizer: Any, anyres: bool) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
         "dtype": model.dtype,
     }
+    if frames is not None:
+        if frames.config.to_dict() != tower.config.to_dict():
+            raise ValueError("the two towers have configurations of their own, and video_llava has one for both")
+        video = {"video_token_index": tokenizer.convert_tokens_to_ids(DEFAULT_VIDEO_TOKEN)}
+        return VideoLlavaConfig(**values, **video, video_seq_length=8 * (frames.num_patches + 1))
     if not anyres:
         return LlavaConfig(**values)
     # transformers writes (height, width).
     pinpoints = [[height, width] for width, height in parse_grid_pinpoints(own.image_grid_pinpoints)]
     return LlavaNextConfig(**values, image_grid_pinpoints=pinpoints)
+
+
+def _hf_kind(model: Any, anyres: bool) -> str:
+    """The first part of the names of transformers' classes."""
+    if model.get_model().video_tower is not None:
+        return "VideoLlava"
+    return "LlavaNext" if anyres else "Llava"
 
 
 def _text_config(model: Any, rows: int) -> dict[str, Any]:
@@ -160,7 +177,8 @@ def _hf_weights(model: Any, rows: int) -> dict[str, Tensor]:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in weights:
             weights[name] = _extended(weights[name], rows)
-    return {to_hf_name(name): value.contiguous() for name, value in weights.items()}
+    has_two_towers = model.get_model().video_tower is not None
+    return {to_hf_name(name, has_two_towers): value.contiguous() for name, value in weights.items()}
 
 
 def _extended(weight: Tensor, rows: int) -> Tensor:
@@ -174,6 +192,9 @@ def _write_processor(folder: Path, model: Any, tokenizer: Any, processor: Any, c
     anyres = isinstance(config, LlavaNextConfig)
     image_processor = _hf_image_processor(processor, model.config, config.image_grid_pinpoints if anyres else None)
     tokenizer.padding_side = "left"  # batches are for generation there
+    if model.get_model().video_tower is not None:
+        _write_video_processor(folder, tokenizer, processor, config, chat)
+        return
     cls = LlavaNextProcessor if anyres else LlavaProcessor
     cls(
         image_processor,
@@ -185,6 +206,26 @@ def _write_processor(folder: Path, model: Any, tokenizer: Any, processor: Any, c
     ).save_pretrained(folder)
     # Releases of transformers before 5 look for it in a file of its own.
     image_processor.save_pretrained(folder)
+
+
+def _write_video_processor(folder: Path, tokenizer: Any, processor: Any, config: Any, chat: str) -> None:
+    """Video-LLaVA's, as files: transformers' class for clips can't be made without torchvision."""
+    settings = {k: v for k, v in processor.to_dict().items() if not k.endswith("_type")}
+    VideoLlavaImageProcessor(**settings).save_pretrained(folder)
+    tokenizer.chat_template = chat
+    tokenizer.save_pretrained(folder)
+    clips = {key: settings[key] for key in ("size", "crop_size", "image_mean", "image_std")}
+    clips["video_processor_type"] = "VideoLlavaVideoProcessor"
+    values = {
+        "processor_class": "VideoLlavaProcessor",
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,
+        "image_token": DEFAULT_IMAGE_TOKEN,
+        "video_token": DEFAULT_VIDEO_TOKEN,
+    }
+    for name, content in (("video_preprocessor_config.json", clips), ("processor_config.json", values)):
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _hf_image_processor(processor: Any, config: Any, pinpoints: list | None) -> Any:

@@ -1,7 +1,7 @@
-"""The llava-hf layouts: LlavaForConditionalGeneration and LlavaNextForConditionalGeneration of transformers.
+"""The llava-hf layouts: Llava-, LlavaNext- and VideoLlavaForConditionalGeneration of transformers.
 
 The same weights as LLaVA's under other names, a config that nests those of the language model and the vision tower,
-and an `<image>` token in the vocabulary.
+and an `<image>` token in the vocabulary (a `<video>` token too, for Video-LLaVA).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llava.model.language_model.families import llava_class_for
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.weights import (
+    VIDEO_TOWER_PREFIX,
     check_files,
     check_loaded,
     raise_for_keys,
@@ -27,7 +28,7 @@ from llava.model.weights import (
 
 logger = logging.getLogger(__name__)
 
-HF_TYPES = ("llava", "llava_next")
+HF_TYPES = ("llava", "llava_next", "video_llava")
 KEPT = "llava_settings"
 """Key of an hf config under which `llava.model.convert` keeps what that layout has no place for."""
 
@@ -37,6 +38,7 @@ _STRATEGIES = {
     ("llava", _SIGLIP): ("full",),
     ("llava_next", _CLIP): ("default",),
     ("llava_next", _SIGLIP): ("full",),
+    ("video_llava", _CLIP): ("default",),
 }
 
 # Names in the files, as old and present releases of transformers write them, and our names.
@@ -45,6 +47,8 @@ _FROM_HF = {
     r"^language_model\.model\.": "model.",
     r"^model\.language_model\.": "model.",
     r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "model.vision_tower.vision_tower.",
+    r"^(?:model\.)?image_tower\.(?:vision_model\.)?": "model.vision_tower.vision_tower.",
+    r"^(?:model\.)?video_tower\.(?:vision_model\.)?": "model.video_tower.vision_tower.",
     r"^(?:model\.)?multi_modal_projector\.linear_1\.": "model.mm_projector.0.",
     r"^(?:model\.)?multi_modal_projector\.linear_2\.": "model.mm_projector.2.",
     r"^image_newline$": "model.image_newline",
@@ -60,13 +64,20 @@ _TO_HF = {
 }
 
 
-def to_hf_name(name: str) -> str:
+# With two towers, that of pictures has another name there.
+_TOWERS_TO_HF = {
+    r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?": "image_tower.vision_model.",
+    r"^model\.video_tower\.vision_tower\.(?:vision_model\.)?": "video_tower.vision_model.",
+}
+
+
+def to_hf_name(name: str, two_towers: bool = False) -> str:
     """The name of one of our weights in the llava-hf layouts.
 
     >>> to_hf_name("model.mm_projector.2.bias")
     'multi_modal_projector.linear_2.bias'
     """
-    for pattern, replacement in _TO_HF.items():
+    for pattern, replacement in {**_TO_HF, **(_TOWERS_TO_HF if two_towers else {})}.items():
         renamed, count = re.subn(pattern, replacement, name)
         if count:
             return renamed
@@ -105,7 +116,8 @@ def open_hf_checkpoint(folder: Path, vision_tower: str | None, kwargs: dict[str,
     tower = check_loaded(info, folder)
     read = ((name, weight) for name, weight in model.named_parameters() if name not in info["missing_keys"])
     raise_for_nonfinite(folder, read)
-    if tower and vision_tower is None:
+    lacks_frames = any(key.startswith(VIDEO_TOWER_PREFIX) for key in tower)
+    if tower and (vision_tower is None or lacks_frames):
         raise_for_keys(folder, missing=sorted(tower))
     if tower:
         model.get_vision_tower().load_weights()
@@ -194,6 +206,9 @@ def _vision_values(hf: Any, folder: Path) -> dict[str, Any]:
         "mm_projector_type": "mlp2x_gelu",
         "use_mm_proj": True,
     }
+    if hf.model_type == "video_llava":
+        values |= {"mm_video_tower": str(folder), "mm_video_config": hf.vision_config.to_dict()}
+        return values | {"image_aspect_ratio": "square", "mm_patch_merge_type": "flat"}
     if hf.model_type == "llava_next":
         # transformers writes (height, width).
         pinpoints = [[width, height] for height, width in hf.image_grid_pinpoints]

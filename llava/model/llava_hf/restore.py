@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.model.generation_config import writable_generation_config
 from llava.model.llava_hf.export import PAD_TOKEN
 from llava.model.tokenizer import save_tokenizer
@@ -28,11 +28,11 @@ def write_llava(
 def inferred_settings(hf: dict[str, Any], tokenizer: Any) -> dict[str, Any] | None:
     """What `_kept_settings` would have kept for a checkpoint of another origin; None: its vocabulary stays.
 
-    `<image>` and the padding token, where they come last, were added for that layout.
+    `<image>`, `<video>` and the padding token, where they come last, were added for that layout.
     """
     size = hf.get("image_token_index", hf.get("image_token_id"))
     added = {token for token, number in tokenizer.get_vocab().items() if size is not None and number >= size}
-    if size is None or not added <= {DEFAULT_IMAGE_TOKEN, PAD_TOKEN}:
+    if size is None or not added <= {DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, PAD_TOKEN}:
         return None
     pad = tokenizer.unk_token if tokenizer.pad_token in added else tokenizer.pad_token  # as LLaVA pads
     return {

@@ -21,6 +21,7 @@ _SETTINGS = (
     "image_std",
     "do_convert_rgb",
 )
+_OF_LLAVA_HF = ("LlavaImageProcessor", "LlavaNextImageProcessor", "VideoLlavaImageProcessor")
 
 
 def processor_settings(folder: str | Path) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _open_processor(name_or_path: str, cache_dir: str | None) -> Any:
     # PIL's resizing is what LLaVA was trained with; torchvision's, which transformers prefers where it is installed,
     # gives slightly other pixels.
     processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", cache_dir=cache_dir)
-    if not type(processor).__name__.startswith(("LlavaImageProcessor", "LlavaNextImageProcessor")):
+    if not type(processor).__name__.startswith(_OF_LLAVA_HF):
         return processor
     settings = {name: getattr(processor, name) for name in _SETTINGS}
     if processor.do_center_crop:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import AutoConfig, AutoModel, CLIPTextConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
 from llava.model.multimodal_encoder.processor import load_image_processor
@@ -32,18 +32,39 @@ SELECT_FEATURES = ("patch", "cls_patch")
 def resolve_vision_config(name_or_path: str) -> PreTrainedConfig:
     """The image encoder's configuration, from a folder or hub name of a CLIP or SigLIP model or of its vision half.
 
+    LanguageBind's towers are CLIP's under a type of their own, which transformers does not know.
+
     Raises:
         ValueError: nothing there, or no image encoder that this tower can run.
     """
     check_json(name_or_path, "config.json")
     try:
+        raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        if str(raw.get("model_type", "")).startswith("LanguageBind"):
+            return _languagebind_config(name_or_path, raw)
         config = AutoConfig.from_pretrained(name_or_path)
+    except UnfitTowerError:
+        raise
     except Exception as error:  # transformers raises its own types for values it can't take
         raise ValueError(
             f"the vision tower {name_or_path!r} is neither a folder with a config.json nor a model of the hub that can "
             "be reached from here. Pass the folder of a CLIP or SigLIP model as vision_tower= (--vision_tower)"
         ) from error
     return getattr(config, "vision_config", config)
+
+
+class UnfitTowerError(ValueError):
+    """A vision encoder that this tower can't run; the message says what it has."""
+
+
+def _languagebind_config(name: str, raw: dict[str, Any]) -> PreTrainedConfig:
+    vision = dict(raw.get("vision_config") or {})
+    if vision.get("add_time_attn"):
+        raise UnfitTowerError(
+            f"the tower {name!r} has add_time_attn: its blocks attend over frames too, which neither transformers' "
+            "Video-LLaVA nor this tower does; choose one without, as LanguageBind_Image"
+        )
+    return CLIPVisionConfig.from_dict({**vision, "model_type": CLIPVisionConfig.model_type})
 
 
 class VisionTower(nn.Module):
@@ -155,7 +176,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the tower has no such block.
         """
-        named = {"selected": self.num_blocks - 1, "last": self.depth - 1}
+        named = {"early": self.depth * 5 // 24, "selected": self.num_blocks - 1, "last": self.depth - 1}
         number = named.get(place) if isinstance(place, str) else place
         lowest = 0 if isinstance(place, str) else -self.depth
         if number is None or not lowest <= number < self.depth:
@@ -194,6 +215,11 @@ class VisionTower(nn.Module):
             )
         if reducers.tower is None:
             return
+        if reducers.tower.is_adaptive and reducers.encoder is not None:
+            raise reducers.encoder.mistake(
+                f"'{reducers.tower.method}' leaves a different number of tokens of each picture, which a method after "
+                "the tower does not take; leave one of them out"
+            )
         reducers.tower.input_grid(self.grid)
         acts = reducers.tower.blocks(self.depth, blocks[0])
         if acts and first_read is not None and first_read <= max(acts):

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llava.reduction.base import DecoderReducer, Drop, LayerInput
-from llava.reduction.decoder.ranking import check_drops, pool_columns, rotated_keys
+from llava.reduction.decoder.ranking import by_token, check_drops, pool_columns, rotated_keys
 from llava.reduction.options import Count, Share, Variant
 from llava.reduction.registry import register
+from llava.transfer import to_device
 
 CHOSEN, LEAST = 4.0, -4.0  # above and below every cosine
 
@@ -65,24 +66,23 @@ class Dart(DecoderReducer):
     @torch.no_grad()
     def score(self, given: LayerInput) -> Tensor:
         """CHOSEN for what pivots take; the others by how little they are like any pivot."""
-        scores = torch.zeros(given.mask.shape, dtype=torch.float32, device=given.mask.device)
-        if not len(given.present):
-            return scores
-        row, column, is_real = pool_columns(given)
-        strength = rotated_keys(given).float().abs().sum(dim=(1, 3))[row]  # [P, L]
-        pivots, are_pivots = self._pivots(given, row, column, is_real, strength)
+        strength = rotated_keys(given).float().abs().sum(dim=(1, 3))  # [B, L]
         vectors = normalize(given.norm(given.output).float(), dim=2)
+        if not len(given.present):
+            return torch.zeros_like(strength)
+        row, column, is_real = places = pool_columns(given)
+        pivots, are_pivots = self._pivots(given, row, column, is_real, strength[row])
         own = vectors[row.unsqueeze(1), column]  # [P, V, D]
         cosines = vectors[row.unsqueeze(1), pivots] @ own.transpose(1, 2)  # [P, K, V]
         is_taken = ~is_real | ((column.unsqueeze(2) == pivots.unsqueeze(1)) & are_pivots.unsqueeze(1)).any(dim=2)
         result = torch.where(is_taken, CHOSEN, -cosines.masked_fill(~are_pivots.unsqueeze(2), LEAST).amax(dim=1))
-        each = self._each(given.entered).to(row.device).unsqueeze(1)
+        each = to_device(self._each(given.entered), row.device).unsqueeze(1)
         for pivot in range(pivots.shape[1]):
             order = cosines[:, pivot].masked_fill(is_taken, CHOSEN).argsort(dim=1, stable=True)
             takes = torch.zeros_like(is_taken).scatter(1, order, torch.arange(order.shape[1], device=row.device) < each)
             takes &= ~is_taken & are_pivots[:, pivot : pivot + 1]
             is_taken, result = is_taken | takes, result.masked_fill(takes, CHOSEN)
-        return scores.index_put((row.unsqueeze(1).expand_as(column)[is_real], column[is_real]), result[is_real])
+        return by_token(given, places, result)
 
     def _pivots(
         self, given: LayerInput, row: Tensor, column: Tensor, is_real: Tensor, strength: Tensor
@@ -102,7 +102,7 @@ class Dart(DecoderReducer):
         if self.variant == "paper":
             return pivots, are_pivots
         position = (given.mask.long().cumsum(1) - 1)[row].gather(1, pivots)
-        order = _set_order(position.tolist(), are_pivots.tolist()).to(row.device)
+        order = to_device(_set_order(position.tolist(), are_pivots.tolist()), row.device)
         return pivots.gather(1, order), are_pivots.gather(1, order)
 
 

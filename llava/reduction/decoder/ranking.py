@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.reduction.base import Drop, LayerInput
 from llava.reduction.selection import precise_product
+from llava.transfer import to_device
 
 
 def check_drops(method: str, drops: list[Drop], num_layers: int) -> list[Drop]:
@@ -47,19 +48,54 @@ def attention_rows(given: LayerInput) -> Tensor:
     Only the rows of the queries are computed, as the layer itself would: its normalisation, projections and rotary
     embedding, a softmax in float32 over the real tokens up to the query. Nothing is learnt through it.
     """
-    with torch.no_grad():
-        normed, cos, sin = _normed(given)
-        keys = _project(given.layer.self_attn, "k", normed, cos, sin)
-        queries = _project(given.layer.self_attn, "q", *(_take(t, given.queries) for t in (normed, cos, sin)))
+    return _softmaxed(given, *_projected(given), slice(None))
 
-        b, h, q, d = queries.shape
-        grouped = queries.reshape(b, keys.shape[1], -1, d)  # the heads of a group lie side by side: [B, K, H/K * Q, d]
-        scaling: Any = given.layer.self_attn.scaling  # type: ignore[union-attr]
-        logits = precise_product(grouped, keys.transpose(-1, -2)).view(b, h, q, -1) * scaling
-        columns = torch.arange(logits.shape[-1], device=logits.device)
-        visible = given.mask.unsqueeze(1) & (columns <= given.queries.unsqueeze(-1))  # [B, Q, L]
-        lowest = torch.finfo(logits.dtype).min
-        return logits.masked_fill(~visible.unsqueeze(1), lowest).softmax(dim=-1)
+
+def attention_of_heads(given: LayerInput, divisor: Tensor | None = None) -> Tensor:
+    """Attention that each token receives, head by head, averaged over the queries.
+
+    Rows of the batch go one after another, for many queries take memory.
+
+    Args:
+        given: see there.
+        divisor: [B, Q, L], by which the attention is divided; 0 stays 0.
+
+    Returns:
+        [B, H, L] float32; 0 for rows without a query.
+    """
+    with torch.no_grad():
+        queries, keys = _projected(given)
+        means = []
+        for row in range(len(queries)):
+            part = slice(row, row + 1)
+            attention = _softmaxed(given, queries, keys, part)
+            if divisor is not None:
+                attention = attention / divisor[part].unsqueeze(1)
+            asked = given.query_mask[part, None, :, None]
+            means.append((attention * asked).sum(dim=2) / asked.sum(dim=2).clamp(min=1))
+        return torch.cat(means)
+
+
+@torch.no_grad()
+def _projected(given: LayerInput) -> tuple[Tensor, Tensor]:
+    """Rotated queries of the tokens that rank [B, H, Q, d], and keys of all [B, K, L, d]."""
+    normed, cos, sin = _normed(given)
+    keys = _project(given.layer.self_attn, "k", normed, cos, sin)
+    return _project(given.layer.self_attn, "q", *(_take(t, given.queries) for t in (normed, cos, sin))), keys
+
+
+@torch.no_grad()
+def _softmaxed(given: LayerInput, queries: Tensor, keys: Tensor, rows: slice) -> Tensor:
+    """Attention of `queries` to `keys` in some rows of the batch, [B', H, Q, L]."""
+    queries, keys = queries[rows], keys[rows]
+    b, h, q, d = queries.shape
+    grouped = queries.reshape(b, keys.shape[1], -1, d)  # the heads of a group lie side by side: [B, K, H/K * Q, d]
+    scaling: Any = given.layer.self_attn.scaling  # type: ignore[union-attr]
+    logits = precise_product(grouped, keys.transpose(-1, -2)).view(b, h, q, -1) * scaling
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    visible = given.mask[rows].unsqueeze(1) & (columns <= given.queries[rows].unsqueeze(-1))  # [B, Q, L]
+    lowest = torch.finfo(logits.dtype).min
+    return logits.masked_fill(~visible.unsqueeze(1), lowest).softmax(dim=-1)
 
 
 def rotated_keys(given: LayerInput) -> Tensor:
@@ -77,11 +113,20 @@ def pool_columns(given: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
     flat, device = given.pool.flatten(), given.pool.device
     starts = flat.numel() - int(given.present.sum()) + given.present.cumsum(0) - given.present
     slots = torch.arange(int(given.present.max()) if len(given.present) else 0)
-    is_real = (slots < given.present.unsqueeze(1)).to(device)
-    index = (starts.unsqueeze(1) + slots).clamp(max=flat.numel() - 1).to(device)
+    is_real = to_device(slots < given.present.unsqueeze(1), device)
+    index = to_device((starts.unsqueeze(1) + slots).clamp(max=flat.numel() - 1), device)
     tokens = flat.argsort(stable=True)[index]  # -1 comes first, then pool after pool
     row = tokens[:, 0] // given.pool.shape[1]
     return row, (tokens % given.pool.shape[1]).masked_fill(~is_real, 0), is_real
+
+
+def by_token(given: LayerInput, columns: tuple[Tensor, Tensor, Tensor], values: Tensor) -> Tensor:
+    """Values [P, V] of the tokens of `pool_columns` at their places, [B, L]; 0 elsewhere."""
+    row, column, is_real = columns
+    b, length = given.mask.shape
+    place = (row.unsqueeze(1) * length + column).masked_fill(~is_real, b * length)  # padding goes to a place of its own
+    spread = values.new_zeros(b * length + 1).scatter(0, place.flatten(), values.flatten())
+    return spread[:-1].view(b, length)
 
 
 def _normed(given: LayerInput) -> tuple[Tensor, Tensor, Tensor]:

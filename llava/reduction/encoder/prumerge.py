@@ -6,7 +6,7 @@ Shapes: N images, P patches, M slots for kept patches, C vision width, H heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -67,6 +67,8 @@ class PruMerge(BudgetedReducer):
     With neighbours=0 nothing is merged or appended, and the kept patches stay in raster order.
     """
 
+    ranks_frames = True
+
     variant: Variant = "release"
     neighbours: Annotated[int, Within(0)] = 32  # patches merged into each kept one; 0 prunes only
     attention: Literal["cls", "received"] = "cls"  # what CLS pays a patch, or the mean of what all pay it
@@ -77,15 +79,22 @@ class PruMerge(BudgetedReducer):
 
     def forward(self, vision: VisionFeatures) -> VisualTokens:
         """[N, P, C] to [N, M, C], with a token more where one is appended; its `source` is -1."""
-        is_release = self.variant == "release"
-        score = cls_attention if self.attention == "cls" else received_attention
-        attention, keys = score(vision, 1 if is_release else vision.num_heads)
+        vision = self.measured(vision)
+        attention, keys = vision.attention["last"][:, 0], vision.keys
+        assert keys is not None
         selection = self.select(attention)
         if self.neighbours == 0:
             lengths = selection.lengths if selection.repeated is None else None
             return take_in_raster_order(vision.features, selection.is_kept(attention.shape[1]), lengths)
-        merge = merge_release if is_release else merge_paper
+        merge = merge_release if self.variant == "release" else merge_paper
         return merge(vision.features, attention, keys, selection, self.neighbours)
+
+    def measured(self, vision: VisionFeatures) -> VisionFeatures:
+        if "last" in vision.attention:
+            return vision
+        score = cls_attention if self.attention == "cls" else received_attention
+        attention, keys = score(vision, 1 if self.variant == "release" else vision.num_heads)
+        return replace(vision, attention={"last": attention.unsqueeze(1)}, keys=keys, queries=None)
 
     def select(self, attention: Tensor) -> Selection:
         """The patches to keep, for attention [N, P]."""

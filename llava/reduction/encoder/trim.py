@@ -30,6 +30,8 @@ class Trim(BudgetedReducer):
     says. Where all are kept there is no rest, and nothing is appended.
     """
 
+    ranks_frames = True
+
     variant: Variant = "release"
     text: Literal["question", "conversation"] = "question"  # what the patches are compared with
 

@@ -74,17 +74,20 @@ SHAPING = (
     "lora_alpha",
     "lora_dropout",
     "max_grad_norm",
+    "max_frames",
     "mm_patch_merge_type",
     "mm_vision_select_feature",
     "mm_vision_select_layer",
     "model_max_length",
     "neftune_noise_alpha",
+    "num_frames",
     "per_device_train_batch_size",
     "seed",
     "streaming",
     "tokens_per_batch",
     "train_sampling_strategy",
     "version",
+    "video_fps",
 )
 STREAMED = ("data_path", "dataloader_num_workers", "shuffle_buffer_size")  # shape the order of a stream
 NOTED = (
@@ -98,6 +101,7 @@ NOTED = (
     "on_bad_sample",
     "packing",
     "save_steps",
+    "video_folder",
 )
 
 
@@ -156,9 +160,12 @@ def _place(path: str | None) -> str | None:
 
 def describe_data(dataset: LazySupervisedDataset) -> str:
     """What tells two sets of samples, or two orders of one, apart without reading them; the same wherever they lie."""
-    words, images = (np.ascontiguousarray(dataset.column(name)) for name in ("words", "images"))
+    words, images, clips = (np.ascontiguousarray(dataset.column(name)) for name in ("words", "images", "clips"))
     mark = zlib.crc32(images.tobytes(), zlib.crc32(words.tobytes()))
-    return f"{len(dataset)} samples with {int(images.sum())} images and {int(words.sum())} words ({mark:08x})"
+    shown = f"{int(images.sum())} images"
+    if clips.any():  # otherwise the words of runs that began before there were any
+        mark, shown = zlib.crc32(clips.tobytes(), mark), f"{shown}, {int(clips.sum())} clips"
+    return f"{len(dataset)} samples with {shown} and {int(words.sum())} words ({mark:08x})"
 
 
 # Checkpoints -----------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def part_of(name: str) -> str:
         "reducer" or "language_model".
     """
     parts = name.split(".")
-    if "vision_tower" in parts:
+    if "vision_tower" in parts or "video_tower" in parts:
         return "vision_tower"
     if any(p in PROJECTOR_MODULES or p in ("image_newline", "vision_resampler") for p in parts):
         return "projector"
@@ -171,7 +171,7 @@ def _is_adapter(name: str) -> bool:
 
 def _whole_part(name: str) -> str | None:
     """The part that a weight belongs to, where it is kept whole as soon as some of it is trained."""
-    if ".vision_tower.vision_tower." in name:
+    if ".vision_tower.vision_tower." in name or ".video_tower.vision_tower." in name:
         return "vision_tower"
     return "projector" if part_of(name) == "projector" else None
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from llava.mm_utils import get_anyres_image_grid_shape
@@ -23,7 +22,6 @@ from llava.model.projector_method import add_projector_method
 from llava.model.weights import WEIGHT_FILES, checkpoint_heads, raise_for_keys
 from llava.reduction.base import PROJECTOR_MODULES, VisualTokens
 from llava.reduction.config import ReductionConfig
-from llava.reduction.selection import BudgetedReducer
 from llava.reduction.stand_in import StandIn, TowerShape
 from llava.train.checkpoints.saving import part_of
 from llava.train.modeling import add_lora, select_trainable
@@ -49,6 +47,7 @@ def build_without_weights(arguments: Arguments, config: Any) -> Any:
         config.mm_vision_tower = model_args.vision_tower
         for name in SETTINGS:
             setattr(config, name, getattr(model_args, name))
+    config.mm_video_tower = model_args.video_tower or getattr(config, "mm_video_tower", None)
     config.image_grid_pinpoints = arguments.data.image_grid_pinpoints
     own = checkpoint_reduction(arguments, config)
     asked = own if model_args.reduction is None else ReductionConfig.parse(model_args.reduction)
@@ -101,16 +100,17 @@ def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Re
     with report.catch("checkpoint"):
         wanted = {k: v for k, v in own.items() if _is_in_checkpoint(k, keeps_projector)}
         if compare_files(checkpoint, wanted, complete=True):
-            holds_tower = any("vision_tower." in name for name in checkpoint_shapes(checkpoint))
+            holds_tower = any("_tower." in name for name in checkpoint_shapes(checkpoint))
         else:
             report.add("checkpoint", "it is on the hub: its files were not looked at", NOTE)
     if holds_tower:
         return
-    with report.catch("vision tower"):
-        prefix = "model.vision_tower.vision_tower."
+    for kind, folder in (("vision", arguments.model.vision_tower), ("video", arguments.model.video_tower)):
+        prefix = f"model.{kind}_tower.vision_tower."
         tower = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
-        if not compare_files(Path(arguments.model.vision_tower or ""), tower, complete=False):
-            report.add("vision tower", "it is on the hub: its files were not looked at", NOTE)
+        with report.catch(f"{kind} tower"):
+            if tower and not compare_files(Path(folder or ""), tower, complete=False):
+                report.add(f"{kind} tower", "it is on the hub: its files were not looked at", NOTE)
 
 
 def _is_in_checkpoint(name: str, keeps_projector: bool) -> bool:
@@ -176,7 +176,7 @@ class VisualCount:
         self._tower = self._inner.get_vision_tower()
         data = arguments.data
         self._pinpoints = data.image_grid_pinpoints if data.image_aspect_ratio == "anyres" else None
-        self.is_adaptive = is_adaptive(self._inner.encoder_reducer)
+        self.is_adaptive = self._inner.reducers().are_adaptive
         self._tile = self._tokens_of_a_tile()
         self.count = lru_cache(maxsize=4096)(self._count)
 
@@ -190,7 +190,11 @@ class VisualCount:
         tokens = stand_in(self._tower).reduced(reducers)  # raises where they do not work with this tower
         return VisualTokens(torch.empty(1, self._tower.num_patches, 0)) if self.is_adaptive else tokens
 
-    def _count(self, size: tuple[int, int]) -> int:
+    def _count(self, size: tuple[int, int] | None) -> int:
+        """Tokens of an image of a size, or None: of a frame."""
+        if size is None:
+            tile = dataclasses.replace(self._tile)
+            return self._inner.layout_lengths(tile, [1], None, [True])[0] + self._inner.keeps_frame_cls()
         tiles = 1
         if self._pinpoints:
             columns, rows = get_anyres_image_grid_shape(size, self._pinpoints, self._tower.image_size)
@@ -217,11 +221,6 @@ def without_meta(tokens: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
     cells = grid[0] * grid[1]
     source = torch.arange(cells).repeat_interleave(tokens.features.shape[1] // cells)
     return dataclasses.replace(tokens, source=source.unsqueeze(0))
-
-
-def is_adaptive(reducer: nn.Module | None) -> bool:
-    """Whether a method keeps a number of tokens that depends on the image."""
-    return isinstance(reducer, BudgetedReducer) and reducer.is_adaptive
 
 
 def stand_in(tower: Any) -> StandIn:

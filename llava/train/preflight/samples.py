@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.feature_cache import NotCachedError
 from llava.data.samples import IMAGE, BadSampleError
@@ -26,7 +26,7 @@ LOOKED_AT = 64
 """Samples that are read before a run in search of one that teaches something; mostly the first does."""
 LENGTH, CUT, FEATURES = "length", "answers cut off", "features"
 
-VisualCounter = Callable[[tuple[int, int]], int]
+VisualCounter = Callable[[tuple[int, int] | None], int]
 """Visual tokens of an image of (width, height) pixels."""
 
 
@@ -200,13 +200,14 @@ def row_chunks(
     """Rows, their image folders and places in the table, each once, whatever their weight.
 
     Args:
-        with_images: leave out rows without images.
+        with_images: leave out rows with nothing to see.
         shuffled: in an order of chunks drawn at random, so that a part stands for the whole.
         places: rows of the table that are meant; None: all.
     """
     places = dataset.places() if places is None else places
     if with_images:
-        places = places[dataset.table.data.column("images").to_numpy()[places] > 0]
+        images, clips = (dataset.table.data.column(name).to_numpy()[places] for name in ("images", "clips"))
+        places = places[(images > 0) | (clips > 0)]
     chunks = np.split(places, range(CHUNK, len(places), CHUNK))
     order = np.random.default_rng(0).permutation(len(chunks)) if shuffled else range(len(chunks))
     for number in order:
@@ -239,25 +240,31 @@ def _examine(
         if row["problem"] is not None:
             raise BadSampleError(row["problem"], row["kind"])
         sizes = [image.size for image in maker.images(row, folder)]
+        frames = [len(clip) for clip in maker.read_clips(row, folder, label(row))]
         ids, labels = maker.tokens(json.loads(row["sample"]), label(row))
     except BadSampleError as error:
         return error
-    return measure(ids, labels, [count_visual(size) if count_visual else 1 for size in sizes], max_length)
+    images = [count_visual(size) if count_visual else 1 for size in sizes]
+    clips = [count * count_visual(None) if count_visual else 1 for count in frames]
+    return measure(ids, labels, images, max_length, clips)
 
 
-def measure(ids: torch.Tensor, labels: torch.Tensor, visual: list[int], max_length: int) -> Lengths:
-    """Length of a sample with its images in place.
+def measure(
+    ids: torch.Tensor, labels: torch.Tensor, visual: list[int], max_length: int, clips: Sequence[int] = ()
+) -> Lengths:
+    """Length of a sample with its images and clips in place.
 
     Args:
-        ids: [S], IMAGE_TOKEN_INDEX where an image goes.
+        ids: [S], IMAGE_TOKEN_INDEX where an image goes, VIDEO_TOKEN_INDEX where a clip goes.
         labels: [S].
         visual: tokens of each image.
         max_length: tokens that are kept.
+        clips: tokens of each clip.
     """
     widths = torch.ones_like(ids)
-    is_image = ids == IMAGE_TOKEN_INDEX
-    if visual:
-        widths[is_image] = torch.tensor(visual)
+    for marker, counts in ((IMAGE_TOKEN_INDEX, visual), (VIDEO_TOKEN_INDEX, clips)):
+        if len(counts):
+            widths[ids == marker] = torch.tensor(counts)
     ends = widths.cumsum(0)
     # The first token has no logits before it, so its label is never used.
     learned = (labels != IGNORE_INDEX) & (ends <= max_length) & (ends > 1)

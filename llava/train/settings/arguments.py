@@ -109,6 +109,7 @@ class ModelArguments:
     freeze_backbone: bool = flag(False, "Do not train the language model.")
     tune_mm_mlp_adapter: bool = flag(False, "Train the projector only (pretraining).")
     vision_tower: str | None = flag(None, "CLIP or SigLIP: folder or hub name.")
+    video_tower: str | None = flag(None, "A tower of its own for frames of clips, as in Video-LLaVA; default: none.")
     mm_vision_select_layer: int | None = flag(
         None, "Vision block whose output is used, counted as in hidden_states. Default -1."
     )
@@ -137,6 +138,7 @@ class ModelArguments:
             problems.add("--model_name_or_path is missing: name a language model or a LLaVA checkpoint")
         problems.check(check_model_path, "model_name_or_path", self.model_name_or_path)
         problems.check(check_model_path, "vision_tower", self.vision_tower)
+        problems.check(check_model_path, "video_tower", self.video_tower)
         problems.check(check_exists, "pretrain_mm_mlp_adapter", self.pretrain_mm_mlp_adapter)
         problems.check(check_choice, "mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
         problems.check(check_choice, "mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
@@ -185,6 +187,10 @@ class DataArguments:
         IMAGE_ACCESS[0],
         "Where image names may lead: folder (below image_folder), disk (any file of this machine), remote (URLs too).",
     )
+    video_folder: str | None = flag(None, "Folder that the JSON's video paths start from. Default: image_folder.")
+    num_frames: int | None = flag(None, "Frames of a clip, evenly. Default: the checkpoint's, otherwise 8.")
+    video_fps: float | None = flag(None, "Frames a second of a clip, in place of num_frames.")
+    max_frames: int | None = flag(None, "Frames of a clip at most.")
     image_aspect_ratio: str | None = flag(None, "square, pad or anyres. Default: the checkpoint's, otherwise square.")
     image_grid_pinpoints: str | None = flag(
         None, "anyres: (width, height) pairs in pixels that an image may be fitted to."
@@ -202,6 +208,8 @@ class DataArguments:
             problems.check(parse_data_path, self.data_path)
         if not is_url(self.image_folder or ""):
             problems.check(check_exists, "image_folder", self.image_folder)
+        if not is_url(self.video_folder or ""):
+            problems.check(check_exists, "video_folder", self.video_folder)
         problems.check(check_choice, "image_access", self.image_access, IMAGE_ACCESS)
         problems.check(check_choice, "on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         check_numbers(vars(self), problems)

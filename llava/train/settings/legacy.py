@@ -45,6 +45,7 @@ LEGACY_FLAGS: dict[str, Legacy] = {
     MQT_TYPE_KEY: Legacy(note="num_visual_tokens names the method"),
     "tune_mm_query_abstractor": Legacy("tune_mm_mlp_adapter"),
     "pretrain_mm_query_abstractor": Legacy("pretrain_mm_mlp_adapter"),
+    "image_tower": Legacy("vision_tower"),  # Video-LLaVA's
     "evaluation_strategy": Legacy("eval_strategy"),
     "no_cuda": Legacy("use_cpu"),
     "per_gpu_train_batch_size": Legacy("per_device_train_batch_size"),

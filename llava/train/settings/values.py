@@ -37,6 +37,8 @@ RANGES = {
             "lora_r",
             "lora_alpha",
             "shuffle_buffer_size",
+            "num_frames",
+            "max_frames",
             "dataloader_prefetch_factor",
             "torch_empty_cache_steps",
             "ddp_timeout",
@@ -113,6 +115,8 @@ PATHS = (
     "output_dir",
     "pretrain_mm_mlp_adapter",
     "resume_from_checkpoint",
+    "video_folder",
+    "video_tower",
     "vision_tower",
 )
 HOLDS_JSON = ("deepspeed", "fsdp_config")  # path of a file, or its content
