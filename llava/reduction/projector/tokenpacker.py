@@ -84,8 +84,8 @@ class TokenPacker(GridReducer):
             raise self.mistake("it reads hidden states of the vision tower: pass hidden_states={block: ...}")
         multi = torch.cat([states[level] for level in self.levels(next(iter(states)))], dim=2)
         side = self.side(grid)
-        queries = middle(windows(vision.features, grid, side), side)
-        return self.placed(mm_projector(queries, windows(multi, grid, side)), grid)
+        queries = middle(patches_of_windows(vision.features, grid, side), side)
+        return self.placed(mm_projector(queries, patches_of_windows(multi, grid, side)), grid)
 
 
 class WindowAttention(nn.Module):
@@ -115,7 +115,7 @@ class WindowAttention(nn.Module):
         return self.mlp(attended.squeeze(2))
 
 
-def windows(features: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+def patches_of_windows(features: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """[N, P, C] as [N, M, r^2, C], the patches of each window in raster order."""
     n, _, c = features.shape
     h, w = grid
