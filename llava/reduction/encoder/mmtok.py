@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from llava.constants import SHORT_ANSWER
 from llava.reduction.base import EncoderReducer, Needs, VisionFeatures, VisualTokens
 from llava.reduction.options import Count
 from llava.reduction.registry import register
@@ -21,7 +22,7 @@ from llava.reduction.selection import at_least_float32, precise_product, take_in
 WORDS_TEMPERATURE, PATCHES_TEMPERATURE = 0.02, 0.2
 PATCHES_WEIGHT = 0.5  # that of the words is 1
 ANSWER_FORMATS = (
-    "Answer the question using a single word or phrase.",
+    SHORT_ANSWER,
     "Answer with the option's letter from the given choices directly.",
 )
 _STOP_WORDS = (
