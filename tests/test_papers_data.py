@@ -148,3 +148,25 @@ def test_a_figure_is_the_same_in_every_paper_that_copied_it() -> None:
     # Printed as 41.0 in PruMerge's two versions, as 65.0 by TRIM.
     assert llava.pop(("BLIP-2", "VQAv2")) == {41.0, 65.0}
     assert {key: values for key, values in llava.items() if len(values) > 1} == {}
+
+
+# Papers whose average is the mean of the scores in percent of the full model's: rows, and how many do not follow.
+RELATIVE = {"restore": (25, 0), "mmtok": (19, 3)}
+
+
+@pytest.mark.parametrize("paper", RELATIVE)
+def test_printed_relative_averages_follow_from_the_row(paper: str) -> None:
+    count, differing = 0, 0
+    full: dict[str, dict[str, float]] = {}
+    for line, figures in rows(paper):
+        own = full.setdefault(line["table"], figures)  # the first row is the full model's
+        shares = [100 * figures[name] / own[name] for name in figures if name not in (*COSTS, "average")]
+        distance = abs(figures["average"] - sum(shares) / len(shares))
+        assert distance < 0.12, (line["table"], line["method"], line["tokens"])
+        count, differing = count + 1, differing + (distance > 0.06)
+    assert (count, differing) == RELATIVE[paper]
+
+
+def test_figures_of_visionzip_for_others_are_named_as_copied() -> None:
+    sources = {line["method"]: line["copied_from"] for line in lines("mmtok")}
+    assert {name for name, source in sources.items() if not source} == {"DivPrune", "MMTok"}

@@ -12,7 +12,7 @@ from typing import Any
 from llava.yaml_text import read_yaml
 
 FOLDER = Path(__file__).parent / "papers"
-PAPERS = ("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop")
+PAPERS = ("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop", "mmtok", "restore")
 KINDS = ("main", "ablation", "efficiency", "video")
 COLUMNS = [
     *("table", "model", "backbone", "resolution", "method", "tokens", "trained", "copied_from"),
@@ -26,13 +26,13 @@ AVERAGE = "average"
 BENCHMARKS = (
     *("VQAv2", "GQA", "VizWiz", "ScienceQA-IMG", "TextVQA", "POPE", "POPE-random", "POPE-popular", "POPE-adversarial"),
     *("MME", "MME-cognition", "MME-sum", "MMBench", "MMBench-CN", "SEED", "SEED-IMG", "LLaVA-Bench", "MM-Vet"),
-    *("MMStar", "DocVQA", "InfoVQA", "ChartQA", "OCRVQA", "Q-Bench"),
+    *("MMStar", "DocVQA", "InfoVQA", "ChartQA", "OCRVQA", "Q-Bench", "MMMU", "OCRBench"),
     *("MSVD-QA", "MSVD-QA score", "MSRVTT-QA", "MSRVTT-QA score", "ActivityNet-QA", "ActivityNet-QA score"),
 )
 """One spelling for all papers."""
 # Best possible score, where it is not 100.
 FULL_SCORE = {
-    **{"MME": 2000, "MME-cognition": 800, "MME-sum": 2800},
+    **{"MME": 2000, "MME-cognition": 800, "MME-sum": 2800, "OCRBench": 1000},
     **{name: 5 for name in BENCHMARKS if name.endswith(" score")},
 }
 # Figures that are no score: what a model costs.
