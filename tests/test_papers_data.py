@@ -105,6 +105,18 @@ def test_printed_averages_follow_from_the_row(paper: str, averages: int) -> None
     assert checked == averages
 
 
+@pytest.mark.parametrize(("paper", "averages"), [("restore", 25), ("v2drop", 21)])
+def test_printed_averages_are_the_mean_share_of_the_full_model(paper: str, averages: int) -> None:
+    """A slip in any figure of a row would show, within the rounding of the average."""
+    table = list(rows(paper))
+    full = next(figures for line, figures in table if line["method"] == "none")
+    for line, figures in table:
+        shares = [figures[name] / full[name] for name in figures if name != "average"]
+        assert len(shares) == len(full) - 1
+        assert figures["average"] == pytest.approx(100 * sum(shares) / len(shares), abs=0.0501), line
+    assert len(table) == averages
+
+
 VISUAL_TOKENS = {"336": 576, "5 patches": 5 * 576, "9 patches": 9 * 576}
 
 
