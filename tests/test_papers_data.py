@@ -200,6 +200,24 @@ def test_a_figure_is_the_same_in_every_paper_that_copied_it() -> None:
     assert {key: values for key, values in llava.items() if len(values) > 1} == {}
 
 
+def test_handed_on_figures_are_the_same_in_every_paper() -> None:
+    printed: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
+    for paper in ("sparsevlm", "dart", "v2drop", "mmtok", "vscan", "holov"):
+        for line in lines(paper):
+            is_source = (paper, line["method"]) in {("sparsevlm", "ToMe"), ("dart", "DART")}
+            if line["benchmark"] != "average" and line["tokens"] != "576" and (is_source or line["copied_from"]):
+                printed[line["method"], line["tokens"], line["benchmark"]][paper] = line["value"]
+    several = {key: set(by_paper.values()) for key, by_paper in printed.items() if len(by_paper) > 1}
+    assert len(several) == 132
+    assert {key: values for key, values in several.items() if len(values) > 1} == {
+        ("PyramidDrop", "128", "TextVQA"): {"54.8", "55.1"},  # V2Drop; HoloV
+        ("PruMerge", "64", "MMBench"): {"55.2", "55.3"},  # V2Drop; HoloV
+        ("VisionZip", "192", "MME-sum"): {"1782.6", "1783"},
+        ("VisionZip", "192", "VQAv2"): {"76.8", "77.4"},  # MMTok; VScan
+        ("VisionZip", "128", "MME-sum"): {"1761.7", "1763"},
+    }
+
+
 def test_figures_of_visionzip_for_others_are_named_as_copied() -> None:
     sources = {line["method"]: line["copied_from"] for line in lines("mmtok")}
     assert {name for name, source in sources.items() if not source} == {"DivPrune", "MMTok"}
