@@ -15,7 +15,7 @@ from llava.reduction import available, build
 from llava.reduction.base import EncoderReducer
 from llava.reduction.registry import method_class
 from tests.methods_table import NAMES, runs
-from tests.tiny_models import pad, prompt
+from tests.tiny_models import pad, prompt, tiny_model
 from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 
 PATCHES = (SIDE // 8) ** 2
@@ -159,6 +159,36 @@ def test_frames_ranked_together_are_one_large_picture(model: Any, name: str) -> 
     expected = tokens.features[0] if reducers.needs.projected else inner.mm_projector(tokens.features[0])
     torch.testing.assert_close(encoded.tokens, expected, atol=1e-5, rtol=0)
     assert int(tokens.source.max()) >= PATCHES  # of a later frame
+
+
+@torch.no_grad()
+def test_frames_of_a_smaller_picture_ranked_together(model: Any) -> None:
+    """A token's number counts the patches of the smaller frames, and its frame follows from it."""
+    tower = {"name": "resize", "tokens": 4}
+    encoder = {"name": "fastervlm", "tokens": 2, "frames": "joint"}
+    model.set_reduction(
+        {"tower": tower, "encoder": encoder, "decoder": {"name": "fastv", "tokens": 1, "pool": "frame"}}
+    )
+    inner, clip = model.get_model(), torch.randn(3, 3, SIDE, SIDE)
+    source = inner.read_tiles(clip, None, inner.reducers(), [3]).source[0]
+    assert len(set((source // 4).tolist())) > 1
+    assert inner.encode_pictures([Clip(clip)]).frames.tolist() == (source // 4).tolist()
+
+
+@torch.no_grad()
+def test_tiles_beside_frames_ranked_together() -> None:
+    """Tokens of a picture's tiles are laid out on the grid of the smaller tiles, whatever else is in the batch."""
+    model = tiny_model(anyres=True)
+    model.set_reduction(
+        {"tower": {"name": "resize", "tokens": 4}, "encoder": {"name": "fastervlm", "tokens": 3, "frames": "joint"}}
+    )
+    side = model.get_vision_tower().image_size
+    picture, clip = torch.randn(3, 3, side, side), Clip(torch.randn(2, 3, side, side))
+    inner, size = model.get_model(), (2 * side, side)
+    alone = inner.encode_pictures([picture], [size])
+    together = inner.encode_pictures([picture, clip], [size, (side, side)])
+    assert together.lengths[0] == alone.lengths[0]
+    torch.testing.assert_close(together.tokens[: len(alone.tokens)], alone.tokens)
 
 
 @torch.no_grad()

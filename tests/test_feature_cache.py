@@ -61,6 +61,7 @@ METHODS = (
     "{name: m3, tokens: 4}",
     "tokenpacker",
     "{name: mqt, tokens: 6}",
+    "{tower: {name: resize, tokens: 4}, projector: {name: m3, tokens: 1}}",
     PYRAMID,
 )
 
@@ -182,9 +183,10 @@ def test_features_of_half_the_bytes_give_the_losses_to_their_rounding(world: Tin
     )
 
 
-def test_a_batch_of_text_alone_trains_the_same_weights(world: TinyWorld) -> None:
+@pytest.mark.parametrize("method", ["none", "{tower: {name: resize, tokens: 4}, projector: {name: m3, tokens: 1}}"])
+def test_a_batch_of_text_alone_trains_the_same_weights(method: str) -> None:
     """On another rank the same modules run for a picture: without a gradient for the projector, DDP would wait."""
-    model = tiny_model().train()
+    model = tiny_model(reduction=method).train()
     empty = StoredFeatures(torch.zeros(0, 32), [], [])
     ids = prompt(5).unsqueeze(0)
     model.get_vision_tower().forward = None  # is not called

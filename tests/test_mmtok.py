@@ -155,6 +155,16 @@ def test_no_patch_of_the_padding(tokenizer: Any, reduction: Any) -> None:
     assert "padding" not in inner._beside(TEXTS[:2], [1, 1], sizes, inner.reducers())
 
 
+def test_the_padding_of_a_picture_beside_a_clip(tokenizer: Any) -> None:
+    """What is known of a picture does not depend on its neighbours; frames have no padding."""
+    inner = reading_model(tokenizer).get_model()
+    size = (2 * SIDE, SIDE)
+    padding = inner._beside(TEXTS[:2], [1, 3], [size, (SIDE, SIDE)], inner.reducers())["padding"]
+    assert padding[0].equal(padded_patches(size, SIDE, GRID))
+    assert padding.shape == (4, 16)
+    assert not padding[1:].any()
+
+
 def test_a_batch_without_images_learns(tokenizer: Any) -> None:
     model = reading_model(tokenizer).train()
     model(input_ids=ROWS[1][None], labels=ROWS[1][None]).loss.backward()

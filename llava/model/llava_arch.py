@@ -8,6 +8,7 @@ Shapes: B samples, S tokens a row of ids, L tokens a row with its visual tokens,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -306,15 +307,10 @@ class LlavaMetaForCausalLM:
         }
         if not trains or input_ids is None or reducers.projector is None:
             return self._forward_with(reducers, **batch)
-        methods = reducers.projector.in_training(self._tile_grid(reducers), draw)
+        methods = reducers.projector.in_training(self.get_model().tile_grid(reducers), draw)
         once = TowerOnce()
         outputs = [self._forward_with(replace(reducers, projector=each), once=once, **batch) for each in methods]
         return outputs[0] if len(outputs) == 1 else mean_output(outputs)
-
-    def _tile_grid(self, reducers: Reducers) -> tuple[int, int]:
-        tower = self.get_vision_tower()
-        assert tower is not None
-        return reducers.input_grid(tower.grid)
 
     def _forward_with(
         self,
@@ -582,7 +578,7 @@ class LlavaMetaForCausalLM:
         # Every rank must run the same modules and have a gradient for the same weights, or ZeRO and DDP wait for
         # ever: a batch without images encodes a blank one, whose tokens are multiplied by zero.
         if isinstance(pictures, StoredFeatures):
-            blank: Pictures = pictures.blank(tower.num_patches)
+            blank: Pictures = pictures.blank(math.prod(self.get_model().tile_grid(reducers)))
         else:
             blank = [torch.zeros(3, tower.image_size, tower.image_size, device=self.device)]
         return self.get_model().encode_pictures(blank, texts=[""], reduction=reducers, once=once)

@@ -171,6 +171,10 @@ class VisionModules:
         """How many blocks of the vision tower the projector's input goes through."""
         return max(self._tower().blocks_read(self.projector_reducer))
 
+    def tile_grid(self, reduction: Reduction = None) -> tuple[int, int]:
+        """Rows and columns of patches of a tile, as it enters the vision tower."""
+        return self.reducers(reduction).input_grid(self._tower().grid)
+
     def _tower(self) -> VisionTower:
         if self.vision_tower is None:
             raise ValueError(

@@ -10,6 +10,7 @@ together, E width of CLIP's shared space, D language-model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -168,7 +169,8 @@ class VisualEncoding(VisionModules):
             states = (tokens if tokens.ndim == 3 else tokens.unsqueeze(1)).unflatten(0, (len(stored.lengths), -1))
             by_block = dict(zip(blocks, states.unbind(2), strict=True))
             first = next(iter(by_block.values()))
-            return self._project(VisionFeatures(first, grid=tower.grid, hidden_states=by_block), methods)
+            grid = self.tile_grid(methods)
+            return self._project(VisionFeatures(first, grid=grid, hidden_states=by_block), methods)
         mask, source = stored.rows()
         layout = VisualTokens(torch.empty(*mask.shape, 0), mask, source, stored.grid)
         return self.mm_projector(tokens.to(self._projector_dtype())), layout
@@ -233,10 +235,11 @@ class VisualEncoding(VisionModules):
             projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
         index = index.masked_fill(index == NEWLINE, len(projected) - 1)
         asked = reducers.decoder is not None and reducers.decoder.pool == "frame"
+        patches = math.prod(self.tile_grid(reducers))
         return EncodedPictures(
             projected[to_device(index, projected.device)],
             torch.tensor([len(layout) for layout in layouts]),
-            self._frame_numbers(tokens, layouts, counts, is_clip) if asked else None,
+            self._frame_numbers(tokens, layouts, counts, is_clip, patches) if asked else None,
         )
 
     def _tiles(self, pictures: Sequence[Picture]) -> Tensor:
@@ -253,12 +256,10 @@ class VisualEncoding(VisionModules):
     ) -> dict[str, Tensor | None]:
         """What a method reads besides what the tower makes, for each tile; `counts` tiles an image."""
         needs, beside = methods.needs, dict[str, Tensor | None]()
-        if needs.padding and max(counts, default=0) == 1 and getattr(self.config, "image_aspect_ratio", None) == "pad":
-            sizes = size_pairs(image_sizes, len(counts))
-            if sizes is not None:
-                tower = self._tower()
-                masks = [padded_patches(size, tower.image_size, methods.input_grid(tower.grid)) for size in sizes]
-                beside["padding"] = to_device(torch.stack(masks), tower.device)
+        is_padded = needs.padding and getattr(self.config, "image_aspect_ratio", None) == "pad"
+        sizes = size_pairs(image_sizes, len(counts)) if is_padded else None
+        if sizes:
+            beside["padding"] = self._padding(counts, sizes, methods)
         if needs.text is None:
             return beside
         assert methods.encoder is not None
@@ -273,6 +274,14 @@ class VisualEncoding(VisionModules):
         beside["text"] = embeds[to_device(rows, embeds.device)]
         beside["text_mask"] = None if mask is None else mask[to_device(rows, mask.device)]
         return beside
+
+    def _padding(self, counts: list[int], sizes: list[tuple[int, int]], methods: Reducers) -> Tensor:
+        """[T, P] bool, patches that only pad a picture of one tile; a clip's frames are not padded."""
+        grid, tower = self.tile_grid(methods), self._tower()
+        nothing = torch.zeros(math.prod(grid), dtype=torch.bool)
+        pictures = zip(sizes, counts, strict=True)
+        masks = [padded_patches(size, tower.image_size, grid) if count == 1 else nothing for size, count in pictures]
+        return to_device(torch.stack(masks).repeat_interleave(torch.tensor(counts), dim=0), tower.device)
 
     def _embed_texts(self, phrases: list[list[str]], kind: str) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the phrases of Q questions as `Needs.text` says, [Q, E] or [Q, S, E]; [Q, S], what is real."""
@@ -352,9 +361,9 @@ class VisualEncoding(VisionModules):
         return layouts
 
     def _frame_numbers(
-        self, tokens: VisualTokens, layouts: list[Tensor], counts: list[int], is_clip: Sequence[bool]
+        self, tokens: VisualTokens, layouts: list[Tensor], counts: list[int], is_clip: Sequence[bool], patches: int
     ) -> Tensor:
-        """[K] int64, the number of the image or frame of each token that `layouts` name."""
+        """[K] int64, the number of the image or frame, of so many patches, of each token that `layouts` name."""
         t, m = tokens.features.shape[:2]
         row = torch.arange(t).repeat_interleave(m)[tokens.host_mask.flatten()]  # of each projected token
         source = None
@@ -367,7 +376,7 @@ class VisualEncoding(VisionModules):
             elif source is None or rows > 1:
                 frame = row[layout] - start
             else:  # of all frames together: what stands for several patches goes with the last frame
-                frame = torch.where(source[layout] < 0, count - 1, source[layout] // self._tower().num_patches)
+                frame = torch.where(source[layout] < 0, count - 1, source[layout] // patches)
             numbers.append(frame + first)
             start, first = start + rows, first + (count if clip else 1)
         return torch.cat(numbers)

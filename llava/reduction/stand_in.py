@@ -154,9 +154,8 @@ def reduce_features(vision: VisionFeatures, reducers: Reducers) -> VisualTokens:
             f"'{inside.method}' leaves a different number of tokens of each picture, which a method after the tower "
             "does not take; leave one of them out"
         )
-    if after.frames == "joint" and max(vision.frames or (0,)) > 1:
-        return reduce_jointly(after, vision, _after)
-    tokens = _after(after, vision)
+    is_joint = after.frames == "joint" and max(vision.frames or (0,)) > 1
+    tokens = reduce_jointly(after, vision, _after) if is_joint else _after(after, vision)
     if tokens.grid is None and inside is not None:
         tokens.grid = vision.grid
     return tokens
