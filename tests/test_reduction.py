@@ -345,6 +345,11 @@ def test_samplers_say_what_is_wrong(name: str, options: dict[str, Any], message:
         {"name": "prumerge_plus", "ratio": 0.25, "neighbours": 3},
         {"name": "trim", "ratio": 0.25},
         {"name": "trim", "variant": "paper", "ratio": 0.25},
+        {"name": "divprune", "tokens": 60},
+        {"name": "visionzip", "tokens": 60},
+        {"name": "visionzip", "tokens": 60, "variant": "paper"},
+        {"name": "vscan", "tokens": 64},
+        {"name": "mmtok", "tokens": 60},
     ],
     ids=str,
 )
@@ -361,8 +366,11 @@ def test_autocast_does_not_change_the_choice(method: dict[str, Any]) -> None:
         keys=normal(n, 1 + p, c),
         queries=normal(n, 1 + p, c),
         num_heads=4,
+        attention={place: normal(n, 4, p).softmax(dim=2) for place in ("early", "selected")},
+        cls=normal(n, c),
+        projected=normal(n, p, c),
         patch_embeds=normal(n, p, c),
-        text=normal(n, c),
+        text=normal(n, 5, c) if method["name"] == "mmtok" else normal(n, c),
     )
     options = {key: value for key, value in method.items() if key != "name"}
     reducer = build(method["name"], **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -688,3 +689,18 @@ def test_autocast_does_not_round_the_ranking() -> None:
     expected = attention_from_queries(given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_from_queries(given), expected)
+    image = (torch.arange(length) > 2) & (torch.arange(length) < 32)
+    count = torch.tensor([29, 29])
+    pooled = replace(
+        given,
+        output=given.hidden,
+        norm=identity,
+        pool=torch.where(image, torch.arange(b).unsqueeze(1), -1),
+        entered=count,
+        present=count,
+    )
+    dart = build("dart", tokens=16)
+    assert isinstance(dart, DecoderReducer)
+    expected = dart.score(pooled)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dart.score(pooled), expected)

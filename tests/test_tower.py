@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -369,6 +370,22 @@ def test_blocks_with_a_method_are_checkpointed(method: dict[str, Any], reentrant
     for own, plain in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(own, plain, atol=1e-4, rtol=1e-4)
     assert len(ran) == 6
+
+
+@pytest.mark.parametrize("method", [{"name": "tome", "per_block": 90}, {"name": "evit"}, {"name": "ats"}], ids=str)
+def test_the_choice_in_half_precision_is_that_of_float32(method: dict[str, Any]) -> None:
+    """Of values that 16 bits hold."""
+    reducer = build(**method)
+    for dtype in (torch.bfloat16, torch.float16):
+        given = block_tokens(1, patches=300)
+        names = ("queries", "keys", "values")
+        half = replace(given, **{name: getattr(given, name).to(dtype) for name in names})
+        whole = replace(half, **{name: getattr(half, name).float() for name in names})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = reducer.regroup(half)
+        expected = reducer.regroup(whole)
+        assert found.kept.equal(expected.kept)
+        assert found.into is None or found.into.equal(expected.into)
 
 
 # EViT, ATS, resize ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from llava.reduction.base import DecoderReducer, Drop, LayerInput
 from llava.reduction.decoder.ranking import by_token, check_drops, pool_columns, rotated_keys
 from llava.reduction.options import Count, Share, Variant
 from llava.reduction.registry import register
+from llava.reduction.selection import precise_product
 from llava.transfer import to_device
 
 CHOSEN, LEAST = 4.0, -4.0  # above and below every cosine
@@ -73,7 +74,7 @@ class Dart(DecoderReducer):
         row, column, is_real = places = pool_columns(given)
         pivots, are_pivots = self._pivots(given, row, column, is_real, strength[row])
         own = vectors[row.unsqueeze(1), column]  # [P, V, D]
-        cosines = vectors[row.unsqueeze(1), pivots] @ own.transpose(1, 2)  # [P, K, V]
+        cosines = precise_product(vectors[row.unsqueeze(1), pivots], own.transpose(1, 2))  # [P, K, V]
         is_taken = ~is_real | ((column.unsqueeze(2) == pivots.unsqueeze(1)) & are_pivots.unsqueeze(1)).any(dim=2)
         result = torch.where(is_taken, CHOSEN, -cosines.masked_fill(~are_pivots.unsqueeze(2), LEAST).amax(dim=1))
         each = to_device(self._each(given.entered), row.device).unsqueeze(1)

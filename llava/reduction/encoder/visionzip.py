@@ -96,7 +96,7 @@ class VisionZip(EncoderReducer):
         nearest = precise_product(metric, metric[:, targets].transpose(1, 2)).argmax(dim=2)  # [N, R]
         member = torch.nn.functional.one_hot(nearest, contextual).to(features.dtype)
         member[:, targets] = 0
-        sums, sizes = member.transpose(1, 2) @ features, member.sum(dim=1).unsqueeze(2)
+        sums, sizes = precise_product(member.transpose(1, 2), features), member.sum(dim=1).unsqueeze(2)
         target = features[:, targets]
         if self.variant == "paper":
             return ((target + sums) / (1 + sizes)).to(vision.features.dtype)

@@ -76,14 +76,14 @@ class ToMe(TowerReducer):
 
     def regroup(self, given: BlockTokens) -> Regrouping | None:
         pairs = self.schedule(given.patches, given.selected)[given.block]
-        return merge_pairs(given.keys.mean(dim=1), pairs, given.tokens.first)
+        return merge_pairs(at_least_float32(given.keys).mean(dim=1), pairs, given.tokens.first)
 
 
 def merge_pairs(metric: Tensor, pairs: int, first: int) -> Regrouping | None:
     """Each token at an even place takes the most similar at an odd one; the `pairs` most similar of them merge.
 
     Args:
-        metric: [N, T, any], by whose cosine tokens are compared.
+        metric: [N, T, any], float32 or wider, by whose cosine tokens are compared.
         pairs: how many; cut to half of the patches.
         first: 1 where the first token is CLS, which merges with nothing.
     """
@@ -91,7 +91,7 @@ def merge_pairs(metric: Tensor, pairs: int, first: int) -> Regrouping | None:
     pairs = min(pairs, (t - first) // 2)
     if pairs <= 0:
         return None
-    metric = normalize(at_least_float32(metric), dim=2)
+    metric = normalize(metric, dim=2)
     similarity = precise_product(metric[:, ::2], metric[:, 1::2].transpose(1, 2))
     best, partner = similarity.max(dim=2)  # [N, A]
     best[:, :first] = float("-inf")
