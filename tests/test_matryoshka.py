@@ -97,10 +97,11 @@ def test_m3_pools_what_the_projector_gives() -> None:
 
 
 def test_m3_scales_of_any_grid() -> None:
-    """By default those of the release, as far as the grid has them."""
+    """By default those of the release, or of a grid that does not have them all its squares."""
     method = build("m3")
     assert sorted(one.token_count((24, 24)) for one in method.in_training((24, 24), 0)) == [1, 9, 36, 144, 576]
     assert sorted(one.token_count((4, 4)) for one in method.in_training((4, 4), 0)) == [1, 4, 16]
+    assert sorted(one.token_count((27, 27)) for one in method.in_training((27, 27), 0)) == [1, 9, 81, 729]
     assert [one.tokens for one in build("m3", tokens=9).in_training((24, 24), 0)] == [9]
 
 

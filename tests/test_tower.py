@@ -340,6 +340,8 @@ def test_a_model_keeps_its_method_in_the_tower() -> None:
         ({"per_block": [3, 0, 0]}, [3, 0, 0]),
         ({"tokens": 12}, [2, 1, 1]),
         ({"tokens": 99}, [0, 0, 0]),
+        ({"tokens": 3}, [5, 5, 3]),  # evenly, the last block would have 6 tokens, of which 4 can't go
+        ({"tokens": 1}, [8, 4, 2]),  # more than halves can do
     ],
 )
 def test_tome_schedules(options: dict[str, Any], pairs: list[int]) -> None:

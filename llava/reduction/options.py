@@ -49,6 +49,7 @@ class Within:
 
 
 Count = Annotated[int, Within(1)]
+Natural = Annotated[int, Within(0)]
 Share = Annotated[float, Within(0, 1)]
 Fraction = Annotated[float, Within(0, 1, excludes_least=True)]
 Variant = Literal["release", "paper"]  # what the authors' code computes, or what their paper says

@@ -9,7 +9,7 @@ of a pool at most, H heads, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from llava.reduction.base import DecoderReducer, Drop, EnteringTokens, LayerInput, MergedTokens
 from llava.reduction.decoder.density_peaks import merge_by_density
 from llava.reduction.decoder.ranking import attention_of_heads, by_token, pool_columns
-from llava.reduction.options import Count, Within
+from llava.reduction.options import Count, Natural
 from llava.reduction.registry import register
 from llava.reduction.selection import precise_product
 
@@ -49,7 +49,7 @@ class SparseVLM(DecoderReducer):
     """
 
     version: Literal["1.5", "2.0"] = "1.5"
-    layers: list[Annotated[int, Within(0)]] | None = None  # drop after these, counted from 0; 2, 6, 15 of 32 by default
+    layers: list[Natural] | None = None  # drop after these, counted from 0; 2, 6, 15 of 32 by default
     keep: list[Count] | None = None  # of each image, at each drop, but never all that are there
     tokens: Count | None = None  # in place of keep: 192 (the default), 128, 96 and 64 are the release's tables
     heads: Count | None = None  # of version 2.0, that are read; 14 by default, and at most all

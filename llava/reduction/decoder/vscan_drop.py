@@ -39,7 +39,8 @@ class VScanDrop(DecoderReducer):
         layers, keep = [1] if self.layers is None else self.layers, self._counts
         if len(layers) != len(keep):
             raise self.mistake(
-                f"layers={self.layers!r} and keep={self.keep!r} must be lists of one length, a number for each drop"
+                f"layers={self.layers!r} and keep={self.keep!r} must be lists of one length, a number for each drop; a "
+                "budget is for one drop"
             )
         if sorted(set(layers)) != list(layers):
             raise self.mistake(f"layers={self.layers!r} must rise")

@@ -17,7 +17,7 @@ from llava.constants import SHORT_ANSWER
 from llava.reduction.base import EncoderReducer, Needs, VisionFeatures, VisualTokens
 from llava.reduction.options import Count
 from llava.reduction.registry import register
-from llava.reduction.selection import at_least_float32, precise_product, take_in_raster_order
+from llava.reduction.selection import at_least_float32, precise_product, take_sorted
 
 WORDS_TEMPERATURE, PATCHES_TEMPERATURE = 0.02, 0.2
 PATCHES_WEIGHT = 0.5  # that of the words is 1
@@ -68,11 +68,8 @@ class MMTok(EncoderReducer):
                 "it compares projected patches with the words of a question: pass projected= and text= [N, S, D], or "
                 "call the model with texts=[...], one for each sample"
             )
-        n, p, _ = vision.projected.shape
-        count = min(self.tokens, p)
-        chosen = cover(self.coverage(vision), count, vision.padding)
-        is_kept = torch.zeros(n, p, dtype=torch.bool, device=chosen.device).scatter_(1, chosen, True)
-        return take_in_raster_order(vision.projected, is_kept, [count] * n)
+        count = min(self.tokens, vision.projected.shape[1])
+        return take_sorted(vision.projected, cover(self.coverage(vision), count, vision.padding))
 
     @torch.no_grad()
     def coverage(self, vision: VisionFeatures) -> Tensor:

@@ -7,14 +7,14 @@ Shapes: N images, P patches, M slots for kept patches, C vision width, H heads.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from llava.reduction.base import Needs, VisionFeatures, VisualTokens
-from llava.reduction.options import Variant, Within
+from llava.reduction.options import Natural, Variant
 from llava.reduction.registry import register
 from llava.reduction.selection import (
     BudgetedReducer,
@@ -70,7 +70,7 @@ class PruMerge(BudgetedReducer):
     ranks_frames = True
 
     variant: Variant = "release"
-    neighbours: Annotated[int, Within(0)] = 32  # patches merged into each kept one; 0 prunes only
+    neighbours: Natural = 32  # patches merged into each kept one; 0 prunes only
     attention: Literal["cls", "received"] = "cls"  # what CLS pays a patch, or the mean of what all pay it
 
     @property

@@ -24,7 +24,8 @@ KERNELS = (24, 8, 4, 2, 1)  # of 1, 9, 36, 144 and 576 tokens on a grid of 24 x 
 class M3(GridReducer):
     """The plain projector on all patches, then the mean of k x k neighbours: k^2 = P / `tokens`.
 
-    In training each batch goes through the language model once for every number in `scales`, and the loss is the mean
+    Without `scales` and `tokens` the release's five numbers are trained, and on a grid that they do not suit all of its
+    squares. In training each batch goes through the language model once for every number in `scales`, and the loss is the mean
     of theirs. The choice of `tokens` is for inference, where any call may make another: `reduction={"name": "m3",
     "tokens": 36}`. Weights are those of LLaVA, so that any LLaVA can be tried, and M3's checkpoints run as LLaVA.
 
@@ -37,7 +38,7 @@ class M3(GridReducer):
 
     is_trained = True
     tokens: Count | None = None  # tokens of a tile; null: all patches
-    scales: list[Count] | None = None  # tokens to train; null: `tokens`, or where they are null too, 1, 9, 36, 144, 576
+    scales: list[Count] | None = None  # tokens to train; null: `tokens`, or 1, 9, 36, 144, 576; see above
 
     def validate(self) -> None:
         super().validate()
@@ -67,7 +68,8 @@ class M3(GridReducer):
         if self.scales is None and self.tokens is not None:
             return (self,)
         sides = common_sides(grid)
-        scales = self.scales or [grid[0] * grid[1] // k**2 for k in KERNELS if k in sides]
+        released = KERNELS if set(KERNELS) <= set(sides) else reversed(sides)
+        scales = self.scales or [grid[0] * grid[1] // k**2 for k in released]
         return [self.trained_like(tokens=scale) for scale in scales]
 
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:

@@ -8,18 +8,15 @@ Shapes: N images, L tokens of an image without CLS, K points of sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from llava.reduction.base import TowerReducer
-from llava.reduction.options import Count, Variant, Within
+from llava.reduction.options import Count, Natural, Variant
 from llava.reduction.registry import register
 from llava.reduction.selection import at_least_float32
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
-
-BlockNumber = Annotated[int, Within(0)]
 
 
 @register("ats")
@@ -41,7 +38,7 @@ class ATS(TowerReducer):
     | attention | softmax | (e + 1e-6 / T) / (sum + 1e-6), below 1e-6 off; here softmax |
     """
 
-    blocks_: list[BlockNumber] | None = None  # numbers from 0; None: all from a quarter of those that run (CLIP-L: 5)
+    blocks_: list[Natural] | None = None  # numbers from 0; None: all from a quarter of those that run (CLIP-L: 5)
     at_most: Count | None = None  # points of sampling, and so the most tokens that stay; None: as many as patches
     variant: Variant = "release"
 

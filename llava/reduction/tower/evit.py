@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 
 from llava.reduction.base import TowerReducer
-from llava.reduction.options import Count, Fraction, Variant, Within
+from llava.reduction.options import Count, Fraction, Natural, Variant
 from llava.reduction.registry import register
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
-
-BlockNumber = Annotated[int, Within(0)]
 
 
 @register("evit")
@@ -39,7 +36,7 @@ class EViT(TowerReducer):
     | tower | DeiT, LV-ViT | the same; none for CLIP |
     """
 
-    blocks_: list[BlockNumber] | None = None  # numbers from 0; None: three (CLIP-L: 5, 11, 17)
+    blocks_: list[Natural] | None = None  # numbers from 0; None: three (CLIP-L: 5, 11, 17)
     keep: Fraction | None = None  # of the tokens without CLS, in each of the blocks; None: 0.7, if `tokens` isn't given
     fuse: bool = True  # whether a token stands for those that go
     tokens: Count | None = None  # left at the end

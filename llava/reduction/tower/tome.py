@@ -7,19 +7,17 @@ Shapes: N images, T tokens of an image (CLS first, where there is one), A of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from llava.reduction.base import TowerReducer
-from llava.reduction.options import Count, Within
+from llava.reduction.options import Count, Natural
 from llava.reduction.registry import register
 from llava.reduction.selection import at_least_float32, precise_product
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
-
-PerBlock = Annotated[int, Within(0)]
 
 
 @register("tome")
@@ -37,7 +35,7 @@ class ToMe(TowerReducer):
     | schedule | constant, or linear over depth | the same numbers by other names; here `per_block` for both |
     """
 
-    per_block: PerBlock | list[int] | None = None  # pairs a block; or [start, step]; or a longer list, one for each
+    per_block: Natural | list[int] | None = None  # pairs a block; or [start, step]; or a longer list, one for each
     tokens: Count | None = None  # left at the end: the pairs are spread over the blocks, the larger numbers first
     variant: Literal["paper", "lightcompress"] = "paper"
 
@@ -66,8 +64,7 @@ class ToMe(TowerReducer):
         """Pairs that merge in each block."""
         given = self.per_block
         if self.tokens is not None:
-            each, more = divmod(max(0, patches - self.tokens), max(selected, 1))
-            return [each + (block < more) for block in range(selected)]
+            return spread(patches, self.tokens, selected)
         if isinstance(given, list | tuple):
             if len(given) == 2:
                 return [max(0, given[0] + block * given[1]) for block in range(selected)]
@@ -77,6 +74,16 @@ class ToMe(TowerReducer):
     def regroup(self, given: BlockTokens) -> Regrouping | None:
         pairs = self.schedule(given.patches, given.selected)[given.block]
         return merge_pairs(at_least_float32(given.keys).mean(dim=1), pairs, given.tokens.first)
+
+
+def spread(patches: int, tokens: int, blocks: int) -> list[int]:
+    """Pairs that merge in each block, so that `tokens` are left after the last: as even as halves allow."""
+    pairs, left = [], patches
+    for after in reversed(range(blocks)):
+        even, least = -(-(left - tokens) // (after + 1)), left - tokens * 2**after
+        pairs.append(min(max(even, least, 0), left // 2))
+        left -= pairs[-1]
+    return pairs
 
 
 def merge_pairs(metric: Tensor, pairs: int, first: int) -> Regrouping | None:
