@@ -11,6 +11,7 @@ import math
 import random
 import zlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,6 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (135, 50, 165),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+ROUND = ("circle", "ring")
 SIZES = {"small": 0.19, "large": 0.31}  # diameter as a fraction of the image's shorter side
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (238, 238, 236),
@@ -84,7 +86,14 @@ class Question:
     category: str
 
 
-def is_heldout(scene: Scene) -> bool:
+class Keyed(Protocol):
+    """Something whose content is told by a text."""
+
+    @property
+    def key(self) -> str: ...
+
+
+def is_heldout(scene: Keyed) -> bool:
     """Whether the scene may only be used to test."""
     return zlib.crc32(scene.key.encode()) % HELDOUT_SHARE == 0
 
@@ -123,7 +132,8 @@ def _polygon(shape: str, radius: float, angle: float) -> list[tuple[float, float
     return [(r * math.cos(t + angle), r * math.sin(t + angle)) for r, t in polar]
 
 
-def _jitter(rng: random.Random, color: tuple[int, int, int], spread: int) -> tuple[int, int, int]:
+def jitter(rng: random.Random, color: tuple[int, int, int], spread: int) -> tuple[int, int, int]:
+    """A colour near `color`, each channel up to `spread` away."""
     r, g, b = (min(255, max(0, c + rng.randint(-spread, spread))) for c in color)
     return r, g, b
 
@@ -137,15 +147,28 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, frame: tuple[int, int],
     y = (row + 0.5 + rng.uniform(-0.1, 0.1)) * height / 3
     x = min(max(x, radius * 1.1), width - radius * 1.1)
     y = min(max(y, radius * 1.1), height - radius * 1.1)
-    fill = _jitter(rng, COLORS[thing.color], 10)
+    fill = jitter(rng, COLORS[thing.color], 10)
+    angle = 0.0 if thing.shape in ROUND else rng.uniform(-0.12, 0.12)
+    draw_shape(draw, thing.shape, (x, y), radius, fill, angle)
+
+
+def draw_shape(
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    center: tuple[float, float],
+    radius: float,
+    fill: tuple[int, int, int],
+    angle: float,
+) -> None:
+    """Draw a shape around a point, in pixels; `angle` in radians turns those that are not round."""
+    x, y = center
     box = (x - radius, y - radius, x + radius, y + radius)
-    if thing.shape == "circle":
+    if shape == "circle":
         draw.ellipse(box, fill=fill)
-    elif thing.shape == "ring":
+    elif shape == "ring":
         draw.ellipse(box, outline=fill, width=max(2, round(radius * 0.42)))
     else:
-        corners = _polygon(thing.shape, radius, rng.uniform(-0.12, 0.12))
-        draw.polygon([(x + dx, y + dy) for dx, dy in corners], fill=fill)
+        draw.polygon([(x + dx, y + dy) for dx, dy in _polygon(shape, radius, angle)], fill=fill)
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Image]:
@@ -155,7 +178,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
     for the background, otherwise 1 + its index in `scene.things`. One picture in two has a noisy background.
     """
     frame = rng.choice(FRAMES)
-    ground = _jitter(rng, BACKGROUNDS[scene.background], 8)
+    ground = jitter(rng, BACKGROUNDS[scene.background], 8)
     if rng.random() < 0.5:
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 9, (frame[1] // 4, frame[0] // 4, 1))
         pixels = np.clip(np.asarray(ground) + noise, 0, 255).astype(np.uint8)
