@@ -271,6 +271,72 @@ def check_tome_step(row: Row, name: str, golden: Path) -> None:
 
 
 @torch.no_grad()
+def check_in_the_projector(row: Row, name: str, golden: Path) -> None:
+    """Tokens from the seam, and the answer from pixels."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    model = opened(golden)
+    model.set_reduction("none")
+    inputs = {"images": pixels(golden, "pixels_pad")[i : i + 1], "reduction": row.reduction(about)}
+    with tower_gives(model, seam(i)):
+        tokens, _ = model.get_model().encode_images(**inputs)
+    if "output" in case:
+        torch.testing.assert_close(tokens, case["output"], **TOKENS)
+    logits = check_answer(model, case, **inputs)
+    assert logits.shape[1] == about.get("final_length", logits.shape[1])
+
+
+def check_m3_training(row: Row, name: str, golden: Path) -> None:
+    """The loss of each scale, their mean, and its gradients."""
+    case, about = read_more(name)
+    model = open_checkpoint(golden, "llava-v1.5-7b", reduction={"name": "m3", "scales": about["scales"]}).train()
+    batch = {key: case[key] for key in ("input_ids", "attention_mask", "labels")}
+    batch["images"] = pixels(golden, "pixels_pad")
+    with torch.no_grad():
+        losses = [model(**batch, reduction={"name": "m3", "tokens": scale}).loss for scale in about["scales"]]
+    torch.testing.assert_close(torch.stack(losses), case["losses"], atol=1e-4, rtol=0)
+    inner = model.get_model()
+    named = {
+        "grad_mm_projector_0_weight": inner.mm_projector[0].weight,
+        "grad_layers_7_q_proj_weight": inner.layers[7].self_attn.q_proj.weight,
+    }
+    for weight in named.values():
+        weight.requires_grad_(True)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss.detach(), case["loss"][0], atol=1e-4, rtol=0)
+    for (key, _), gradient in zip(named.items(), torch.autograd.grad(loss, list(named.values())), strict=True):
+        assert (gradient - case[key]).norm() <= 1e-3 * case[key].norm()
+
+
+def check_with_weights(row: Row, name: str, golden: Path) -> None:
+    """As `check_in_the_projector`, with the family's weights in the projector's place; from stored features too."""
+    case, about = read_more(name)
+    weights, _ = read_more(f"{row.method}_weights")
+    model = opened(golden)
+    own = model.get_model().projector_modules()
+    model.set_reduction({"name": row.method})
+    model.get_model().load_projector(weights, f"{row.method}_weights")
+    if "features_multi" in case:
+        method, features = build(row.method, **row.options(about)), case["features"].unsqueeze(0)
+        states = {
+            23: features,
+            **dict(zip((12, 16, 22), case["features_multi"].unsqueeze(0).chunk(4, 2), strict=False)),
+        }
+        with torch.no_grad():
+            modules = model.get_model().projector_modules()
+            tokens = method(VisionFeatures(features, grid=(24, 24), hidden_states=states), **modules)
+        torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    i = int(name.rpartition("_")[2])
+    inputs = {"images": pixels(golden, "pixels_pad")[i : i + 1], "reduction": row.reduction(about)}
+    with torch.no_grad():
+        tokens, _ = model.get_model().encode_images(**inputs)
+    torch.testing.assert_close(tokens, case["output"], atol=1e-3 * float(case["output"].abs().max()), rtol=0)
+    logits = check_answer(model, case, **inputs)
+    assert logits.shape[1] == about.get("final_length", logits.shape[1])
+    model.set_reduction("none")
+    model.get_model()._set_projector(own)
+
+
 def check_vscan(row: Row, name: str, golden: Path) -> None:
     """What is selected, from pixels; what it becomes, from the seam; what each drop keeps; and the answer."""
     case, about = read_more(name)
@@ -399,11 +465,6 @@ def check_ats_block(row: Row, name: str, golden: Path) -> None:
         assert two.mask[i].sum() == count
 
 
-def unwritten(row: Row, name: str, golden: Path) -> None:
-    """In place of a check that the method's author writes."""
-    raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
-
-
 @contextlib.contextmanager
 def in_float64(tower: Any) -> Iterator[None]:
     """Run the tower in float64, where near ties fall as they do exactly."""
@@ -474,13 +535,14 @@ ROWS: dict[str, Row] = {
         check_after_the_tower,
         lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
     ),
+    "m3": Row("m3", lambda about: {"tokens": about["scale"]}, check_in_the_projector),
+    "m3_train": Row("m3", lambda _: {}, check_m3_training),
+    "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, check_with_weights),
+    "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, check_with_weights),
     "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
     "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
     "evit": Row("evit", lambda _: {}, check_evit_block),
     "ats": Row("ats", lambda _: {}, check_ats_block),
-    "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
-    "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
-    "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),
     "sparsevlm": Row(
         "sparsevlm",
         lambda about: {

@@ -40,6 +40,7 @@ from llava.cost.tokens import (
     with_budget,
 )
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
+from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.reduction.base import DecoderReducer, Reducers
 from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
@@ -312,8 +313,9 @@ def ranking_works(
 
 def weights_with(model: Any, sizes: Sizes, reducers: Reducers) -> dict[str, int]:
     """Elements of all parameters by part, with the projector and the text tower that the methods need."""
-    _, passes = projector_passes(model, reducers)
-    projector = sum(layer.weights + layer.outputs for layer, _ in passes)
+    with torch.device("meta"):
+        modules = build_projector_modules(model.config, model.get_model().get_vision_tower(), reducers.projector)
+    projector = sum(p.numel() for module in modules.values() for p in module.parameters())
     text = sum(p.numel() for p in text_tower(model).parameters()) if reducers.needs.clip_text else 0
     return {**sizes.weights, "projector": projector, "text tower": text}
 

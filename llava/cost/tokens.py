@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.cost.formulas import Linear
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.drop_plan import plan_pools
 from llava.model.multimodal_projector.builder import build_projector_modules
-from llava.reduction.base import DecoderReducer, Needs, Reducer, Reducers, VisionFeatures, VisualTokens
+from llava.reduction.base import DecoderReducer, Reducer, Reducers, VisionFeatures, VisualTokens
 from llava.reduction.options import values_of
 from llava.reduction.stand_in import StandIn, TowerShape, reduce_features
 from llava.reduction.tower.evit import EViT
@@ -107,23 +107,9 @@ def reduced_tokens(model: Any, reducers: Reducers, tiles: int) -> VisualTokens:
     tower = model.get_model().get_vision_tower()
     inside = StandIn(TowerShape.of(tower), tiles)
     if reducers.projector is not None:
-        projected, _ = projector_passes(model, reducers)
-        vision = inside.features(Needs(), reducers.tower)
-        assert vision.grid is not None
-        cells = reducers.projector.reduced_grid(vision.grid)
-        return reducers.projector(vision, _Stub(projected // (cells[0] * cells[1])))
+        grid = reducers.input_grid(tower.grid)
+        return reducers.projector.placed(torch.empty(tiles, reducers.projector.token_count(grid), 0), grid)
     return inside.reduced(reducers)
-
-
-class _Stub(nn.Module):
-    """In place of a projector: so many tokens for each that enters."""
-
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.times = times
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features.new_zeros(*features.shape[:2], self.times, 1)
 
 
 def patches_read(tower: Any) -> int:
@@ -155,31 +141,42 @@ def tower_lengths(model: Any, reducers: Reducers) -> list[tuple[int, int]]:
 def projector_passes(model: Any, reducers: Reducers) -> tuple[int, list[tuple[Linear, int]]]:
     """How many tokens come out of the projector for a tile, and its linear layers with the rows that each one sees.
 
+    A product of attention counts as a layer too, whose weights are the keys or values of one tile.
+
     Without a method in the projector, all patches of the tower enter.
 
     The modules are made without weights and run on the meta device, with a method in the projector or without.
     """
     tower, reducer = model.get_model().get_vision_tower(), reducers.projector
-    passes: list[tuple[Linear, int]] = []
-
-    def note(layer: nn.Module, entered: tuple[Tensor, ...], left: Tensor) -> None:
-        assert isinstance(layer, nn.Linear)
-        passes.append((Linear(layer.in_features, layer.out_features), left.shape[:-1].numel()))
-
-    with torch.device("meta"), torch.no_grad():  # in training, meters count what the method does with gradients
+    with torch.device("meta"), torch.no_grad(), _Products() as products:  # meters count what has gradients
         modules = build_projector_modules(model.config, tower, reducer)
-        for module in modules.values():
-            for layer in module.modules():
-                if isinstance(layer, nn.Linear):
-                    layer.register_forward_hook(note)
         if reducer is None:
             features = torch.empty(1, patches_read(tower), tower.hidden_size)
-            return modules["mm_projector"](features).shape[1], passes
+            return modules["mm_projector"](features).shape[1], products.seen
         grid = reducers.input_grid(tower.grid)
         features = torch.empty(1, grid[0] * grid[1], tower.hidden_size)
         states = dict.fromkeys(tower.blocks_read(reducer), features)
         vision = VisionFeatures(features, grid=grid, hidden_states=states)
-        return reducer(vision, **modules).features.shape[1], passes
+        return reducer(vision, **modules).features.shape[1], products.seen
+
+
+class _Products(TorchDispatchMode):
+    """Notes the products of matrices that run inside: each as a linear layer, with the rows that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Linear, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        first = _FACTORS.get(func.overloadpacket)
+        if first is not None:
+            left, right = args[first : first + 2]
+            self.seen.append((Linear(left.shape[-1], right.shape[-1]), left.shape[:-1].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+# The place of the left factor among the arguments.
+_FACTORS = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
 
 
 def layer_lengths(reducer: DecoderReducer | None, layers: int, images: Sequence[int], text: int) -> list[int]:

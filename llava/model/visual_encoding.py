@@ -37,6 +37,17 @@ from llava.reduction.stand_in import reduce_features
 from llava.transfer import to_device
 
 
+@dataclass
+class TowerOnce:
+    """What several passes over the same pictures share, so that the vision tower runs once.
+
+    Attributes:
+        read: what the projector reads of the tiles; None: nothing has run.
+    """
+
+    read: VisionFeatures | VisualTokens | None = None
+
+
 @dataclass(frozen=True)
 class EncodedPictures:
     """Images and clips as they enter the language model.
@@ -140,7 +151,7 @@ class VisualEncoding(VisionModules):
         """The projector, with a reducer in it; results as for `encode_tiles`."""
         if isinstance(read, VisionFeatures):
             assert methods.projector is not None
-            tokens = methods.projector(read, self.mm_projector, self.mm_projector_crosslayer)
+            tokens = methods.projector(read, **self.projector_modules())
             return tokens.features.flatten(0, 1), tokens
         flat, real = read.features.flatten(0, 1), read.host_mask.flatten()
         if not bool(real.all()):
@@ -163,7 +174,7 @@ class VisualEncoding(VisionModules):
         return self.mm_projector(tokens.to(self._projector_dtype())), layout
 
     def _projector_dtype(self) -> torch.dtype:
-        weight = next(self.mm_projector.parameters(), None)
+        weight = next((w for module in self.projector_modules().values() for w in module.parameters()), None)
         return self._tower().dtype if weight is None else weight.dtype
 
     def encode_images(
@@ -194,8 +205,14 @@ class VisualEncoding(VisionModules):
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         reduction: Reduction = None,
+        once: TowerOnce | None = None,
     ) -> EncodedPictures:
-        """The same with what a decoder method may ask of it; arguments as for `encode_images`."""
+        """The same with what a decoder method may ask of it.
+
+        Args:
+            once: shared by calls with the same pictures whose methods differ in the projector alone.
+            Others as for `encode_images`.
+        """
         reducers = self.reducers(reduction)
         if isinstance(pictures, StoredFeatures):
             counts, is_clip = pictures.tiles, [False] * len(pictures)
@@ -205,7 +222,10 @@ class VisualEncoding(VisionModules):
             counts, is_clip = tile_counts(pictures), [isinstance(picture, Clip) for picture in pictures]
             beside = self._beside(texts, counts, image_sizes, reducers)
             frames = frame_counts(pictures)
-            projected, tokens = self.encode_tiles(self._tiles(pictures), reduction=reducers, frames=frames, **beside)
+            once = once or TowerOnce()
+            if once.read is None:
+                once.read = self.read_tiles(self._tiles(pictures), None, reducers, frames, **beside)
+            projected, tokens = self._project(once.read, reducers)
         layouts = self._layouts(tokens, counts, image_sizes, is_clip)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):

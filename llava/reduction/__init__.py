@@ -17,7 +17,7 @@ from llava.reduction.encoder import (  # noqa: F401
     vispruner,
     vscan,
 )
-from llava.reduction.projector import pooling, stf  # noqa: F401
+from llava.reduction.projector import m3, mqt, pooling, stf, tokenpacker  # noqa: F401
 from llava.reduction.registry import available, build, register
 from llava.reduction.tower import ats, evit, resize, tome  # noqa: F401
 

@@ -7,9 +7,10 @@ D language-model width, h x w the grid of patches (P = h * w).
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ from typing_extensions import dataclass_transform
 
 from llava.reduction.options import check_fields, values_of
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
+
+PROJECTOR_MODULES = ("mm_projector", "mm_projector_crosslayer", "query_abstractor")
+"""What lies between vision tower and language model, by its names in LLaVA and in the methods' releases."""
+
+FIXED_WEIGHTS = ("query_abstractor.pos_embed",)
+"""Endings of the names of weights in these modules that never learn."""
 
 Place = int | Literal["early", "selected", "last"]
 """A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
@@ -391,21 +398,36 @@ class ProjectorReducer(Reducer, abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def reduced_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the cells that take the patches' place.
+    def token_count(self, grid: tuple[int, int]) -> int:
+        """Tokens that a tile of (h, w) patches becomes.
 
         Raises:
-            ValueError: the method can't divide a grid of (h, w) patches.
+            ValueError: the method can't work on such a grid.
         """
 
-    def token_count(self, grid: tuple[int, int]) -> int:
-        """Tokens that a tile of (h, w) patches becomes."""
-        rows, columns = self.reduced_grid(grid)
-        return rows * columns
+    def placed(self, tokens: Tensor, grid: tuple[int, int]) -> VisualTokens:
+        """[N, M, D] tokens of tiles of (h, w) patches with what they stand for; here each is an aggregate of all."""
+        return VisualTokens(tokens, source=torch.full(tokens.shape[:2], -1))
+
+    def in_training(self, grid: tuple[int, int], draw: int) -> Sequence[ProjectorReducer]:
+        """The methods that a batch is trained with, one forward pass each; the loss is the mean of theirs.
+
+        Args:
+            grid: (h, w), patches of a tile.
+            draw: a whole number that differs from step to step and from process to process, for a method that draws.
+        """
+        return (self,)
+
+    def trained_like(self, **options: Any) -> Self:
+        """This method with other options for one pass: the same object to whoever watches it."""
+        other = copy.copy(self)  # it shares the hooks
+        for name, value in options.items():
+            setattr(other, name, value)
+        return other
 
     @abc.abstractmethod
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:
-        """New modules for `forward`, by their names in the model: `mm_projector`, and what comes before it.
+        """New modules for `forward`, by their names in the model, which are among `PROJECTOR_MODULES`.
 
         Args:
             vision_width: C.
@@ -414,10 +436,8 @@ class ProjectorReducer(Reducer, abc.ABC):
         """
 
     @abc.abstractmethod
-    def forward(
-        self, vision: VisionFeatures, mm_projector: nn.Module, mm_projector_crosslayer: nn.Module | None = None
-    ) -> VisualTokens:
-        """[N, P, C] patches in, [N, M, D] tokens out, through the modules of `build_modules`."""
+    def forward(self, vision: VisionFeatures, *args: Any, **modules: Any) -> VisualTokens:
+        """[N, P, C] patches in, [N, M, D] tokens out, through the modules of `build_modules`, given by name."""
 
 
 @dataclass(frozen=True)

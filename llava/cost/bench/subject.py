@@ -62,7 +62,7 @@ class Subject:
         if not reduction.projector and ReductionConfig.of_model(self.model.config).projector:
             self.model.config.reduction = {}
         inner.set_reduction(reduction)
-        return Method(name, reduction, inner.reducers(), inner._projector_modules())
+        return Method(name, reduction, inner.reducers(), inner.projector_modules())
 
     def learn(self, trains: str, methods: Iterable[Method], rank: int = 128) -> None:
         """Prepare the model for training as the recipes do, with gradient checkpointing; the tower stays frozen.

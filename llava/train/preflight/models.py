@@ -20,7 +20,7 @@ from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.families import llava_class_for
 from llava.model.projector_method import add_projector_method
 from llava.model.weights import WEIGHT_FILES, checkpoint_heads, raise_for_keys
-from llava.reduction.base import VisualTokens
+from llava.reduction.base import PROJECTOR_MODULES, VisualTokens
 from llava.reduction.config import ReductionConfig
 from llava.reduction.stand_in import StandIn, TowerShape
 from llava.train.checkpoints.saving import part_of
@@ -117,7 +117,7 @@ def _is_in_checkpoint(name: str, keeps_projector: bool) -> bool:
     """Whether a weight of this name is read from `model_name_or_path`."""
     if "lora_" in name:
         return False
-    return part_of(name) == "language_model" or (keeps_projector and "mm_projector" in name)
+    return part_of(name) == "language_model" or (keeps_projector and any(part in name for part in PROJECTOR_MODULES))
 
 
 def compare_files(folder: Path, wanted: Mapping[str, tuple[int, ...]], complete: bool) -> bool:
