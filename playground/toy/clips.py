@@ -6,14 +6,15 @@
     train.json       conversations about a clip each (Video-LLaVA's videochatgpt_tune_.json, LLaVA-Video-178K)
     heldout.jsonl    questions about clips that occur nowhere else, answers added
 
-The same arguments give the same files. In each kind of clip every single frame is as likely whatever the answer is, so
-that no frame, however chosen, says more than chance:
+The same arguments give the same files. A clip has so many beats, of two frames each:
 
-    direction   one object goes a cell a beat; what leaves on one side comes in on the other; it starts anywhere
-    order       two objects change from any colour to any other, at different beats
-    count       each beat shows one object, the one from before or another in another place
+    direction   one object goes two cells, with one rest; what leaves on one side comes in on the other
+    order       one object at a time: a bystander, then the two that are asked about
+    count       one object at a time: one to four
 
-A control question, the colour of what moves, is answered by any frame.
+The first frame, and any frame of which one is not told when it was, is as likely whatever the answer is, so that it
+helps no more than a guess. A control question, the colour of what moves, is answered by any frame. Training also asks
+what the toy's pictures are asked, of all that a clip shows, and where something is at first and at last.
 """
 
 from __future__ import annotations
@@ -28,93 +29,105 @@ from pathlib import Path
 from generate import Sample, note_own
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from world import BACKGROUNDS, COLORS, ROUND, SHAPES, SIZES, Question, draw_shape, is_heldout, jitter
+from world import (
+    BACKGROUNDS,
+    CELLS,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Question,
+    Scene,
+    Thing,
+    ask,
+    draw_thing,
+    is_heldout,
+    jitter,
+)
 
 OUTPUT = Path(__file__).resolve().parent.parent / "data" / "toy_clips"
 WRITTEN = ("videos", "train.json", "heldout.jsonl")
 SIDE = 112  # pixels, as the toy's CLIP reads
 GRID = 3  # cells in a row and in a column
 BEATS = 4
-FRAMES = 2 * BEATS - 1  # so that `BEATS` frames, evenly taken, show the beats
+FRAMES_A_BEAT = 2
+FRAMES = FRAMES_A_BEAT * BEATS
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CONTROL = "color"
 
 
 @dataclass(frozen=True)
-class Sprite:
-    """An object in one frame; `x` and `y` are its centre in cells, on a ground whose sides meet."""
-
-    color: str
-    shape: str
-    size: str
-    x: float
-    y: float
-
-
-@dataclass(frozen=True)
 class ToyClip:
-    """What each frame shows, and what can be asked."""
+    """What each beat shows, the background, the question about time, and what else can be asked."""
 
     kind: str
-    frames: tuple[tuple[Sprite, ...], ...]
+    beats: tuple[Thing, ...]
     background: str
-    questions: tuple[Question, ...]
+    asked: Question
+    control: Question | None = None
+    others: tuple[Question, ...] = ()
 
     @property
     def key(self) -> str:
-        return f"{self.background}|{self.frames}"
+        return f"{self.background}|" + "|".join(thing.phrase for thing in self.beats)
+
+    @property
+    def questions(self) -> list[Question]:
+        """Those that are held out."""
+        return [self.asked, *([self.control] if self.control else [])]
 
 
-def _sprite(rng: random.Random, color: str, shape: str, cell: int) -> Sprite:
-    row, column = divmod(cell, GRID)
-    return Sprite(color, shape, rng.choice(list(SIZES)), column + 0.5, row + 0.5)
+def _spread(things: list[Thing], rng: random.Random) -> tuple[Thing, ...]:
+    """Things one after the other, each for one beat or several."""
+    ends = sorted(rng.sample(range(1, BEATS), len(things) - 1))
+    return tuple(things[sum(beat >= end for end in ends)] for beat in range(BEATS))
 
 
-def _beat(frame: int) -> int:
-    """The beat that a frame belongs to: what changes is new on the way to the next beat."""
-    return (frame + 1) // 2
+def _things(number: int, rng: random.Random) -> list[Thing]:
+    """Objects of different colours, shapes and cells."""
+    traits = (rng.sample(list(COLORS), number), rng.sample(SHAPES, number), rng.sample(range(len(CELLS)), number))
+    return [Thing(color, shape, rng.choice(list(SIZES)), cell) for color, shape, cell in zip(*traits, strict=True)]
+
+
+def _still_questions(things: list[Thing], background: str, rng: random.Random) -> tuple[Question, ...]:
+    """What a picture of all objects would be asked, but for their number."""
+    scene = Scene(tuple(sorted(things, key=lambda thing: thing.cell)), background)
+    return tuple(question for question in ask(scene, rng) if question.category != "count")
 
 
 def direction_clip(rng: random.Random) -> ToyClip:
     """One object that moves."""
-    shape = rng.choice(SHAPES)
-    start = _sprite(rng, rng.choice(list(COLORS)), shape, rng.randrange(GRID**2))
-    way = rng.choice(list(STEPS))
+    (thing,), way, background = _things(1, rng), rng.choice(list(STEPS)), rng.choice(list(BACKGROUNDS))
     right, down = STEPS[way]
-    frames = tuple(
-        (replace(start, x=(start.x + right * t / 2) % GRID, y=(start.y + down * t / 2) % GRID),) for t in range(FRAMES)
+    row, column = divmod(thing.cell, GRID)
+    places = [(row + down * step) % GRID * GRID + (column + right * step) % GRID for step in range(GRID)]
+    track = _spread([replace(thing, cell=place) for place in places], rng)
+    return ToyClip(
+        "direction",
+        track,
+        background,
+        Question(f"Which way does the {thing.shape} move?", way, "direction"),
+        Question(f"What color is the {thing.shape}?", thing.color, CONTROL),
+        (
+            Question(f"Where is the {thing.shape} at first?", CELLS[places[0]], "position"),
+            Question(f"Where is the {thing.shape} at last?", CELLS[places[-1]], "position"),
+        ),
     )
-    questions = (
-        Question(f"Which way does the {shape} move?", way, "direction"),
-        Question(f"What color is the {shape}?", start.color, CONTROL),
-    )
-    return ToyClip("direction", frames, _background(rng), questions)
 
 
 def order_clip(rng: random.Random) -> ToyClip:
-    """Two objects that change their colours, one after the other."""
-    shapes = rng.sample(SHAPES, 2)
-    cells, beats = rng.sample(range(GRID**2), 2), rng.sample(range(1, BEATS), 2)
-    tracks = []
-    for shape, cell, beat in zip(shapes, cells, beats, strict=True):
-        before, after = rng.sample(list(COLORS), 2)
-        sprite = _sprite(rng, before, shape, cell)
-        tracks.append([replace(sprite, color=after if _beat(t) >= beat else before) for t in range(FRAMES)])
-    first = shapes[beats.index(min(beats))]
-    asked = Question(f"Which changes color first, the {shapes[0]} or the {shapes[1]}?", first, "order")
-    return ToyClip("order", tuple(zip(*tracks, strict=True)), _background(rng), (asked,))
+    """A bystander, then two objects one after the other."""
+    things, background = _things(3, rng), rng.choice(list(BACKGROUNDS))
+    first, second = (things[place].shape for place in rng.sample((1, 2), 2))
+    asked = Question(f"Which comes first, the {first} or the {second}?", things[1].shape, "order")
+    others = _still_questions(things, background, rng)
+    return ToyClip("order", _spread(things, rng), background, asked, others=others)
 
 
 def count_clip(rng: random.Random) -> ToyClip:
-    """One object at a time: 1 to `BEATS` of them, each for one beat or several."""
-    number = rng.randint(1, BEATS)
-    names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], number)
-    cells = rng.sample(range(GRID**2), number)
-    shown = [_sprite(rng, *name, cell) for name, cell in zip(names, cells, strict=True)]
-    changes = rng.sample(range(1, BEATS), number - 1)
-    frames = tuple((shown[sum(_beat(t) >= beat for beat in changes)],) for t in range(FRAMES))
-    asked = Question("How many objects appear?", str(number), "count")
-    return ToyClip("count", frames, _background(rng), (asked,))
+    """1 to `BEATS` objects, one after the other."""
+    things, background = _things(rng.randint(1, BEATS), rng), rng.choice(list(BACKGROUNDS))
+    asked = Question("How many objects are there in all?", str(len(things)), "count")
+    return ToyClip("count", _spread(things, rng), background, asked, others=_still_questions(things, background, rng))
 
 
 KINDS: dict[str, Callable[[random.Random], ToyClip]] = {
@@ -123,10 +136,6 @@ KINDS: dict[str, Callable[[random.Random], ToyClip]] = {
     "count": count_clip,
 }
 CATEGORIES = (*KINDS, CONTROL)
-
-
-def _background(rng: random.Random) -> str:
-    return rng.choice(list(BACKGROUNDS))
 
 
 def sample_clip(kind: str, rng: random.Random, heldout: bool = False) -> ToyClip:
@@ -141,24 +150,12 @@ def draw_clip(clip: ToyClip, rng: random.Random) -> list[Image.Image]:
     """The frames, RGB. What the world leaves open (exact place, size, colour, angle) is the same in all."""
     state = rng.getstate()
     images = []
-    for sprites in clip.frames:
+    for thing in clip.beats:
         rng.setstate(state)
         image = Image.new("RGB", (SIDE, SIDE), jitter(rng, BACKGROUNDS[clip.background], 8))
-        draw = ImageDraw.Draw(image)
-        for sprite in sprites:
-            _draw_sprite(draw, sprite, rng)
-        images.append(image)
+        draw_thing(ImageDraw.Draw(image), thing, image.size, rng)
+        images += [image] * FRAMES_A_BEAT
     return images
-
-
-def _draw_sprite(draw: ImageDraw.ImageDraw, sprite: Sprite, rng: random.Random) -> None:
-    radius = SIZES[sprite.size] * SIDE / 2 * rng.uniform(0.93, 1.07)
-    x, y = (place + rng.uniform(-0.1, 0.1) for place in (sprite.x, sprite.y))
-    fill, angle = jitter(rng, COLORS[sprite.color], 10), rng.uniform(-0.12, 0.12)
-    for across in (x - GRID, x, x + GRID):  # what sticks out on one side shows on the other
-        for along in (y - GRID, y, y + GRID):
-            center = (across * SIDE / GRID, along * SIDE / GRID)
-            draw_shape(draw, sprite.shape, center, radius, fill, 0.0 if sprite.shape in ROUND else angle)
 
 
 def _save(clip: ToyClip, rng: random.Random, folder: Path, name: str) -> str:
@@ -182,7 +179,8 @@ def train_samples(number: int, rng: random.Random, videos: Path) -> list[Sample]
     samples: list[Sample] = []
     for index in tqdm(range(number), desc="training clips", leave=False, disable=None):
         clip = sample_clip(list(KINDS)[index % len(KINDS)], rng)
-        questions = rng.sample(clip.questions, len(clip.questions))
+        questions = clip.questions + list(clip.others)
+        rng.shuffle(questions)
         video = _save(clip, rng, videos, f"{index:06d}")
         samples.append({"id": f"clip-{index:06d}", "video": video, "conversations": _conversation(questions)})
     return samples

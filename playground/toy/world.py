@@ -26,7 +26,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (135, 50, 165),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-ROUND = ("circle", "ring")
 SIZES = {"small": 0.19, "large": 0.31}  # diameter as a fraction of the image's shorter side
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (238, 238, 236),
@@ -87,7 +86,7 @@ class Question:
 
 
 class Keyed(Protocol):
-    """Something whose content is told by a text."""
+    """Something whose content a text tells."""
 
     @property
     def key(self) -> str: ...
@@ -133,12 +132,12 @@ def _polygon(shape: str, radius: float, angle: float) -> list[tuple[float, float
 
 
 def jitter(rng: random.Random, color: tuple[int, int, int], spread: int) -> tuple[int, int, int]:
-    """A colour near `color`, each channel up to `spread` away."""
+    """A colour near `color`, each channel at most `spread` away."""
     r, g, b = (min(255, max(0, c + rng.randint(-spread, spread))) for c in color)
     return r, g, b
 
 
-def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, frame: tuple[int, int], rng: random.Random) -> None:
+def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, frame: tuple[int, int], rng: random.Random) -> None:
     """Draw one object inside its cell, with a little freedom of place, size, colour and angle."""
     width, height = frame
     radius = SIZES[thing.size] * min(frame) / 2 * rng.uniform(0.93, 1.07)
@@ -148,27 +147,14 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, frame: tuple[int, int],
     x = min(max(x, radius * 1.1), width - radius * 1.1)
     y = min(max(y, radius * 1.1), height - radius * 1.1)
     fill = jitter(rng, COLORS[thing.color], 10)
-    angle = 0.0 if thing.shape in ROUND else rng.uniform(-0.12, 0.12)
-    draw_shape(draw, thing.shape, (x, y), radius, fill, angle)
-
-
-def draw_shape(
-    draw: ImageDraw.ImageDraw,
-    shape: str,
-    center: tuple[float, float],
-    radius: float,
-    fill: tuple[int, int, int],
-    angle: float,
-) -> None:
-    """Draw a shape around a point, in pixels; `angle` in radians turns those that are not round."""
-    x, y = center
     box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
+    if thing.shape == "circle":
         draw.ellipse(box, fill=fill)
-    elif shape == "ring":
+    elif thing.shape == "ring":
         draw.ellipse(box, outline=fill, width=max(2, round(radius * 0.42)))
     else:
-        draw.polygon([(x + dx, y + dy) for dx, dy in _polygon(shape, radius, angle)], fill=fill)
+        corners = _polygon(thing.shape, radius, rng.uniform(-0.12, 0.12))
+        draw.polygon([(x + dx, y + dy) for dx, dy in corners], fill=fill)
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Image]:
@@ -188,7 +174,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
     owner = Image.new("L", frame, 0)
     for index, thing in enumerate(scene.things):
         state = rng.getstate()
-        _draw_thing(ImageDraw.Draw(image), thing, frame, rng)
+        draw_thing(ImageDraw.Draw(image), thing, frame, rng)
         rng.setstate(state)  # the same strokes once more, on the map
         _draw_on_map(owner, thing, frame, rng, 1 + index)
     return image, owner
@@ -196,7 +182,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
 
 def _draw_on_map(owner: Image.Image, thing: Thing, frame: tuple[int, int], rng: random.Random, mark: int) -> None:
     stencil = Image.new("RGB", frame, (0, 0, 0))
-    _draw_thing(ImageDraw.Draw(stencil), thing, frame, rng)
+    draw_thing(ImageDraw.Draw(stencil), thing, frame, rng)
     owner.paste(mark, mask=stencil.convert("L").point(lambda v: 255 if v else 0))
 
 
