@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from llava.constants import VIDEO_TOKEN_INDEX
 from llava.data import LazySupervisedDataset
+from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.video import Sampling
 
 TOY = Path(__file__).resolve().parent.parent / "playground" / "toy"
 sys.path.insert(0, str(TOY))
 
+import clip_report  # noqa: E402
 import clips  # noqa: E402
 import world  # noqa: E402
 
@@ -228,3 +231,34 @@ def test_training_reads_the_clips(data: Path) -> None:
     for beat, frame in enumerate(dataset[0]["videos"][0]):
         picture = Image.open(data / "videos" / name / f"{beat * clips.FRAMES_A_BEAT}.png")
         torch.testing.assert_close(frame, processor(picture, return_tensors="pt").pixel_values[0])
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's models, with a projector of random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = LlavaLlamaForCausalLM.from_pretrained(str(TOY / "models" / "vicuna"), dtype=torch.float32)
+    tower = {"vision_tower": str(TOY / "models" / "clip"), "mm_vision_select_layer": -2}
+    model.get_model().initialize_vision_modules(SimpleNamespace(**tower, mm_projector_type="mlp2x_gelu"))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOY / "models" / "vicuna").save_pretrained(folder)
+    return folder
+
+
+def test_the_report(data: Path, untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each way to ask and for each method that can be asked, with the tokens of a clip."""
+    names = "divprune,prumerge,fastv,stf"
+    clip_report.main(
+        ["--frames", str(untrained), "--one-frame", str(untrained), "--data", str(data), "--methods", names]
+    )
+    told = capsys.readouterr().out
+    assert "12 direction, 12 order, 12 count, 12 color" in told
+    rows = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")]
+    tokens = {row[0]: row[1:3] for row in rows}
+    assert [row[1] for row in rows[2:6]] == ["256", "64", "0", "64"]
+    assert tokens["all tokens"] == ["256", "256"]
+    assert tokens["`divprune`"] == tokens["`divprune`, `frames: joint`"] == ["64", "64"]
+    assert tokens["`fastv`"] == tokens["`fastv`, `pool: frame`"] == ["256", "112"]
+    assert "`prumerge`, its own count" in tokens
+    assert "- `stf`: " in told and not {"`stf`"} & tokens.keys()
