@@ -20,6 +20,7 @@ from llava.cost.bench.run import BASELINE, Plan, run
 from llava.cost.bench.workload import Workload
 from llava.cost.question import Scenario, methods, question_cost
 from llava.cost.sizes import open_model
+from llava.eval.reports import by_budget
 from llava.reduction.budget import ModelShape
 from llava.reduction.options import values_of
 from llava.reduction.registry import available, method_class
@@ -27,6 +28,8 @@ from llava.reduction.stand_in import TowerShape
 
 HEADER = ("method", "options", "tokens a layer", "TFLOPs", "selection, ms", "of the tower, %", "first token, ms")
 HEADER = (*HEADER, "faster", "promised")
+
+PUBLISHED = ("method", "printed as", "kept, % of the full model", "benchmarks", "figures are", "source")
 
 
 def asked_for(model: Any, budget: float) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -93,6 +96,24 @@ def _row(
     return [*cells, *choice, f"{first:.0f}", f"{row['speedup']:.2f}", f"{row['promised']:.2f}"]
 
 
+def published(label: float) -> list[list[str]]:
+    """Cells of `PUBLISHED`: what papers print of methods that are here at so many tokens, by their own count.
+
+    The label is the paper's; what a layer processes differs by method.
+    """
+    names = sorted(name for names in available().values() for name in names)
+    return [
+        [f"`{name}`", row.printed, f"{row.kept:.1f}", str(len(row.scores)), _origin(row), row.source]
+        for name in names
+        for row in by_budget.published(name, label)
+        if row.kept is not None
+    ]
+
+
+def _origin(row: by_budget.PublishedRow) -> str:
+    return f"copied from {row.copied_from}" if row.copied_from else row.origin
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
@@ -113,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for budget in map(float, arguments.budget.split(",")):
         rows, refused = rows_at(budget, model, timed, arguments)
         print(f"### {budget:g} visual tokens a layer\n\n{table(HEADER, rows)}\n")
+        if found := published(budget):
+            print(f"Published, LLaVA-1.5-7B:\n\n{table(PUBLISHED, found)}\n")
         print("\n".join(f"- `{name}`: {reason}" for name, reason in refused.items()), end="\n\n" if refused else "")
 
 

@@ -35,7 +35,7 @@ def test_all_methods_at_one_budget(tmp_path: Path, capsys: pytest.CaptureFixture
     small = json.loads((ROOT / "benchmarks" / "small.json").read_text(encoding="utf-8"))
     small.update(hidden_size=32, intermediate_size=64, num_hidden_layers=8, vocab_size=256, num_attention_heads=4)
     small["mm_vision_config"].update(
-        hidden_size=32, intermediate_size=64, image_size=112, num_attention_heads=4, num_hidden_layers=8
+        hidden_size=32, intermediate_size=64, image_size=112, num_attention_heads=4, num_hidden_layers=18
     )
     config = tmp_path / "config.json"
     config.write_text(json.dumps(small), encoding="utf-8")

@@ -224,7 +224,8 @@ class VisualEncoding(VisionModules):
             frames = frame_counts(pictures)
             once = once or TowerOnce()
             if once.read is None:
-                once.read = self.read_tiles(self._tiles(pictures), None, reducers, frames, **beside)
+                text = beside.pop("text", None)
+                once.read = self.read_tiles(self._tiles(pictures), text, reducers, frames, **beside)
             projected, tokens = self._project(once.read, reducers)
         layouts = self._layouts(tokens, counts, image_sizes, is_clip)
         index = torch.cat(layouts)

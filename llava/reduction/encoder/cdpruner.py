@@ -33,6 +33,8 @@ class CDPruner(EncoderReducer):
     | budget | any | no default; here 64 |
     """
 
+    ranks_frames = True
+
     tokens: Count = 64  # patches to keep
 
     @property

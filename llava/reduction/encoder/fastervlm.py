@@ -24,6 +24,8 @@ class FasterVLM(EncoderReducer):
     | several tiles | - | neither ends of rows nor unpadding; here as `mm_patch_merge_type` says |
     """
 
+    ranks_frames = True
+
     tokens: Count = 64  # patches to keep
 
     @property

@@ -36,6 +36,8 @@ class VisPruner(EncoderReducer):
     | several tiles | - | no ends of rows, no unpadding; here as `mm_patch_merge_type` says |
     """
 
+    ranks_frames = True
+
     tokens: Count = 64  # patches to keep
     important_ratio: Share = 0.5  # of them, those that CLS attends to most
 
