@@ -8,7 +8,8 @@
 # every method in the first, and prints the tables of docs/video.md. What is there already is kept.
 #
 # OUTPUT names another folder for what is trained (default: outputs/toy_video), METHODS some methods for the table
-# (default: all), PYTHON the interpreter for .venv, and NUM_GPUS the number of processes (default: 1 GPU, or 2 CPU cores).
+# (default: all; names with commas between), and PYTHON the interpreter for .venv. One process trains: more would change
+# the size of a batch, which is small here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,6 +17,7 @@ step() { printf '\n[%s/5 after %s s] %s\n' "$1" "$SECONDS" "$2"; }
 
 source scripts/setup_env.sh
 setup_env train
+NUM_GPUS=1
 source scripts/toy_settings.sh
 DATA=playground/data/toy_clips
 OUTPUT="${OUTPUT:-outputs/toy_video}"
@@ -34,7 +36,7 @@ finetune() {
     DATA_PATH="$DATA/train.json" OUTPUT_DIR="$OUTPUT/$2" DEEPSPEED_CONFIG=scripts/zero2.json \
         PRETRAIN_MM_MLP_ADAPTER="$OUTPUT/pretrain/mm_projector.bin" \
         bash scripts/v1_5/finetune.sh "${flags[@]}" --video_folder "$DATA/videos" --image_folder "$DATA/videos" \
-        --num_frames "$1" --learning_rate 1e-3
+        --num_frames "$1" --learning_rate 1e-3 --per_device_train_batch_size 8
 }
 step 3 "finetuning on $FRAMES frames of each clip: scripts/v1_5/finetune.sh --num_frames $FRAMES"
 finetune "$FRAMES" frames
