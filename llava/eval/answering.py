@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -174,7 +174,7 @@ class Batch:
         """
         markers = find_markers(HostBatch.read(self.ids, self.mask, None), vocab_size)
         pictures, sizes = match_pictures(markers, self.images, self.sizes, self.videos)
-        return list(pictures), sizes or []
+        return cast("list[Picture]", pictures), sizes or []
 
     def of_questions(self, values: Iterable[T]) -> list[list[T]]:
         """One value for each image and clip, as a list for each question."""

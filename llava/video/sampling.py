@@ -57,11 +57,9 @@ class Sampling:
         """
         if num_frames is None and fps is None:
             fps = getattr(config, "video_fps", None)
-        return cls(
-            num_frames or getattr(config, "num_frames", None) or cls.num_frames,
-            fps,
-            max_frames or getattr(config, "max_frames", None),
-        )
+        if num_frames is None:
+            num_frames = getattr(config, "num_frames", None) or cls.num_frames
+        return cls(num_frames, fps, getattr(config, "max_frames", None) if max_frames is None else max_frames)
 
     def indices(self, total: int, times: np.ndarray | None) -> np.ndarray:
         """Numbers of the frames that are taken, ascending, int64 [F].
