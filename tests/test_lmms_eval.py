@@ -432,7 +432,6 @@ def about(model: Any, docs: list[tuple[str, list[Any]]], chat: bool = False) -> 
 
 def test_clips_among_pictures(checkpoint: Path, opened: tuple[Any, ...], tmp_path: Path) -> None:
     """Paths of files and folders, several and beside pictures, in both forms, alone and in a batch."""
-    pytest.importorskip("av", reason="pip install 'llava[video]'")
     file = write(tmp_path / "clip.mp4", 12)
     write_clip(tmp_path / "frames", 2, frames=4)
     docs: list[tuple[str, list[Any]]] = [

@@ -185,7 +185,7 @@ def _media(shown: Sequence[_Visual]) -> tuple[list[Image.Image], list[Any]]:
 
 
 def _join(parts: Sequence[str | _Visual]) -> str:
-    """One text, with a mark for each picture and clip: those in front on a line of their own, others among the words."""
+    """One text, with marks of pictures and clips: those in front on a line of their own, others among the words."""
     joined, before, in_front = "", "", True
     for part in parts:
         piece = part if isinstance(part, str) else part.mark
