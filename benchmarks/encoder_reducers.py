@@ -35,6 +35,12 @@ METHODS = {
     "random 1/4": ("random", {"ratio": 1 / 4}),
     "visionzip 54 + 10": ("visionzip", {}),
     "divprune 64": ("divprune", {"tokens": 64}),
+    "vscan 96": ("vscan", {}),
+    "mmtok 64": ("mmtok", {"tokens": 64}),
+    "fastervlm 64": ("fastervlm", {}),
+    "vispruner 64": ("vispruner", {}),
+    "cdpruner 64": ("cdpruner", {}),
+    "holov 64": ("holov", {}),
 }
 
 
@@ -87,14 +93,15 @@ def main() -> None:
             needs = reducer.needs
             tower.read_attention({tower.block_number(place): hidden for place in needs.places}, needs, vision)
             vision.cls, vision.projected = hidden[:, 0], projected if needs.projected else None
+            vision.text = words if needs.text == "words" else text
             if needs.patch_embeds:
-                vision.text = text
                 vision.patch_embeds = tower.text_tower.embed_patches(features, tower.vision_tower.post_layernorm)
             return reducer(vision)
 
         return run
 
     text = torch.randn(args.batch, 768, device=args.device, dtype=dtype)
+    words = torch.randn(args.batch, 16, 4096, device=args.device, dtype=dtype)
     ids = torch.full((args.batch, 77), 49407, device=args.device)
     runs: dict[str, Callable[[], object]] = {label: cost_of(*method) for label, method in METHODS.items()}
     runs["trim's text tower"] = lambda: tower.text_tower.text_model(input_ids=ids)

@@ -17,3 +17,6 @@ DEFAULT_IM_END_TOKEN = "<im_end>"
 
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 """What a user may write in a question where an image goes; replaced by `DEFAULT_IMAGE_TOKEN`."""
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+"""The line after a question by which LLaVA asks for a short answer."""

@@ -29,6 +29,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """The names under which PEFT keeps an adapter's weights; the first is the one that it writes today."""
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.bin"
+QUERY_FILE = "query_abstractor.bin"
+"""MQT's name for the file of what stands in the projector's place."""
+PROJECTOR_FILES = (PROJECTOR_FILE, QUERY_FILE)
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -38,7 +41,7 @@ CHECKPOINT_FILES = (
     "pytorch_model.bin.index.json",
     ADAPTER_CONFIG,
     *ADAPTER_FILES,
-    PROJECTOR_FILE,
+    *PROJECTOR_FILES,
     NON_LORA_FILE,
     "training_args.bin",
     "tokenizer.json",
@@ -65,6 +68,16 @@ def size_of(path: Path) -> int:
     """Bytes of a file."""
     with path.open("rb") as file:  # on network file systems only an open file's size is up to date
         return os.fstat(file.fileno()).st_size
+
+
+def projector_file(folder: Path) -> Path:
+    """The file of a folder that holds a projector alone; the usual one, if there is none."""
+    return next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), folder / PROJECTOR_FILE)
+
+
+def projector_file_of(names: Iterable[str]) -> str:
+    """The name of the file for a projector's weights of these names."""
+    return QUERY_FILE if any("query_abstractor." in name for name in names) else PROJECTOR_FILE
 
 
 def adapter_file(folder: Path) -> Path:
@@ -225,7 +238,7 @@ def places_read(
     folder = Path(source)
     adapter, config = _json(folder / ADAPTER_CONFIG), _json(folder / "config.json")
     base = model_base or adapter.get("base_model_name_or_path")
-    if base is None and (folder / PROJECTOR_FILE).is_file():
+    if base is None and projector_file(folder).is_file():
         base = config.get("_name_or_path")
     theirs = {} if base is None else _json(Path(base) / "config.json")
     named = {

@@ -285,7 +285,8 @@ def process_video(
         image_processor: image processor of the vision tower (CLIP, SigLIP).
         model_cfg: has `image_aspect_ratio`. "pad" puts every frame on a square of the mean colour; all others leave it
             to the processor alone. So does "anyres": a frame is never tiled, as in LLaVA-NeXT, which hands frames to
-            the processor whatever the ratio says.
+            the processor whatever the ratio says. With a video tower (`mm_video_tower`) "pad" is for pictures only:
+            Video-LLaVA crops frames.
         num_frames: so many, evenly; a shorter clip's frames come more than once.
         fps: in place of `num_frames`, frames a second.
         max_frames: F at most.
@@ -300,7 +301,8 @@ def process_video(
         ImportError: it is a video file, and PyAV is not installed.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    frame_cfg = SimpleNamespace(image_aspect_ratio="square" if aspect_ratio == "anyres" else aspect_ratio)
+    is_cropped = aspect_ratio == "anyres" or getattr(model_cfg, "mm_video_tower", None)
+    frame_cfg = SimpleNamespace(image_aspect_ratio="square" if is_cropped else aspect_ratio)
     sampling = Sampling(num_frames, fps, max_frames)
     pixels: list[torch.Tensor] = []
     before = -1

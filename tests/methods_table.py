@@ -19,14 +19,14 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     # tower
     "tome": ({"tokens": 7}, {"per_block": 3, "variant": "lightcompress"}),
     "evit": ({"blocks": [0, 1], "keep": 0.5}, {"tokens": 7}, {"keep": 0.6, "fuse": False, "variant": "paper"}),
-    "ats": ({"tokens": 7},),
+    "ats": ({"blocks": [0, 1]}, {}, {"at_most": 9, "variant": "paper"}),
     "resize": ({"tokens": 4}, {"tokens": 9}),
     # encoder; those with `ratio` and `tokens` run adaptive, where they can, and with either
     "prumerge": ({}, {"variant": "paper"}),
     "prumerge_plus": ({"variant": "paper"}, {}),
     "trim": ({"text": "conversation"}, {"variant": "paper"}),
     "sequential": ({},),
-    "spatial": ({"rows": 1, "columns": 3}, {}),
+    "spatial": ({"rows": 1, "columns": 2}, {}),
     "random": ({},),
     "divprune": ({},),
     "visionzip": ({"dominant": 3, "contextual": 2}, {"tokens": 5}, {"tokens": 5, "variant": "paper"}),
@@ -45,8 +45,8 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "avgpool": ({},),
     "token_concat": ({}, {"kernel": 4}),
-    "tokenpacker": ({"scale": 2},),
-    "mqt": ({"tokens": 4},),
+    "tokenpacker": ({"scale": 2}, {"scale": 4, "heads": 2}),
+    "mqt": ({"tokens": 5}, {"tokens": 7, "draws": True}),
     "m3": ({"tokens": 4, "scales": [1, 4]}, {"tokens": 4}, {"scales": [1, 16]}),
     # decoder
     "pyramiddrop": (
@@ -65,7 +65,7 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
         {"version": "2.0", "layers": [1, 2], "keep": [10, 4], "heads": 2},
         {"layers": [1, 2], "keep": [12, 5], "pool": "sample"},
     ),
-    "vscan_drop": ({"layers": [1], "keep": [2]},),
+    "vscan_drop": ({"layers": [1], "keep": [2]}, {"layers": [1, 3], "keep": [5, 2], "pool": "sample"}),
 }
 """By name, the options of each of its runs; the first one also goes through training runs and with other methods."""
 
@@ -121,7 +121,7 @@ def composes(one: str, other: str) -> bool:
     """Whether two methods may work together, on a tower of `DEPTH` blocks.
 
     A projector's method fuses a grid, which what comes before must keep. What a method after the tower reads of a
-    block must be of the tokens that a method in the tower leaves.
+    block must be of the tokens that a method in the tower leaves, as many of each picture.
     """
     sites = {site_of(method_class(name)): name for name in (one, other)}
     before = sites.get("tower") or sites.get("encoder")
@@ -130,8 +130,10 @@ def composes(one: str, other: str) -> bool:
     if "projector" in sites:
         return before is None or getattr(method_class(before), "keeps_grid", False)
     if sites.keys() == {"tower", "encoder"}:
+        if is_adaptive(sites["tower"], METHODS[sites["tower"]][0]):
+            return False
         needs = build(**first(sites["encoder"])).needs
-        places = {"selected": SELECTED - 1, "last": DEPTH - 1}
+        places = {"early": DEPTH * 5 // 24, "selected": SELECTED - 1, "last": DEPTH - 1}
         read = [*needs.hidden, *(places[place] if isinstance(place, str) else place for place in needs.places)]
         return min(read, default=DEPTH) > max(build(**first(sites["tower"])).blocks(DEPTH, SELECTED), default=-1)
     return True

@@ -19,7 +19,7 @@ from llava.cost.bench.timing import Clock, Phases, Spread, by_turns
 from llava.cost.bench.workload import Workload
 from llava.cost.presets import CLIP, MODELS, TOWERS
 
-METHODS = ("prumerge", "trim", "avgpool", "stf", "fastv")
+METHODS = ("prumerge", "trim", "mmtok", "avgpool", "stf", "fastv")
 STF = {"name": "stf", "mbtf": 3}
 
 
@@ -55,7 +55,7 @@ def test_every_phase_of_an_answer_is_timed(answers: dict[str, Any]) -> None:
     for row in answers["rows"]:
         seconds = {name: spread["median"] for name, spread in row["measured"].items()}
         assert {"tower", "projector", "prefill", "decode", "first_token"} <= seconds.keys()
-        assert ("reduction" in seconds) == (row["method"] in ("prumerge", "trim"))
+        assert ("reduction" in seconds) == (row["method"] in ("prumerge", "trim", "mmtok"))
         parts = sum(seconds.get(name, 0) for name in ("tower", "reduction", "projector", "splice", "prefill"))
         assert 0.5 < parts / seconds["first_token"] < 1.5  # medians of different turns
         assert all(spread["number"] == 2 for spread in row["measured"].values())

@@ -42,7 +42,8 @@ def test_a_layer_processes_the_budget(model: Any, name: str, budget: float) -> N
         assert "can't be met; the nearest is" in str(error) or "can't be told" in str(error)
         return
     inner, ids = model.get_model(), prompt(3, "image", 6).unsqueeze(0)
-    inner._embed_texts = lambda phrases, kind: (torch.randn(len(phrases), 24), None)
+    shapes = {"pooled": (24,), "segments": (1, 24), "words": (4, model.config.hidden_size)}
+    inner._embed_texts = lambda phrases, kind: (torch.randn(len(phrases), *shapes[kind]), None)
     pixels = torch.randn(1, 3, 2 * SIDE, 2 * SIDE)
     cache = model(input_ids=ids, images=pixels, texts=["red"], use_cache=True).past_key_values
     del inner._embed_texts

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llava.model.image_inputs import Clip
 from llava.model.language_model.families import LlavaLlamaForCausalLM
@@ -13,28 +14,12 @@ from llava.model.language_model.staged import StagedPass
 from llava.reduction import available, build
 from llava.reduction.base import EncoderReducer
 from llava.reduction.registry import method_class
+from tests.methods_table import NAMES, runs
 from tests.tiny_models import pad, prompt
 from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
 
 PATCHES = (SIDE // 8) ** 2
-OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "prumerge": {},
-    "prumerge_plus": {"ratio": 0.3},
-    "trim": {},
-    "sequential": {"tokens": 5},
-    "spatial": {"tokens": 4},
-    "random": {"tokens": 5},
-    "stf": {"mbtf": 1},
-    "avgpool": {},
-    "token_concat": {},
-    "pyramiddrop": {"layers": [1], "ratios": [0.5]},
-    "fastv": {"layer": 1, "ratio": 0.5},
-    "dart": {"layer": 1, "tokens": 8},
-    "visionzip": {"tokens": 6},
-    "tome": {"tokens": 7},
-    "divprune": {"tokens": 5},
-}
+OPTIONS = {"none": {}, **{name: {k: v for k, v in runs(name)[0].items() if k != "name"} for name in NAMES}}
 ROWS = {
     "alike": [prompt(3, "clip", 4, seed=i) for i in range(2)],
     "mixed": [prompt("image", 3, "clip", 2), prompt(4), prompt(1, "clip", "clip", 6), prompt("image", 2)],
@@ -45,12 +30,13 @@ TEXTS = ["a red bus turns", "no image here", "something quite different", "what"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    world: TinyWorld = make_tiny_world(tmp_path_factory.mktemp("world"))
+    world: TinyWorld = make_tiny_world(tmp_path_factory.mktemp("world"), llm_layers=4)
     make_readable(world.clip)
     torch.manual_seed(0)
     model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
     args = {"vision_tower": str(world.clip), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
     model.get_model().initialize_vision_modules(type("Args", (), args))
+    model.tokenizer = AutoTokenizer.from_pretrained(world.llm)
     return model.eval()
 
 
@@ -108,11 +94,11 @@ def test_frames_ranked_together_alone_and_in_a_batch(model: Any, name: str) -> N
     check_alone_and_together(model, "mixed", "right")
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "fastv"])
+@pytest.mark.parametrize(("name", "half"), [("pyramiddrop", {"ratios": [0.5]}), ("fastv", {"ratio": 0.5})])
 @torch.no_grad()
-def test_frames_that_compete_for_themselves(model: Any, name: str) -> None:
+def test_frames_that_compete_for_themselves(model: Any, name: str, half: dict[str, Any]) -> None:
     """Of each frame as many tokens stay, where a clip as a whole may lose all of one."""
-    use(model, name, pool="frame")
+    use(model, name, pool="frame", **half)
     check_alone_and_together(model, "mixed", "left")
     one = inputs_of([prompt(2, "clip", 3)])[0]
     spliced = model.splice_images(one["input_ids"], videos=one["videos"])
@@ -177,7 +163,7 @@ def test_frames_ranked_together_are_one_large_picture(model: Any, name: str) -> 
 
 @torch.no_grad()
 def test_counts_of_clips_come_after_those_of_images(model: Any) -> None:
-    use(model, "spatial")
+    use(model, "spatial", rows=2, columns=2)
     clip, image = torch.randn(3, 3, SIDE, SIDE), torch.randn(1, 3, SIDE, SIDE)
     assert model.count_visual_tokens(image, videos=[clip]) == [(PATCHES, 4), (3 * PATCHES, 12)]
 

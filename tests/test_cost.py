@@ -43,6 +43,9 @@ METHODS: list[Any] = [
     {"name": "prumerge_plus", "tokens": 3, "variant": "paper"},
     {"name": "spatial", "ratio": 0.25},
     {"name": "avgpool"},
+    {"name": "m3", "tokens": 4},
+    {"name": "tokenpacker"},
+    {"name": "mqt", "tokens": 9},
     {"name": "stf", "mbtf": 2},
     {"name": "stf", "mbtf": [3, 1], "variant": "paper", "tokens_out": 2},
     {"name": "pyramiddrop"},
@@ -222,6 +225,17 @@ def test_a_counted_number_of_tokens_takes_the_place_of_the_budget() -> None:
     dropped = flops_per_question("7b", "pyramiddrop", image_tokens=144, text_tokens=TEXT, new_tokens=8)
     both = {"projector": "avgpool", "decoder": "pyramiddrop"}
     assert dropped == pytest.approx(flops_per_question("7b", both, text_tokens=TEXT, new_tokens=8), rel=0.01)
+
+
+def test_an_adaptive_method_inside_the_tower() -> None:
+    """Counted as equal steps down to a typical number, or to the one that was measured."""
+    model, scenario = open_model("7b"), Scenario(text_tokens=TEXT, new_tokens=8)
+    typical = question_cost(model, "ats", scenario)
+    assert typical.note.startswith("adaptive; counted as a quarter")
+    assert typical.image_tokens == 144
+    assert typical.flops()["vision"] < question_cost(model, None, scenario).flops()["vision"]
+    measured = flops_per_question("7b", "ats", image_tokens=100, text_tokens=TEXT, new_tokens=8)
+    assert measured < sum(typical.flops().values())
 
 
 def test_an_adaptive_method_without_a_typical_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "baseline": {"gradient_accumulation_steps": 2},
     "anyres, prumerge": {**ANYRES, "reduction": "prumerge"},
     "stf": {"reduction": "{name: stf, mbtf: [3, 1]}"},
+    "packed, m3": {"reduction": "{name: m3, scales: [1, 4]}", "packing": True},
     "packed, pyramiddrop": {"reduction": PYRAMID, "packing": True, "dataloader_num_workers": 1},
 }
 METHODS = (
@@ -57,6 +58,9 @@ METHODS = (
     "{name: stf, mbtf: [3, 1]}",
     "{name: stf, mbtf: off}",
     "avgpool",
+    "{name: m3, tokens: 4}",
+    "tokenpacker",
+    "{name: mqt, tokens: 6}",
     PYRAMID,
 )
 

@@ -19,9 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from llava.model.image_layout import padded_patches
 from llava.model.language_model.drop_plan import keep_best
 from llava.model.language_model.staged import StagedPass
+from llava.model.multimodal_encoder.regrouping import run_block
 from llava.reduction import VisionFeatures, available, build
 from llava.reduction.tower.tokens import TowerTokens
 from tests.conftest import GOLDEN
@@ -125,6 +129,8 @@ def check_after_the_tower(row: Row, name: str, golden: Path) -> None:
     inputs: dict[str, Any] = {"images": pixels(golden, "pixels_pad")[images]}
     if "image_size" in about:
         inputs["image_sizes"] = [about["image_size"]]
+    if row.method == "cdpruner":
+        inputs["texts"] = [about["text"]]  # in some cases another than the prompt's
     with tower_gives(model, vision):
         check_answer(model, case, **inputs)
     if stands(about):
@@ -264,9 +270,199 @@ def check_tome_step(row: Row, name: str, golden: Path) -> None:
             torch.testing.assert_close(sized.sizes, case[f"size_after_{n}_{pairs}"].squeeze(-1), **TOKENS)
 
 
-def unwritten(row: Row, name: str, golden: Path) -> None:
-    """In place of a check that the method's author writes."""
-    raise NotImplementedError(f"{row.method}: say in ROWS what is compared of {name}")
+@torch.no_grad()
+def check_in_the_projector(row: Row, name: str, golden: Path) -> None:
+    """Tokens from the seam, and the answer from pixels."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    model = opened(golden)
+    model.set_reduction("none")
+    inputs = {"images": pixels(golden, "pixels_pad")[i : i + 1], "reduction": row.reduction(about)}
+    with tower_gives(model, seam(i)):
+        tokens, _ = model.get_model().encode_images(**inputs)
+    if "output" in case:
+        torch.testing.assert_close(tokens, case["output"], **TOKENS)
+    logits = check_answer(model, case, **inputs)
+    assert logits.shape[1] == about.get("final_length", logits.shape[1])
+
+
+def check_m3_training(row: Row, name: str, golden: Path) -> None:
+    """The loss of each scale, their mean, and its gradients."""
+    case, about = read_more(name)
+    model = open_checkpoint(golden, "llava-v1.5-7b", reduction={"name": "m3", "scales": about["scales"]}).train()
+    batch = {key: case[key] for key in ("input_ids", "attention_mask", "labels")}
+    batch["images"] = pixels(golden, "pixels_pad")
+    with torch.no_grad():
+        losses = [model(**batch, reduction={"name": "m3", "tokens": scale}).loss for scale in about["scales"]]
+    torch.testing.assert_close(torch.stack(losses), case["losses"], atol=1e-4, rtol=0)
+    inner = model.get_model()
+    named = {
+        "grad_mm_projector_0_weight": inner.mm_projector[0].weight,
+        "grad_layers_7_q_proj_weight": inner.layers[7].self_attn.q_proj.weight,
+    }
+    for weight in named.values():
+        weight.requires_grad_(True)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss.detach(), case["loss"][0], atol=1e-4, rtol=0)
+    for (key, _), gradient in zip(named.items(), torch.autograd.grad(loss, list(named.values())), strict=True):
+        assert (gradient - case[key]).norm() <= 1e-3 * case[key].norm()
+
+
+def check_with_weights(row: Row, name: str, golden: Path) -> None:
+    """As `check_in_the_projector`, with the family's weights in the projector's place; from stored features too."""
+    case, about = read_more(name)
+    weights, _ = read_more(f"{row.method}_weights")
+    model = opened(golden)
+    own = model.get_model().projector_modules()
+    model.set_reduction({"name": row.method})
+    model.get_model().load_projector(weights, f"{row.method}_weights")
+    if "features_multi" in case:
+        method, features = build(row.method, **row.options(about)), case["features"].unsqueeze(0)
+        states = {
+            23: features,
+            **dict(zip((12, 16, 22), case["features_multi"].unsqueeze(0).chunk(4, 2), strict=False)),
+        }
+        with torch.no_grad():
+            modules = model.get_model().projector_modules()
+            tokens = method(VisionFeatures(features, grid=(24, 24), hidden_states=states), **modules)
+        torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    i = int(name.rpartition("_")[2])
+    inputs = {"images": pixels(golden, "pixels_pad")[i : i + 1], "reduction": row.reduction(about)}
+    with torch.no_grad():
+        tokens, _ = model.get_model().encode_images(**inputs)
+    torch.testing.assert_close(tokens, case["output"], atol=1e-3 * float(case["output"].abs().max()), rtol=0)
+    logits = check_answer(model, case, **inputs)
+    assert logits.shape[1] == about.get("final_length", logits.shape[1])
+    model.set_reduction("none")
+    model.get_model()._set_projector(own)
+
+
+def check_vscan(row: Row, name: str, golden: Path) -> None:
+    """What is selected, from pixels; what it becomes, from the seam; what each drop keeps; and the answer."""
+    case, about = read_more(name)
+    i = int(name.rpartition("_")[2])
+    images = pixels(golden, "pixels_pad")[i : i + 1]
+    drop = {"name": "vscan_drop", "layers": about["layers"], "keep": about["counts"]}
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction({"encoder": row.reduction(about), "decoder": drop})
+    inner = model.get_model()
+    vision = seam(i)
+    vision.attention = model.get_vision_tower()(images, inner.reducers().needs).attention
+    tokens = build(**row.reduction(about))(vision)
+    assert tokens.source[0].tolist() == case["selected"].tolist()
+    torch.testing.assert_close(tokens.features[0], case["output"], **TOKENS)
+    spliced = model.splice_images(case["input_ids"], images=images)
+    first, last = about["image_start"], about["image_start"] + about["visual_tokens"]
+    for number in range(len(about["counts"])):
+        some = {key: drop[key][: number + 1] for key in ("layers", "keep")}
+        staged = StagedPass(spliced.image_index, reducer=build("vscan_drop", **some))
+        inner(inputs_embeds=spliced.inputs_embeds, staged=staged)
+        kept = staged.kept[0]
+        assert (kept[(kept >= first) & (kept < last)] - first).tolist() == entered(case, number).tolist()
+    logits = check_answer(model, case, images=images)
+    assert logits.shape[1] == about["final_length"]
+
+
+def entered(case: Case, number: int) -> Tensor:
+    """What drop `number` keeps, by its place among the tokens that entered the language model."""
+    kept = case[f"kept_{number}"]
+    return kept if number == 0 else entered(case, number - 1)[kept]
+
+
+def check_vispruner_random(row: Row, name: str, golden: Path) -> None:
+    """The choice of a batch of two on random inputs."""
+    case, about = read_more(name)
+    vision = VisionFeatures(case["features"].float(), attention={"selected": case["cls_attention"]})
+    for tokens, ratio in about["combos"]:
+        kept = build(row.method, tokens=tokens, important_ratio=ratio)(vision).source
+        assert kept.tolist() == case[f"kept_{tokens}_{ratio:g}"].tolist()
+
+
+def check_holov_random(row: Row, name: str, golden: Path) -> None:
+    """The choice on random inputs, in regions of one size and of two."""
+    case, _ = read_more(name)
+    for key in (key for key in case if key.startswith("kept_")):
+        _, kind, tokens = key.split("_")
+        features = case[f"features_{kind}"].float()
+        attention = {"selected": case[f"attention_{kind}"].unsqueeze(1)}
+        vision = VisionFeatures(features, attention=attention, projected=features)
+        assert build(row.method, tokens=int(tokens))(vision).source.tolist() == case[key].tolist()
+
+
+def check_cdpruner_wide(row: Row, name: str, golden: Path) -> None:
+    """The choice on random inputs of a width above the number of tokens."""
+    case, about = read_more(name)
+    values = {key: value.float() for key, value in case.items() if not key.startswith("kept")}
+    vision = VisionFeatures(
+        values["projected"],
+        projected=values["projected"],
+        patch_embeds=values["image_embeds"],
+        text=values["text_embeds"].unsqueeze(0),
+    )
+    for tokens in about["tokens"]:
+        assert build(row.method, tokens=tokens)(vision).source.tolist() == case[f"kept_{tokens}"].tolist()
+
+
+def block_of(case: Case, about: About) -> CLIPEncoderLayer:
+    """A block of a vision tower with a case's weights, which has what runs before and after it."""
+    width = case["x"].shape[-1]
+    hidden = case["weights.mlp.fc1.bias"].shape[0]
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_attention_heads=about["num_heads"],
+        hidden_act="gelu",
+        layer_norm_eps=about["layernorm_eps"],
+        attn_implementation="eager",
+    )
+    weights = {name.removeprefix("weights."): case[name].float() for name in case if name.startswith("weights.")}
+    for kind in ("weight", "bias"):
+        joined = weights.pop(f"attn.qkv.{kind}").chunk(3)
+        weights |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", joined, strict=True)}
+    names = {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2"}
+    for old, new in names.items():
+        weights = {name.replace(old, new): weight for name, weight in weights.items()}
+    block = CLIPEncoderLayer(config).eval()
+    block.load_state_dict(weights)
+    return block
+
+
+def check_evit_block(row: Row, name: str, golden: Path) -> None:
+    """One block at several shares, and twice at one of them."""
+    case, about = read_more(name)
+    block = block_of(case, about)
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    for key, of in about["cases"].items():
+        reducer = build(row.method, keep=of["keep_rate"], fuse=of["fuse_token"])
+        left = run_block(block, entered, reducer, 0, 1)
+        torch.testing.assert_close(left.features, case[f"output_{key}"], **TOKENS)
+        kept = case[f"kept_{key}"]
+        assert left.source[:, 1 : 1 + kept.shape[1]].tolist() == kept.tolist()
+        assert left.source.shape[1] - 1 == of["tokens_without_cls"]
+    reducer = build(row.method, keep=0.7)
+    once = run_block(block, entered, reducer, 0, 1)
+    twice = run_block(block, TowerTokens.of(once.features, first=1), reducer, 0, 1)
+    torch.testing.assert_close(twice.features, case["output_twice_0.7_fuse"], **TOKENS)
+    assert twice.source[:, 1:-1].tolist() == case["kept_twice_0.7_fuse"].tolist()
+
+
+def check_ats_block(row: Row, name: str, golden: Path) -> None:
+    """Two blocks one after another, the second as for each sample alone."""
+    case, about = read_more(name)
+    block, reducer = block_of(case, about), build(row.method, blocks=[0, 1])
+    entered = TowerTokens.of(case["x"].float(), first=1)
+    one = run_block(block, entered, reducer, 0, 2)
+    torch.testing.assert_close(one.features, case["output_stage1"], **TOKENS)
+    assert one.source[:, 1:].tolist() == case["kept_stage1"].tolist()
+    assert one.mask.tolist() == case["policy_stage1"].squeeze(2).bool().tolist()
+    two = run_block(block, one, reducer, 1, 2)
+    for i in range(3):
+        kept = case[f"kept_stage2_alone_{i}"][0].long()
+        count = 1 + len(kept)
+        assert two.source[i].tolist() == [-1, *one.source[i][1 + kept].tolist(), *[-1] * (two.mask.shape[1] - count)]
+        torch.testing.assert_close(two.features[i, :count], case[f"output_stage2_alone_{i}"][0], **TOKENS)
+        assert two.mask[i].sum() == count
 
 
 @contextlib.contextmanager
@@ -285,6 +481,17 @@ def norm_weight(model: Any, weight: Tensor | None) -> Iterator[None]:
     norm.weight.data = own if weight is None else weight
     yield
     norm.weight.data = own
+
+
+def words_and_padding(model: Any, case: Case, about: About) -> dict[str, Tensor]:
+    """Embeddings of the stored words, and the patches that lie in the padding, as many as the case says."""
+    padding = padded_patches(tuple(about["image_size"]), 336, (24, 24)).unsqueeze(0)
+    assert int(padding.sum()) == about["excluded_padding_patches"]
+    words, phrases = case["keyword_ids"], build("mmtok").phrases(about["question"])
+    assert " ".join(phrases) == about["keywords"]
+    own = [token for word in phrases for token in model.tokenizer(word, add_special_tokens=False).input_ids]
+    assert words[0].tolist() == [model.tokenizer.bos_token_id, *own]
+    return {"text": model.get_model().embed_tokens(words[:, 1:]), "padding": padding}
 
 
 # The table --------------------------------------------------------------------------------------------------------
@@ -319,22 +526,23 @@ ROWS: dict[str, Row] = {
     "vispruner": Row(
         "vispruner", lambda about: {key: about[key] for key in ("tokens", "important_ratio")}, check_after_the_tower
     ),
-    "vispruner_random": Row("vispruner", lambda _: {}, unwritten),
+    "vispruner_random": Row("vispruner", lambda _: {}, check_vispruner_random),
     "holov": Row("holov", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
-    "holov_random": Row("holov", lambda _: {}, unwritten),
+    "holov_random": Row("holov", lambda _: {}, check_holov_random),
     "cdpruner": Row(
         "cdpruner",
         lambda about: {"tokens": about["tokens"]},
         check_after_the_tower,
         lambda _, case, about: {"text": case["text_embeds"].expand(len(images_of(about)), -1, -1)},
     ),
-    "cdpruner_wide": Row("cdpruner", lambda _: {}, unwritten),
-    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower),
-    "evit": Row("evit", lambda _: {}, unwritten),
-    "ats": Row("ats", lambda _: {}, unwritten),
-    "m3": Row("m3", lambda about: {"tokens": about["scale"]}, unwritten),
-    "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, unwritten),
-    "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, unwritten),
+    "m3": Row("m3", lambda about: {"tokens": about["scale"]}, check_in_the_projector),
+    "m3_train": Row("m3", lambda _: {}, check_m3_training),
+    "tokenpacker": Row("tokenpacker", lambda about: {"scale": about["scale"]}, check_with_weights),
+    "mqt": Row("mqt", lambda about: {"tokens": about["tokens"]}, check_with_weights),
+    "mmtok": Row("mmtok", lambda about: {"tokens": about["tokens"]}, check_after_the_tower, words_and_padding),
+    "cdpruner_wide": Row("cdpruner", lambda _: {}, check_cdpruner_wide),
+    "evit": Row("evit", lambda _: {}, check_evit_block),
+    "ats": Row("ats", lambda _: {}, check_ats_block),
     "sparsevlm": Row(
         "sparsevlm",
         lambda about: {
@@ -346,7 +554,7 @@ ROWS: dict[str, Row] = {
         check_in_steps,
     ),
     "fastv": Row("fastv", lambda about: {"layer": about["layer"], "ratio": about["rate"]}, check_in_the_decoder),
-    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, unwritten),
+    "vscan": Row("vscan", lambda about: {"tokens": about["visual_tokens"]}, check_vscan),
 }
 INPUTS = ("tower_", "tokenpacker_weights", "mqt_weights")  # read by other cases
 

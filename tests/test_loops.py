@@ -27,7 +27,7 @@ LOOPS = {
     "random": "test_reduction.test_samplers_keep_what_their_names_say",
     "avgpool": "test_projector.test_agrees_with_a_plain_loop",
     "token_concat": "test_projector.test_agrees_with_a_plain_loop",
-    "resize": "test_tower.test_a_smaller_picture",
+    "resize": "test_tower.test_resize_is_transformers_encoder_on_a_smaller_picture",
 }
 """Methods that no released code has cases of, and the test that compares each with a loop."""
 

@@ -18,6 +18,8 @@ from tests.tiny_world import TinyWorld, make_tiny_world
 METHODS = {
     "baseline": "none",
     "prumerge": "prumerge",
+    "m3": "{name: m3, scales: [1, 4]}",
+    "mqt": "{name: mqt, tokens: 6}",
     "pyramiddrop": "{name: pyramiddrop, layers: [1], ratios: [0.25]}",
     **({"stf": "{name: stf, kernel: 2, mbtf: [3, 1]}"} if "stf" in available()["projector"] else {}),
 }
@@ -52,6 +54,8 @@ def data(world: TinyWorld) -> Path:
         (3, "full", "baseline", {}),
         (3, "lora", "prumerge", TOWER),
         (3, "full", "pyramiddrop", {"gradient_checkpointing": True}),
+        (3, "full", "m3", {**TOWER, "gradient_checkpointing": True}),
+        (3, "lora", "mqt", {}),
         *([(0, "full", "stf", {}), (3, "lora", "stf", {})] if "stf" in METHODS else []),
     ],
 )

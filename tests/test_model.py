@@ -29,6 +29,9 @@ REDUCTIONS = (
     {"name": "stf", "mbtf": 2, "kernel": 1},
     {"name": "avgpool", "kernel": 2},
     {"name": "token_concat", "kernel": 2},
+    {"name": "m3", "tokens": 4},
+    {"name": "tokenpacker"},
+    {"name": "mqt", "tokens": 9},
     {
         "projector": {"name": "stf", "mbtf": 2, "tokens_out": 2},
         "decoder": {"name": "pyramiddrop", "layers": [1], "ratios": [0.5]},
@@ -44,6 +47,7 @@ EVERYTHING = (
     {"name": "stf", "mbtf": "off", "kernel": 1},
     {"name": "avgpool", "kernel": 1},
     {"name": "token_concat", "kernel": 1},
+    {"name": "m3"},
 )
 # Two images, one image, text only, a tall image, a wide image.
 ROWS = [

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import llava.eval.reports
+from benchmarks.all_methods import PUBLISHED, published
 
 FOLDER = Path(llava.eval.reports.__file__).parent / "papers"
 COSTS = ("FLOPs (T)", "GPU hours")
@@ -103,6 +104,26 @@ def test_printed_averages_follow_from_the_row(paper: str, averages: int) -> None
         assert figures["average"] == pytest.approx(mean, abs=tolerance), (line["table"], line["model"], line["method"])
         checked += 1
     assert checked == averages
+
+
+@pytest.mark.parametrize(("paper", "averages"), [("restore", 25), ("v2drop", 21)])
+def test_printed_averages_are_the_mean_share_of_the_full_model(paper: str, averages: int) -> None:
+    """A slip in any figure of a row would show, within the rounding of the average."""
+    table = list(rows(paper))
+    full = next(figures for line, figures in table if line["method"] == "none")
+    for line, figures in table:
+        shares = [figures[name] / full[name] for name in figures if name != "average"]
+        assert len(shares) == len(full) - 1
+        assert figures["average"] == pytest.approx(100 * sum(shares) / len(shares), abs=0.0501), line
+    assert len(table) == averages
+
+
+@pytest.mark.parametrize(("label", "count"), [(192, 13), (128, 13), (64, 13), (100, 0)])
+def test_published_figures_beside_the_benchmark_say_what_they_are(label: int, count: int) -> None:
+    found = published(label)
+    assert len(found) == count and all(len(row) == len(PUBLISHED) and all(row) for row in found)
+    tome = {row[4]: row[2] for row in found if row[0] == "`tome`"}
+    assert label != 64 or tome == {"copied": "69.7", "re-run": "91.6"}
 
 
 VISUAL_TOKENS = {"336": 576, "5 patches": 5 * 576, "9 patches": 9 * 576}

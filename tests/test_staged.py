@@ -31,6 +31,7 @@ METHODS = (
     {"name": "pyramiddrop", "lambda": 0.7, "stages": 3},
     {"name": "fastv", "layer": 2, "ratio": 0.6},
     {"encoder": {"name": "prumerge", "ratio": 0.5}, "decoder": PYRAMID},
+    {"encoder": {"name": "vscan", "tokens": 10}, "decoder": {"name": "vscan_drop", "layers": [2, 4], "keep": [6, 3]}},
     *(method for name in available()["decoder"] if name not in ("pyramiddrop", "fastv") for method in runs(name)),
 )
 SPARSE = [method for method in METHODS if method.get("name") == "sparsevlm"]

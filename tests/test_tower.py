@@ -11,6 +11,7 @@ from torch import Tensor
 from llava.model.image_layout import padded_patches
 from llava.reduction import ReductionConfig, build
 from llava.reduction.base import EncoderReducer, Needs, TowerReducer, VisionFeatures, VisualTokens
+from llava.reduction.stand_in import StandIn, TowerShape
 from llava.reduction.tower.tokens import BlockTokens, Regrouping, TowerTokens
 from tests.tiny_models import SIDE, prompt, tiny_model
 
@@ -25,7 +26,7 @@ def pixels(count: int = 2) -> Tensor:
 # Needs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("place", "block"), [("selected", 2), ("last", 3), (0, 0), (-2, 2)])
+@pytest.mark.parametrize(("place", "block"), [("early", 0), ("selected", 2), ("last", 3), (0, 0), (-2, 2)])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @torch.no_grad()
 def test_attention_of_a_block(kind: str, place: Any, block: int) -> None:
@@ -148,6 +149,19 @@ def test_patches_that_only_pad_are_told() -> None:
     assert reducer.seen.padding.view(2, 4, 4).any(dim=2).tolist() == [[True, False, False, True], [False] * 4]
     assert padded_patches((640, 360), 336, (24, 24)).sum() == 240  # of a released case
     assert padded_patches((300, 600), 336, (24, 24)).sum() == 288
+
+
+def test_padding_after_a_method_in_the_tower() -> None:
+    """Of the patches that stayed, or of the smaller picture."""
+    rows = torch.tensor([True, False, False, True])
+    model = inside(Halve())
+    reducer = model.model.encoder_reducer = ReadsText(kind=None)
+    batch = {"input_ids": prompt(2, "image").unsqueeze(0), "images": pixels(1), "image_sizes": [(100, 50)]}
+    model(**batch)
+    assert reducer.seen.padding.tolist() == rows.repeat_interleave(4)[reducer.seen.source].tolist()
+    model.model.tower_reducer = Smaller()
+    model(**{**batch, "image_sizes": [(100, 20)]})
+    assert reducer.seen.padding.tolist() == [[False] * 4]
 
 
 def test_cls_among_the_patches_is_refused() -> None:
@@ -329,3 +343,152 @@ def test_a_model_keeps_its_method_in_the_tower() -> None:
 )
 def test_tome_schedules(options: dict[str, Any], pairs: list[int]) -> None:
     assert build("tome", **options).schedule(PATCHES, 3) == pairs
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", [{"name": "tome", "per_block": 2}, {"name": "ats"}, {"name": "evit"}], ids=str)
+def test_blocks_with_a_method_are_checkpointed(method: dict[str, Any], reentrant: bool) -> None:
+    """Their gradients are the same, and each of the selected blocks runs again in the backward pass."""
+    model = tiny_model().train()
+    model.set_reduction(method)
+    inner, tower = model.get_model(), model.get_vision_tower()
+    tower.vision_tower.requires_grad_(True)
+    blocks, ran = tower.vision_tower.encoder.layers, []
+    for block in blocks:
+        block.self_attn.k_proj.register_forward_hook(lambda *_: ran.append(1))
+
+    def gradients() -> list[Tensor]:
+        ran.clear()
+        model.zero_grad()
+        inner.encode_images(pixels())[0].square().sum().backward()
+        return [parameter.grad for parameter in blocks[:3].parameters()]
+
+    expected = gradients()
+    assert len(ran) == 3
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for own, plain in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(own, plain, atol=1e-4, rtol=1e-4)
+    assert len(ran) == 6
+
+
+# EViT, ATS, resize ------------------------------------------------------------------------------------------------
+
+
+def block_tokens(first: int, count: int = 3, patches: int = 20) -> BlockTokens:
+    """Random tokens of a block, with attention that differs much from one to another."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tokens = TowerTokens.of(draw(count, first + patches, 8), first)
+    heads = (count, 2, first + patches, 4)
+    return BlockTokens(tokens, 2 * draw(*heads), 2 * draw(*heads), draw(*heads), None, 0.5, 1, 3)
+
+
+def attention_received(given: BlockTokens, i: int) -> Tensor:
+    """[H, T] of one image, by definition."""
+    weights = (given.queries[i] @ given.keys[i].transpose(1, 2) * given.scale).softmax(dim=2)
+    return weights[:, 0] if given.tokens.first else weights.mean(dim=1)
+
+
+@pytest.mark.parametrize("first", [1, 0])
+@pytest.mark.parametrize("variant", ["release", "paper"])
+def test_evit_by_a_plain_loop(variant: str, first: int) -> None:
+    given = block_tokens(first)
+    left = given.tokens.regrouped(build("evit", keep=0.33, variant=variant).regroup(given))
+    for i, own in enumerate(left.features):
+        x, score = given.tokens.features[i], attention_received(given, i).mean(dim=0)
+        order = sorted(range(first, first + 20), key=lambda j: -float(score[j]))
+        kept, rest = order[:7], order[7:]  # ceil(0.33 * 20)
+        kept = sorted(kept) if variant == "paper" else kept
+        expected = [*x[:first], *(x[j] for j in kept), sum(score[j] * x[j] for j in rest)]
+        torch.testing.assert_close(own, torch.stack(expected), **CLOSE)
+        assert left.source[i, first:].tolist() == [*(j - first for j in kept), -1]
+        fused = [first + kept.index(first + j) if first + j in kept else first + 7 for j in range(20)]
+        assert left.assignment[i].tolist() == fused
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts"), [(9, [16, 13, 11, 9]), (1, [16, 6, 3, 1]), (16, [16] * 4), (99, [16] * 4)]
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_evit_goes_down_in_equal_steps(tokens: int, counts: list[int], fuse: bool) -> None:
+    lengths, _ = StandIn(TowerShape((4, 4), depth=4, selected=3)).tokens_in_tower(
+        build("evit", tokens=tokens, fuse=fuse)
+    )
+    assert [length - 1 for length in lengths] == counts
+    assert build("evit").blocks(24, 23) == [5, 11, 17]
+    assert build("evit").blocks(12, 12) == [3, 6, 9]
+
+
+@pytest.mark.parametrize("first", [1, 0])
+@pytest.mark.parametrize("at_most", [None, 5, 1])
+@pytest.mark.parametrize("variant", ["release", "paper"])
+def test_ats_by_a_plain_loop(variant: str, at_most: int | None, first: int) -> None:
+    given, points = block_tokens(first), at_most or 20
+    left = given.tokens.regrouped(build("ats", variant=variant, at_most=at_most).regroup(given))
+    for i in range(3):
+        attention = attention_received(given, i).sum(dim=0)
+        score = [float(attention[j] * given.values[i, :, j].norm()) for j in range(first, first + 20)]
+        order = sorted(range(20), key=lambda j: score[j]) if variant == "release" else list(range(20))
+        sums = [sum(score[j] for j in order[: k + 1]) for k in range(20)]
+        low = sums[0] if variant == "release" else 0.0
+        cdf = [(value - low) / (sums[-1] - low) for value in sums]
+        if variant == "paper":
+            at = [(2 * k - 1) / (2 * points) for k in range(1, points + 1)]
+        else:
+            start = min(value for value in cdf if value > 0)
+            at = [start + (1 - start) * k / (points - 1) for k in range(points)] if points > 1 else [1.0]
+        sampled = sorted({min(range(20), key=lambda k: abs(cdf[k] - point)) for point in at})
+        kept = [order[k] for k in sampled]
+        count = first + len(kept)
+        assert left.source[i, first:count].tolist() == kept
+        assert left.mask is None or left.mask[i].sum() == count
+        expected = given.tokens.features[i][[*range(first), *(first + j for j in kept)]]
+        torch.testing.assert_close(left.features[i, :count], expected)
+        assert len(kept) <= points
+
+
+def test_ats_of_scores_that_say_nothing() -> None:
+    """All zero, or one patch alone: one token stays."""
+    given = block_tokens(1)
+    given.values.zero_()
+    assert given.tokens.regrouped(build("ats").regroup(given)).features.shape[1] == 2
+    given = block_tokens(1, patches=1)
+    assert given.tokens.regrouped(build("ats").regroup(given)).source.tolist() == [[-1, 0]] * 3
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@torch.no_grad()
+def test_resize_is_transformers_encoder_on_a_smaller_picture(kind: str) -> None:
+    model = tiny_model(tower=kind)
+    model.set_reduction({"name": "resize", "tokens": 9})
+    inner = model.get_model()
+    tokens = inner.read_tiles(pixels(), None, inner.reducers())
+    small = torch.nn.functional.interpolate(pixels(), (42, 42), mode="bicubic", antialias=True)
+    encoder = model.get_vision_tower().vision_tower
+    out = encoder(small, interpolate_pos_encoding=True, output_hidden_states=True)
+    torch.testing.assert_close(tokens.features, out.hidden_states[3][:, -9:], **CLOSE)
+    assert tokens.grid == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "message"),
+    [
+        ({"name": "resize", "tokens": 10}, "tokens=10: a picture of 4 x 4 patches .* nearest has 9, 3 x 3"),
+        ({"name": "resize", "tokens": 144}, "tokens=144: .* nearest has 16, 4 x 4"),
+        ({"name": "evit", "blocks": [1, 3]}, r"'evit': blocks=\[1, 3\]: expected rising numbers from 0 to 2"),
+        ({"name": "ats", "blocks": [1, 0]}, r"'ats': blocks=\[1, 0\]: expected rising numbers"),
+        ({"name": "evit", "keep": 0.5, "tokens": 4}, "'evit': keep and tokens both say"),
+        ({"name": "ats", "budget": 9}, "'ats' can't be told a budget"),
+        (
+            {"tower": {"name": "ats"}, "encoder": {"name": "prumerge", "tokens": 2}},
+            "'prumerge': 'ats' leaves a different",
+        ),
+        ({"name": "resize", "budget": 12}, "budget=12 .* can't be met; the nearest is 9, with tokens=9"),
+    ],
+)
+def test_what_the_tower_cannot_do_is_said_at_once(reduction: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model().set_reduction(reduction)

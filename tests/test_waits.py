@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils import clip_grad
 from transformers import TrainerCallback
 
+from llava.cost.bench.workload import StandInWords
 from llava.model.language_model.packed import PACKED_SDPA, PACKED_VARLEN
 from llava.model.visual_encoding import store_features
 from llava.train.settings import arguments
@@ -31,6 +32,7 @@ from tests.varlen_kernels import kernels, set_attention
 __all__ = ["kernels"]  # a fixture
 
 PYRAMID_OF_2 = "{name: pyramiddrop, layers: [1], ratios: [0.5]}"  # for a model of two layers
+VSCAN_DROP = {"name": "vscan_drop", "layers": [2], "keep": [4]}
 FASTV = {"name": "fastv", "layer": 2, "ratio": 0.6}
 # Each method with the waits of a training step: for flat tokens, and for anyres, which lays tiles out by their patches.
 METHODS: dict[str, tuple[Any, int, int]] = {
@@ -47,11 +49,20 @@ METHODS: dict[str, tuple[Any, int, int]] = {
     "sequential": ({"name": "sequential", "ratio": 0.5}, 0, 0),
     "spatial": ({"name": "spatial", "rows": 2, "columns": 3}, 0, 0),
     "random": ({"name": "random", "tokens": 5}, 0, 0),
+    "divprune": ({"name": "divprune", "tokens": 5}, 0, 1),
+    "fastervlm": ({"name": "fastervlm", "tokens": 5}, 0, 1),
+    "vispruner": ({"name": "vispruner", "tokens": 5}, 0, 1),
+    "holov": ({"name": "holov", "tokens": 5}, 0, 1),
     "stf": ({"name": "stf", "mbtf": 2}, 0, 0),
     "avgpool": ({"name": "avgpool"}, 0, 0),
     "token_concat": ({"name": "token_concat"}, 0, 0),
+    "tokenpacker": ("tokenpacker", 0, 0),
+    "mqt": ({"name": "mqt", "draws": True}, 0, 0),
+    "m3": ({"name": "m3", "scales": [1, 4]}, 0, 0),
     "pyramiddrop": (PYRAMID, 0, 0),
     "fastv": (FASTV, 0, 0),
+    "mmtok": ({"name": "mmtok", "tokens": 5}, 0, 1),
+    "vscan": ({"encoder": {"name": "vscan", "tokens": 32}, "decoder": VSCAN_DROP}, 0, 1),
     "sparsevlm": ({"name": "sparsevlm", "layers": [1, 3], "keep": [9, 4]}, 1, 1),
     "sparsevlm 2.0": ({"name": "sparsevlm", "version": "2.0", "layers": [1, 3], "keep": [9, 4]}, 1, 1),
     "prumerge and pyramiddrop": ({"encoder": {"name": "prumerge"}, "decoder": PYRAMID}, 1, 2),
@@ -89,7 +100,9 @@ def test_a_training_step(method: str, packed: bool) -> None:
         model = staged_model(reduction=reduction, anyres=is_anyres, **settings)
         if packed:
             model.set_attn_implementation(PACKED_SDPA)
-        waits = waits_of_a_step(model, collated(anyres=is_anyres), packed=packed)
+        model.tokenizer = StandInWords(model.config.vocab_size)
+        texts = ["a red bus", "two", "no image", "how many", "left of it"]
+        waits = waits_of_a_step(model, collated(anyres=is_anyres), packed=packed, texts=texts)
         assert len(waits) == expected, waits
 
 
@@ -179,8 +192,8 @@ class _CountSteps(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("reduction", "packing", "expected"),
-    [("none", False, 0), (PYRAMID_OF_2, True, 0), ("prumerge", True, 1), ("trim", False, 1)],
-    ids=["none", "pyramiddrop", "prumerge", "trim"],
+    [("none", False, 0), (PYRAMID_OF_2, True, 0), ("prumerge", True, 1), ("trim", False, 1), ("cdpruner", False, 0)],
+    ids=["none", "pyramiddrop", "prumerge", "trim", "cdpruner"],
 )
 def test_a_step_of_a_run(
     reduction: Any, packing: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

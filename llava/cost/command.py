@@ -17,6 +17,8 @@ from llava.cost.training import TrainingRun, training_cost
 from llava.reduction.registry import available
 
 BUDGETS = {name: f"{{name: {name}, ratio: 0.25}}" for name in ("sequential", "spatial", "random")}
+BUDGETS["mqt"] = "{name: mqt, tokens: 64}"
+BUDGETS["m3"] = "{name: m3, tokens: 36}"
 BUDGETS["tome"] = "{name: tome, tokens: 144}"
 """For `all`: methods that have no budget of their own."""
 

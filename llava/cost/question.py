@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from llava.cost.tokens import (
     with_budget,
 )
 from llava.model.multimodal_encoder.clip_text import ClipText, resolve_text_config
+from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.reduction.base import DecoderReducer, Reducers
 from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
@@ -171,8 +172,7 @@ def methods(reduction: Any, share: float | None = None, model: Any = None) -> tu
     if model is not None:
         shape = ModelShape(TowerShape.of(model.get_model().get_vision_tower()), model.config.num_hidden_layers)
     reducers = ReductionConfig.parse(reduction).build_all(shape)
-    encoder, note = with_budget(reducers.encoder, share)
-    return replace(reducers, encoder=encoder), note
+    return with_budget(reducers, share, TowerShape() if shape is None else shape.tower)
 
 
 def tiles_of(model: Any, scenario: Any) -> tuple[int, float | None]:
@@ -313,8 +313,9 @@ def ranking_works(
 
 def weights_with(model: Any, sizes: Sizes, reducers: Reducers) -> dict[str, int]:
     """Elements of all parameters by part, with the projector and the text tower that the methods need."""
-    _, passes = projector_passes(model, reducers)
-    projector = sum(layer.weights + layer.outputs for layer, _ in passes)
+    with torch.device("meta"):
+        modules = build_projector_modules(model.config, model.get_model().get_vision_tower(), reducers.projector)
+    projector = sum(p.numel() for module in modules.values() for p in module.parameters())
     text = sum(p.numel() for p in text_tower(model).parameters()) if reducers.needs.clip_text else 0
     return {**sizes.weights, "projector": projector, "text tower": text}
 

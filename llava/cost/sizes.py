@@ -21,7 +21,8 @@ from llava.cost.presets import ALIASES, MODELS, TOWERS
 from llava.model.builder import read_llava_config
 from llava.model.llava_hf.opening import from_hf_config, read_hf_config
 from llava.model.weights import read_json
-from llava.reduction.config import LEGACY_TRIM_KEY, ReductionConfig
+from llava.reduction.config import ReductionConfig
+from llava.reduction.released import without_methods
 
 Layers = tuple[tuple[Linear, ...], ...]
 
@@ -105,7 +106,7 @@ def _weights(model: Any) -> dict[str, int]:
         "head": model.lm_head,
         "embeddings": inner.embed_tokens,
         "tower": inner.vision_tower,
-        "projector": inner.mm_projector,
+        "projector": nn.ModuleDict(inner.projector_modules()),
     }
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     if model.lm_head.weight is inner.embed_tokens.weight:
@@ -128,7 +129,7 @@ def open_model(model: Any = "llava-1.5-7b", vision_tower: str | None = None) -> 
         ValueError: none of these, or a configuration without a vision tower or that LLaVA has no class for.
     """
     raw, origin = _read(model)
-    raw = {key: value for key, value in raw.items() if key not in ("reduction", LEGACY_TRIM_KEY)}
+    raw = without_methods(raw)
     if vision_tower is not None:
         raw.update(mm_vision_tower=vision_tower, mm_vision_config=None, mm_text_config=None)
     if not raw.get("mm_vision_tower"):

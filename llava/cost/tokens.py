@@ -7,46 +7,64 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.cost.formulas import Linear
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.drop_plan import plan_pools
 from llava.model.multimodal_projector.builder import build_projector_modules
-from llava.reduction.base import DecoderReducer, EncoderReducer, Needs, Reducers, VisionFeatures, VisualTokens
+from llava.reduction.base import DecoderReducer, Reducer, Reducers, VisionFeatures, VisualTokens
 from llava.reduction.options import values_of
 from llava.reduction.stand_in import StandIn, TowerShape, reduce_features
+from llava.reduction.tower.evit import EViT
 
-# What stands for a method whose images say themselves how many patches they keep: its option `ratio`, and whence.
+# What stands for a method whose images say themselves how many patches they keep: a share of them, and whence.
 TYPICAL = {
     "prumerge": (0.055, "32 of 576 tokens on average over six tasks (arXiv 2403.15388, section 4.1)"),
     "prumerge_plus": (0.125, "a quarter of the tokens (arXiv 2403.15388, Table 7)"),
+    "ats": (0.25, "a quarter of the tokens (arXiv 2403.15388, Table 7), in equal steps over its blocks"),
     "trim": (0.212, "123 of 576 tokens (arXiv 2409.10994, section 5.1)"),
 }
 
 
-def with_budget(reducer: EncoderReducer | None, share: float | None = None) -> tuple[EncoderReducer | None, str]:
-    """The method itself, or where it is adaptive, the same one with a budget; and a note that says so.
+def with_budget(reducers: Reducers, share: float | None, shape: TowerShape) -> tuple[Reducers, str]:
+    """The methods, an adaptive one with a count in its place that is known; and a note that says so.
+
+    An adaptive method inside the tower is counted as one that goes down to the count in equal steps in the same blocks.
 
     Args:
-        reducer: a method after the tower.
-        share: the fraction of the patches that it was seen to keep; None: a typical one.
+        reducers: of all sites.
+        share: the fraction of the patches that the adaptive one was seen to keep; None: a typical one.
+        shape: of the tower.
 
     Raises:
         ValueError: an adaptive method without a typical count.
     """
-    if reducer is None or not getattr(reducer, "is_adaptive", False):
-        return reducer, ""
+    encoder, tower = reducers.encoder, reducers.tower
+    if encoder is not None and encoder.is_adaptive:
+        ratio, note = _share_of(encoder, share)
+        return replace(reducers, encoder=type(encoder)(**{**values_of(encoder), "ratio": ratio})), note
+    if tower is not None and tower.is_adaptive:
+        ratio, note = _share_of(tower, share)
+        tokens = max(1, round(shape.grid[0] * shape.grid[1] * ratio))
+        counted = EViT(blocks_=[*tower.blocks(shape.depth, shape.selected)], tokens=tokens, fuse=False)
+        return replace(reducers, tower=counted), note
+    return reducers, ""
+
+
+def _share_of(reducer: Reducer, share: float | None) -> tuple[float, str]:
+    """The fraction of the patches that an adaptive method is counted to keep, and whence."""
     if share is not None:
-        return type(reducer)(**{**values_of(reducer), "ratio": min(1.0, share)}), ""
+        return min(1.0, share), ""
     if reducer.method not in TYPICAL:
         raise reducer.mistake("each image says how many tokens it keeps; give a budget, tokens=64 say, to count with")
     ratio, source = TYPICAL[reducer.method]
-    return type(reducer)(**{**values_of(reducer), "ratio": ratio}), f"adaptive; counted as {source}"
+    return ratio, f"adaptive; counted as {source}"
 
 
 def tile_count(model: Any, image_size: tuple[int, int] | None) -> int:
@@ -89,23 +107,9 @@ def reduced_tokens(model: Any, reducers: Reducers, tiles: int) -> VisualTokens:
     tower = model.get_model().get_vision_tower()
     inside = StandIn(TowerShape.of(tower), tiles)
     if reducers.projector is not None:
-        projected, _ = projector_passes(model, reducers)
-        vision = inside.features(Needs(), reducers.tower)
-        assert vision.grid is not None
-        cells = reducers.projector.reduced_grid(vision.grid)
-        return reducers.projector(vision, _Stub(projected // (cells[0] * cells[1])))
+        grid = reducers.input_grid(tower.grid)
+        return reducers.projector.placed(torch.empty(tiles, reducers.projector.token_count(grid), 0), grid)
     return inside.reduced(reducers)
-
-
-class _Stub(nn.Module):
-    """In place of a projector: so many tokens for each that enters."""
-
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.times = times
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features.new_zeros(*features.shape[:2], self.times, 1)
 
 
 def patches_read(tower: Any) -> int:
@@ -137,31 +141,42 @@ def tower_lengths(model: Any, reducers: Reducers) -> list[tuple[int, int]]:
 def projector_passes(model: Any, reducers: Reducers) -> tuple[int, list[tuple[Linear, int]]]:
     """How many tokens come out of the projector for a tile, and its linear layers with the rows that each one sees.
 
+    A product of attention counts as a layer too, whose weights are the keys or values of one tile.
+
     Without a method in the projector, all patches of the tower enter.
 
     The modules are made without weights and run on the meta device, with a method in the projector or without.
     """
     tower, reducer = model.get_model().get_vision_tower(), reducers.projector
-    passes: list[tuple[Linear, int]] = []
-
-    def note(layer: nn.Module, entered: tuple[Tensor, ...], left: Tensor) -> None:
-        assert isinstance(layer, nn.Linear)
-        passes.append((Linear(layer.in_features, layer.out_features), left.shape[:-1].numel()))
-
-    with torch.device("meta"), torch.no_grad():  # in training, meters count what the method does with gradients
+    with torch.device("meta"), torch.no_grad(), _Products() as products:  # meters count what has gradients
         modules = build_projector_modules(model.config, tower, reducer)
-        for module in modules.values():
-            for layer in module.modules():
-                if isinstance(layer, nn.Linear):
-                    layer.register_forward_hook(note)
         if reducer is None:
             features = torch.empty(1, patches_read(tower), tower.hidden_size)
-            return modules["mm_projector"](features).shape[1], passes
-        grid = tower.grid if reducers.tower is None else reducers.tower.input_grid(tower.grid)
+            return modules["mm_projector"](features).shape[1], products.seen
+        grid = reducers.input_grid(tower.grid)
         features = torch.empty(1, grid[0] * grid[1], tower.hidden_size)
         states = dict.fromkeys(tower.blocks_read(reducer), features)
         vision = VisionFeatures(features, grid=grid, hidden_states=states)
-        return reducer(vision, **modules).features.shape[1], passes
+        return reducer(vision, **modules).features.shape[1], products.seen
+
+
+class _Products(TorchDispatchMode):
+    """Notes the products of matrices that run inside: each as a linear layer, with the rows that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Linear, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        first = _FACTORS.get(func.overloadpacket)
+        if first is not None:
+            left, right = args[first : first + 2]
+            self.seen.append((Linear(left.shape[-1], right.shape[-1]), left.shape[:-1].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+# The place of the left factor among the arguments.
+_FACTORS = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
 
 
 def layer_lengths(reducer: DecoderReducer | None, layers: int, images: Sequence[int], text: int) -> list[int]:

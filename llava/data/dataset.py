@@ -57,6 +57,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         judge: False: malformed samples raise nothing until they are asked for, whatever `on_bad_sample` says.
         video_folder: folder or URL that clips are looked up in; default: `image_folder`.
         sampling: which frames of a clip are taken.
+        mm_video_tower: the model's tower for frames, if it has one: then they are cropped, see `process_video`.
 
     Raises:
         ValueError: see `read_records` and `check_sample`; also an unknown template or image_aspect_ratio, and
@@ -83,6 +84,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         judge: bool = True,
         video_folder: str | Path | None = None,
         sampling: Sampling | None = None,
+        mm_video_tower: str | None = None,
     ) -> None:
         get_template(version)
         self.sources = parse_data_path(data_path)
@@ -101,6 +103,7 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
             rejects=rejects,
             video_folder=video_folder,
             sampling=sampling,
+            mm_video_tower=mm_video_tower,
         )
         if judge:
             self._judge_bad_samples()

@@ -60,6 +60,7 @@ class ItemMaker:
         rejects: Rejects | None,
         video_folder: str | Path | None = None,
         sampling: Sampling | None = None,
+        mm_video_tower: str | None = None,
     ) -> None:
         if text not in ("question", "conversation"):
             raise ValueError(f"text={text!r}: choose question or conversation")
@@ -79,7 +80,9 @@ class ItemMaker:
         self.on_bad_sample = on_bad_sample
         self.rejects = rejects
         self._image_config = SimpleNamespace(
-            image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints
+            image_aspect_ratio=image_aspect_ratio,
+            image_grid_pinpoints=image_grid_pinpoints,
+            mm_video_tower=mm_video_tower,
         )
         _warn_if_stop_is_unknown(get_template(version), tokenizer)
 

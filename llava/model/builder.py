@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.files import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, adapter_file
+from llava.files import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILES, adapter_file, projector_file
 from llava.model.language_model.families import llava_class_for
 from llava.model.multimodal_encoder.processor import processor_settings
 from llava.model.projector_method import method_of_weights
@@ -46,7 +46,7 @@ LLAVA_1_5 = {
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 MERGED_KEY = "merged_adapters"  # of config.json: marks of the adapters that were added to the weights
 # Patterns that bitsandbytes' modules are matched with, from the start of the name.
-NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.vision_tower", "lm_head"]
+NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.query_abstractor", r"model\.vision_tower", "lm_head"]
 
 
 def load_pretrained_model(
@@ -152,12 +152,12 @@ def _open(
     has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
     if (folder / ADAPTER_CONFIG).is_file():
         return _open_lora(folder, model_base, tower, merge, kwargs)
-    if not has_weights and (folder / PROJECTOR_FILE).is_file():
+    if not has_weights and projector_file(folder).is_file():
         return _open_projector(folder, model_base, tower, kwargs)
     if not has_weights:
         raise ValueError(
             f"{folder} holds no checkpoint: expected one of {', '.join(WEIGHT_FILES)}, an {ADAPTER_CONFIG} (LoRA) "
-            f"or a {PROJECTOR_FILE} (projector only)"
+            f"or a {' or '.join(PROJECTOR_FILES)} (projector only)"
         )
     raw = read_json(folder / "config.json")
     if "text_config" in raw and "vision_config" in raw:
@@ -168,7 +168,7 @@ def _open(
         logger.warning("%s is a full checkpoint: model_base=%s is not read", folder, model_base)
     cls, config = _llava_config(folder, kwargs.pop("overwrite_config", None))
     model = cls.from_pretrained(str(folder), config=config, vision_tower=tower, **kwargs)
-    if not hasattr(model.get_model(), "mm_projector"):
+    if model.get_vision_tower() is None:
         raise ValueError(
             f"{folder} is a bare language model: its config.json has no mm_vision_tower. Pass it as model_base, with a "
             "LoRA or projector-only folder as model_path"
@@ -252,7 +252,7 @@ def _open_projector(
     base = model_base or (read_json(config).get("_name_or_path") if config.is_file() else None)
     if not base:
         raise ValueError(f"{folder} holds a projector only; pass the language model as model_base=")
-    model = _open_on_base(folder / PROJECTOR_FILE, base, tower, kwargs)
+    model = _open_on_base(projector_file(folder), base, tower, kwargs)
     return _Checkpoint(model, _tokenizer(folder, base))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,7 @@ from llava.model.image_inputs import (
     size_pairs,
     tile_counts,
 )
-from llava.model.language_model.batch_counts import LlavaOutput, count_batch
+from llava.model.language_model.batch_counts import LlavaOutput, count_batch, mean_output
 from llava.model.language_model.head_loss import head_loss
 from llava.model.language_model.staged import StagedCache, StagedPass, forward_in_stages
 from llava.model.marker_tokens import add_marker_tokens
@@ -52,7 +53,7 @@ from llava.model.prompt_inputs import (
 )
 from llava.model.splice import Spliced, SplicePlan, plan_splice, splice
 from llava.model.vision_modules import Reduction
-from llava.model.visual_encoding import EncodedPictures, VisualEncoding
+from llava.model.visual_encoding import EncodedPictures, TowerOnce, VisualEncoding
 from llava.model.weights import (
     VIDEO_TOWER_PREFIX,
     VISION_TOWER_PREFIX,
@@ -63,7 +64,7 @@ from llava.model.weights import (
     raise_for_nonfinite,
     without_load_report,
 )
-from llava.reduction.base import DecoderReducer, Reducers
+from llava.reduction.base import PROJECTOR_MODULES, DecoderReducer, Reducers
 from llava.reduction.config import ReductionConfig
 from llava.transfer import HostBatch
 
@@ -153,7 +154,9 @@ class LlavaMetaForCausalLM:
         filled = load_into(model, projector_weights or {}, projector_origin or path)
         if projector_weights is not None:
             lacking = {
-                key for key in info["missing_keys"] if "mm_projector" in key or key.endswith("image_newline")
+                key
+                for key in info["missing_keys"]
+                if any(name in key for name in PROJECTOR_MODULES) or key.endswith("image_newline")
             } - filled
             raise_for_keys(projector_origin or path, missing=sorted(lacking))
         missing = check_loaded(info, path, filled)
@@ -239,6 +242,7 @@ class LlavaMetaForCausalLM:
         skip_logits: bool | None = None,
         host: HostBatch | None = None,
         plan: SplicePlan | None = None,
+        draw: int = 0,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where labels are given; in training the loss alone.
@@ -269,6 +273,7 @@ class LlavaMetaForCausalLM:
             host: what `input_ids`, `attention_mask` and `labels` hold, as the collator hands it on; None: they are
                 copied to the host, which waits for the device.
             plan: for `inputs_embeds`, as `splice_images` returns it: then nothing is copied to the host.
+            draw: a whole number of this step of training, for a method that draws its tokens by chance.
 
         Returns:
             transformers' output, in training with labels a `LlavaOutput`; logits [B, L, V] for the spliced rows, padded
@@ -278,8 +283,64 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: markers and images do not match (the sample is named), or arguments that exclude each other.
         """
-        cached = check_call(past_key_values, images, videos, inputs_embeds, packed)
         reducers = self.get_model().reducers(reduction)
+        trains = self.training and torch.is_grad_enabled() and labels is not None
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "images": images,
+            "videos": videos,
+            "image_sizes": image_sizes,
+            "texts": texts,
+            "image_index": image_index,
+            "packed": packed,
+            "logits_to_keep": logits_to_keep,
+            "skip_logits": skip_logits,
+            "host": host,
+            "plan": plan,
+            **kwargs,
+        }
+        if not trains or input_ids is None or reducers.projector is None:
+            return self._forward_with(reducers, **batch)
+        methods = reducers.projector.in_training(self._tile_grid(reducers), draw)
+        once = TowerOnce()
+        outputs = [self._forward_with(replace(reducers, projector=each), once=once, **batch) for each in methods]
+        return outputs[0] if len(outputs) == 1 else mean_output(outputs)
+
+    def _tile_grid(self, reducers: Reducers) -> tuple[int, int]:
+        tower = self.get_vision_tower()
+        assert tower is not None
+        return reducers.input_grid(tower.grid)
+
+    def _forward_with(
+        self,
+        reducers: Reducers,
+        *,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+        images: Images,
+        videos: Videos,
+        image_sizes: ImageSizes,
+        texts: Sequence[str] | None,
+        image_index: Tensor | None,
+        packed: bool,
+        logits_to_keep: int | Tensor,
+        skip_logits: bool | None,
+        host: HostBatch | None,
+        plan: SplicePlan | None,
+        once: TowerOnce | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`forward` with these methods."""
+        cached = check_call(past_key_values, images, videos, inputs_embeds, packed)
         spliced = left = None
         if inputs_embeds is None and input_ids is not None and not cached:
             spliced = self.splice_images(
@@ -293,6 +354,7 @@ class LlavaMetaForCausalLM:
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
                 reduction=reducers,
                 host=host,
+                once=once,
                 videos=videos,
             )
             input_ids, inputs_embeds, attention_mask = None, spliced.inputs_embeds, spliced.attention_mask
@@ -448,6 +510,7 @@ class LlavaMetaForCausalLM:
         max_length: int | None = None,
         reduction: Reduction = None,
         host: HostBatch | None = None,
+        once: TowerOnce | None = None,
         videos: Videos = None,
     ) -> Spliced:
         """Encode the images and clips of a batch and put their tokens where the markers stand.
@@ -455,6 +518,7 @@ class LlavaMetaForCausalLM:
         Args:
             left: pad on the left; None: where the input is padded so, or `config.tokenizer_padding_side` says so.
             max_length: rows are cut after this many tokens.
+            once: see `encode_pictures`.
             Others as for `forward`.
         """
         check_prompt(input_ids, attention_mask, labels)
@@ -477,7 +541,7 @@ class LlavaMetaForCausalLM:
         reducers = self.get_model().reducers(reduction)
         reads = bool(pictures) and reducers.read_text
         texts = self._texts_of_images(texts, host, markers.of_samples) if reads else None
-        encoded = self._visual_tokens(pictures, sizes, texts, reducers)
+        encoded = self._visual_tokens(pictures, sizes, texts, reducers, once)
         visual = None if encoded is None else encoded.tokens
         text_embeds = self.get_model().embed_tokens(input_ids.clamp(0, vocabulary - 1))
         none = torch.zeros(0, dtype=torch.int64)
@@ -502,11 +566,16 @@ class LlavaMetaForCausalLM:
         return [text for text, count in zip(texts, markers, strict=True) for _ in range(count)]
 
     def _visual_tokens(
-        self, pictures: Pictures, sizes: ImageSizes, texts: list[str] | None, reducers: Reducers
+        self,
+        pictures: Pictures,
+        sizes: ImageSizes,
+        texts: list[str] | None,
+        reducers: Reducers,
+        once: TowerOnce | None = None,
     ) -> EncodedPictures | None:
         """The tokens of a batch's pictures; in training of a blank one, where there are none."""
         if pictures:
-            return self.get_model().encode_pictures(pictures, sizes, texts, reducers)
+            return self.get_model().encode_pictures(pictures, sizes, texts, reducers, once)
         tower = self.get_vision_tower()
         if not self.training or tower is None:
             return None
@@ -516,7 +585,7 @@ class LlavaMetaForCausalLM:
             blank: Pictures = pictures.blank(tower.num_patches)
         else:
             blank = [torch.zeros(3, tower.image_size, tower.image_size, device=self.device)]
-        return self.get_model().encode_pictures(blank, texts=[""], reduction=reducers)
+        return self.get_model().encode_pictures(blank, texts=[""], reduction=reducers, once=once)
 
     @torch.no_grad()
     def count_visual_tokens(

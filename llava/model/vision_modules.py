@@ -15,7 +15,14 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_projector_modules
 from llava.model.projector_method import method_of_adapter
 from llava.model.weights import load_into, raise_for_keys, read_weights, strip_prefixes
-from llava.reduction.base import DecoderReducer, EncoderReducer, ProjectorReducer, Reducers, TowerReducer
+from llava.reduction.base import (
+    PROJECTOR_MODULES,
+    DecoderReducer,
+    EncoderReducer,
+    ProjectorReducer,
+    Reducers,
+    TowerReducer,
+)
 from llava.reduction.budget import ModelShape
 from llava.reduction.config import ReductionConfig
 from llava.reduction.stand_in import TowerShape
@@ -36,6 +43,7 @@ class VisionModules:
     video_tower: VisionTower | None
     mm_projector: nn.Module
     mm_projector_crosslayer: nn.Module | None
+    query_abstractor: nn.Module | None
     tokenizer: Any
     tower_reducer: TowerReducer | None
     encoder_reducer: EncoderReducer | None
@@ -53,7 +61,6 @@ class VisionModules:
         self.tokenizer = None  # the language model's, for a reducer that reads words
         self.tower_reducer = None
         self.encoder_reducer = None
-        self.mm_projector_crosslayer = None
         self.projector_reducer = None
         self.decoder_reducer = None
         if getattr(config, "mm_vision_tower", None):
@@ -140,12 +147,12 @@ class VisionModules:
         return reducers
 
     def _set_projector(self, modules: dict[str, nn.Module]) -> None:
-        self.mm_projector = modules["mm_projector"]
-        self.mm_projector_crosslayer = modules.get("mm_projector_crosslayer")
+        for name in PROJECTOR_MODULES:
+            setattr(self, name, modules.get(name))
 
-    def _projector_modules(self) -> dict[str, nn.Module]:
+    def projector_modules(self) -> dict[str, nn.Module]:
         """What lies between vision tower and language model, by name."""
-        modules = {"mm_projector": self.mm_projector, "mm_projector_crosslayer": self.mm_projector_crosslayer}
+        modules = {name: getattr(self, name, None) for name in PROJECTOR_MODULES}
         return {name: module for name, module in modules.items() if module is not None}
 
     def _add_newline(self) -> None:
@@ -194,7 +201,7 @@ class VisionModules:
         if self.vision_tower is None:
             config.reduction = reduction.to_dict()
             self._add_vision_modules()
-            self._to_language_model(*self._towers(), *self._projector_modules().values())
+            self._to_language_model(*self._towers(), *self.projector_modules().values())
             for each in self._towers():
                 each.load_weights()
         else:
@@ -243,7 +250,7 @@ class VisionModules:
         named = strip_prefixes(weights, ["base_model.model.", "model."])
         # LLaVA writes the embeddings of new marker tokens into the same file; initialize_vision_tokenizer reads them.
         own = {k: v for k, v in named.items() if not k.endswith("embed_tokens.weight")}
-        needed = {k for k, _ in self.named_parameters() if k.startswith("mm_projector")}
+        needed = {k for k, _ in self.named_parameters() if k.startswith(PROJECTOR_MODULES)}
         known = {*needed, "image_newline"}
         raise_for_keys(origin, missing=sorted(needed - set(own)), unexpected=sorted(set(own) - known))
         load_into(cast(nn.Module, self), own, origin)
@@ -276,7 +283,7 @@ class VisionModules:
         """What is wrong where the projector is not of the layers that the method and the config ask for."""
         with torch.device("meta"):
             wanted = _layers(build_projector_modules(self.config, self._tower(), reducer))
-        present = _layers(self._projector_modules())
+        present = _layers(self.projector_modules())
         if wanted == present:
             return None
         own = ReductionConfig.of_model(self.config).to_dict() or "none"
@@ -299,7 +306,7 @@ class VisionModules:
             raise ValueError(misfit)
         logger.warning("reduction=%s is new to this model: its projector starts anew", reduction.to_dict() or "none")
         self._set_projector(build_projector_modules(self.config, self._tower(), reducer))
-        self._to_language_model(*self._projector_modules().values())
+        self._to_language_model(*self.projector_modules().values())
 
 
 def _layers(modules: dict[str, nn.Module]) -> dict[str, str]:

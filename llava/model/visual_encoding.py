@@ -37,6 +37,17 @@ from llava.reduction.stand_in import reduce_features
 from llava.transfer import to_device
 
 
+@dataclass
+class TowerOnce:
+    """What several passes over the same pictures share, so that the vision tower runs once.
+
+    Attributes:
+        read: what the projector reads of the tiles; None: nothing has run.
+    """
+
+    read: VisionFeatures | VisualTokens | None = None
+
+
 @dataclass(frozen=True)
 class EncodedPictures:
     """Images and clips as they enter the language model.
@@ -95,6 +106,8 @@ class VisualEncoding(VisionModules):
         vision = self._see(pixels, methods, frames)
         for name, value in {"text": text, "frames": frames, **beside}.items():
             setattr(vision, name, value)
+        if vision.padding is not None and vision.source is not None:  # of the tokens that a method in the tower left
+            vision.padding = vision.padding.gather(1, vision.source.clamp(min=0)) & (vision.source >= 0)
         if methods.projector is not None:
             return vision
         if methods.needs.projected:
@@ -138,7 +151,7 @@ class VisualEncoding(VisionModules):
         """The projector, with a reducer in it; results as for `encode_tiles`."""
         if isinstance(read, VisionFeatures):
             assert methods.projector is not None
-            tokens = methods.projector(read, self.mm_projector, self.mm_projector_crosslayer)
+            tokens = methods.projector(read, **self.projector_modules())
             return tokens.features.flatten(0, 1), tokens
         flat, real = read.features.flatten(0, 1), read.host_mask.flatten()
         if not bool(real.all()):
@@ -161,7 +174,7 @@ class VisualEncoding(VisionModules):
         return self.mm_projector(tokens.to(self._projector_dtype())), layout
 
     def _projector_dtype(self) -> torch.dtype:
-        weight = next(self.mm_projector.parameters(), None)
+        weight = next((w for module in self.projector_modules().values() for w in module.parameters()), None)
         return self._tower().dtype if weight is None else weight.dtype
 
     def encode_images(
@@ -192,8 +205,14 @@ class VisualEncoding(VisionModules):
         image_sizes: ImageSizes = None,
         texts: Sequence[str] | None = None,
         reduction: Reduction = None,
+        once: TowerOnce | None = None,
     ) -> EncodedPictures:
-        """The same with what a decoder method may ask of it; arguments as for `encode_images`."""
+        """The same with what a decoder method may ask of it.
+
+        Args:
+            once: shared by calls with the same pictures whose methods differ in the projector alone.
+            Others as for `encode_images`.
+        """
         reducers = self.reducers(reduction)
         if isinstance(pictures, StoredFeatures):
             counts, is_clip = pictures.tiles, [False] * len(pictures)
@@ -203,7 +222,11 @@ class VisualEncoding(VisionModules):
             counts, is_clip = tile_counts(pictures), [isinstance(picture, Clip) for picture in pictures]
             beside = self._beside(texts, counts, image_sizes, reducers)
             frames = frame_counts(pictures)
-            projected, tokens = self.encode_tiles(self._tiles(pictures), reduction=reducers, frames=frames, **beside)
+            once = once or TowerOnce()
+            if once.read is None:
+                text = beside.pop("text", None)
+                once.read = self.read_tiles(self._tiles(pictures), text, reducers, frames, **beside)
+            projected, tokens = self._project(once.read, reducers)
         layouts = self._layouts(tokens, counts, image_sizes, is_clip)
         index = torch.cat(layouts)
         if hasattr(self, "image_newline"):
@@ -234,7 +257,7 @@ class VisualEncoding(VisionModules):
             sizes = size_pairs(image_sizes, len(counts))
             if sizes is not None:
                 tower = self._tower()
-                masks = [padded_patches(size, tower.image_size, tower.grid) for size in sizes]
+                masks = [padded_patches(size, tower.image_size, methods.input_grid(tower.grid)) for size in sizes]
                 beside["padding"] = to_device(torch.stack(masks), tower.device)
         if needs.text is None:
             return beside
@@ -263,7 +286,7 @@ class VisualEncoding(VisionModules):
         return pad_rows(tower.text_tower.embed_segments(texts, tower.name))
 
     def _embed_words(self, phrases: list[list[str]]) -> tuple[Tensor, Tensor]:
-        """The language model's embeddings of the tokens of each word, without context."""
+        """The language model's embeddings of the tokens of each word, without context; nothing is learnt by it."""
         if self.tokenizer is None:
             raise ValueError(
                 "this model's reduction reads the words of the question: open the model with load_pretrained_model, or "
@@ -274,8 +297,10 @@ class VisualEncoding(VisionModules):
             for words in phrases
         ]
         nothing = [self.tokenizer.bos_token_id or 0]  # of a question without a word, as in a batch without images
+        padded, mask = pad_rows([torch.tensor(row or nothing) for row in ids])
         device = self.embed_tokens.weight.device
-        return pad_rows([self.embed_tokens(torch.tensor(row or nothing, device=device)) for row in ids])
+        with torch.no_grad():  # one call: ZeRO-3 waits in each for all ranks, whose questions differ in number
+            return self.embed_tokens(to_device(padded, device)), to_device(mask, device)
 
     def layout_lengths(
         self,
@@ -371,10 +396,10 @@ def _rows_of(tokens: VisualTokens, counts: Sequence[int], is_clip: Sequence[bool
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Q tensors [S, E] of different S, at least 1, as one [Q, S, E]; and [Q, S] bool, what is no padding."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    """Q tensors [S, ...] of different S, at least 1, as one [Q, S, ...]; and [Q, S] bool, what is no padding."""
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=lengths.device) < lengths.unsqueeze(1)
+    mask = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return padded, to_device(mask, padded.device)
 
 
 def store_features(read: VisionFeatures | VisualTokens, counts: list[int]) -> StoredFeatures:

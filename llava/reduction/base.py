@@ -7,9 +7,10 @@ D language-model width, h x w the grid of patches (P = h * w).
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,15 @@ from typing_extensions import dataclass_transform
 from llava.reduction.options import check_fields, values_of
 from llava.reduction.tower.tokens import BlockTokens, Regrouping
 
-Place = int | Literal["selected", "last"]
+PROJECTOR_MODULES = ("mm_projector", "mm_projector_crosslayer", "query_abstractor")
+"""What lies between vision tower and language model, by its names in LLaVA and in the methods' releases."""
+
+FIXED_WEIGHTS = ("query_abstractor.pos_embed",)
+"""Endings of the names of weights in these modules that never learn."""
+
+Place = int | Literal["early", "selected", "last"]
 """A block of the vision tower: its number from 0, or from -1 for the last one; or by name, the block whose output
-`mm_vision_select_layer` selects, or the last one."""
+`mm_vision_select_layer` selects, the last one, or an early one, a fifth of the way up: block 5 of 24."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ class VisionFeatures:
             reducer named the blocks.
         patch_embeds: [N, P, E], the patches in the space that CLIP shares between images and texts.
         projected: [N, P, D], what the projector makes of `features`.
-        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments or words.
+        text: [N, E], the embedding of the text that goes with each image; or [N, S, E] of its S segments, or [N, S, D]
+            of its words.
         text_mask: [N, S] bool, real segments or words, which come first; None: all are.
         padding: [N, P] bool, patches that only pad the picture; None: there are none, or it is not known.
         mask: [N, P] bool, real tokens, where a method in the tower left different numbers; None: all are.
@@ -132,14 +140,15 @@ class VisionFeatures:
             raise ValueError(f"hidden_states is {type(self.hidden_states).__name__}: expected {{block: tensor}}")
         for block, state in self.hidden_states.items():
             _float_shape(f"hidden_states[{block}]", state, "as features", tuple(self.features.shape))
+        width = embeds = None
         if self.projected is not None:
-            _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
-        embeds = None
+            *_, width = _float_shape("projected", self.projected, "[N, P, D]", (n, p, None))
         if self.patch_embeds is not None:
             *_, embeds = _float_shape("patch_embeds", self.patch_embeds, "[N, P, E]", (n, p, None))
         if self.text is not None:
             several = isinstance(self.text, Tensor) and self.text.ndim == 3
-            sizes = (n, None, embeds) if several else (n, embeds)
+            widths = tuple(size for size in (embeds, width) if size is not None)
+            sizes = (n, None, widths or None) if several else (n, embeds)
             _float_shape("text", self.text, "[N, E] or [N, S, E]", sizes)
 
     def _check_projections(self, n: int, p: int) -> None:
@@ -241,6 +250,11 @@ class Reducer(nn.Module):
         check_fields(self.method, self)
         self.validate()
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each image's own scores say how many tokens it keeps."""
+        return False
+
     def validate(self) -> None:
         """Raise ValueError for options that exclude each other; each of them has the type and range of its field."""
 
@@ -298,6 +312,19 @@ class TowerReducer(Reducer, abc.ABC):
             ValueError: the tower does not have the blocks that the options name.
         """
         return ()
+
+    def chosen_blocks(self, chosen: Sequence[int], selected: int) -> Sequence[int]:
+        """An option that names blocks, as `blocks` returns it.
+
+        Raises:
+            ValueError: they do not rise, or one does not lead to what is read.
+        """
+        if not chosen or list(chosen) != sorted({*chosen}) or chosen[-1] >= selected:
+            raise self.mistake(
+                f"blocks={list(chosen)}: expected rising numbers from 0 to {selected - 1}, of blocks that lead to what "
+                "is read of the vision tower"
+            )
+        return chosen
 
     def regroup(self, given: BlockTokens) -> Regrouping | None:
         """What becomes of the tokens in a block of `blocks`; None: they stay as they are."""
@@ -371,21 +398,36 @@ class ProjectorReducer(Reducer, abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def reduced_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the cells that take the patches' place.
+    def token_count(self, grid: tuple[int, int]) -> int:
+        """Tokens that a tile of (h, w) patches becomes.
 
         Raises:
-            ValueError: the method can't divide a grid of (h, w) patches.
+            ValueError: the method can't work on such a grid.
         """
 
-    def token_count(self, grid: tuple[int, int]) -> int:
-        """Tokens that a tile of (h, w) patches becomes."""
-        rows, columns = self.reduced_grid(grid)
-        return rows * columns
+    def placed(self, tokens: Tensor, grid: tuple[int, int]) -> VisualTokens:
+        """[N, M, D] tokens of tiles of (h, w) patches with what they stand for; here each is an aggregate of all."""
+        return VisualTokens(tokens, source=torch.full(tokens.shape[:2], -1))
+
+    def in_training(self, grid: tuple[int, int], draw: int) -> Sequence[ProjectorReducer]:
+        """The methods that a batch is trained with, one forward pass each; the loss is the mean of theirs.
+
+        Args:
+            grid: (h, w), patches of a tile.
+            draw: a whole number that differs from step to step and from process to process, for a method that draws.
+        """
+        return (self,)
+
+    def trained_like(self, **options: Any) -> Self:
+        """This method with other options for one pass: the same object to whoever watches it."""
+        other = copy.copy(self)  # it shares the hooks
+        for name, value in options.items():
+            setattr(other, name, value)
+        return other
 
     @abc.abstractmethod
     def build_modules(self, vision_width: int, width: int, plain: Callable[[int], nn.Module]) -> dict[str, nn.Module]:
-        """New modules for `forward`, by their names in the model: `mm_projector`, and what comes before it.
+        """New modules for `forward`, by their names in the model, which are among `PROJECTOR_MODULES`.
 
         Args:
             vision_width: C.
@@ -394,10 +436,8 @@ class ProjectorReducer(Reducer, abc.ABC):
         """
 
     @abc.abstractmethod
-    def forward(
-        self, vision: VisionFeatures, mm_projector: nn.Module, mm_projector_crosslayer: nn.Module | None = None
-    ) -> VisualTokens:
-        """[N, P, C] patches in, [N, M, D] tokens out, through the modules of `build_modules`."""
+    def forward(self, vision: VisionFeatures, *args: Any, **modules: Any) -> VisualTokens:
+        """[N, P, C] patches in, [N, M, D] tokens out, through the modules of `build_modules`, given by name."""
 
 
 @dataclass(frozen=True)
@@ -578,6 +618,15 @@ class Reducers:
     def needs(self) -> Needs:
         """What the method after the tower reads."""
         return Needs() if self.encoder is None else self.encoder.needs
+
+    def input_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of the picture that enters a tower of (h, w)."""
+        return grid if self.tower is None else self.tower.input_grid(grid)
+
+    @property
+    def are_adaptive(self) -> bool:
+        """Whether an image's own scores say how many tokens enter the language model."""
+        return any(reducer is not None and reducer.is_adaptive for reducer in (self.tower, self.encoder))
 
     @property
     def read_text(self) -> bool:

@@ -39,8 +39,7 @@ class ModelShape:
     def entering(self, reducers: Reducers) -> int:
         """Visual tokens of a tile that enter the language model, without ends of rows."""
         if reducers.projector is not None:
-            grid = self.tower.grid if reducers.tower is None else reducers.tower.input_grid(self.tower.grid)
-            return reducers.projector.token_count(grid)
+            return reducers.projector.token_count(reducers.input_grid(self.tower.grid))
         return int(StandIn(self.tower).reduced(reducers).counts.sum())
 
     def mean_tokens(self, reducers: Reducers) -> float:

@@ -13,11 +13,10 @@ import yaml
 from llava.reduction.base import Reducers
 from llava.reduction.budget import ModelShape, check_budget, resolve_budget
 from llava.reduction.registry import SITES, build, is_loaded, method_class, site_of
+from llava.reduction.released import methods_of_keys, trim_method
 from llava.yaml_text import read_yaml
 
 _CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
-# Key of TRIM's release in config.json: "TRIM:-1" (automatic) or "TRIM:0.25" (fixed ratio). Its scripts say TextSim+.
-LEGACY_TRIM_KEY = "mm_vision_token_reduce_func"
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class ReductionConfig:
         if own is not None:
             _check_loaded(own)
             return cls.parse(own)
-        return cls.parse(_parse_legacy(getattr(config, LEGACY_TRIM_KEY, None)))
+        return cls.parse(methods_of_keys(config))
 
     def keeping_projector_of(self, other: ReductionConfig) -> ReductionConfig:
         """These methods with the other's of the site `projector`, whose weights are there, unless they name one.
@@ -212,12 +211,12 @@ def trim_flag(value: str) -> str | None:
     """What TRIM's flag `--mm_vision_token_reduce_func` asks for, as JSON for `parse`; None for nothing.
 
     Args:
-        value: as in config.json, see `LEGACY_TRIM_KEY`. The release trains on the text of the whole conversation.
+        value: as in config.json, see `TRIM_KEY`. The release trains on the text of the whole conversation.
 
     Raises:
         ValueError: neither a method nor a ratio.
     """
-    method = _parse_legacy(value)
+    method = trim_method(value)
     return json.dumps({**method, "text": "conversation"}) if method else None
 
 
@@ -230,15 +229,3 @@ def _check_method(site: str, method: Mapping[str, Any]) -> None:
             build(**method)
     except ValueError as error:
         raise ValueError(f"reduction.{site}: {error}") from error
-
-
-def _parse_legacy(value: str | None) -> dict[str, Any] | None:
-    if not value:
-        return None
-    name, _, ratio = value.partition(":")
-    try:
-        fixed = float(ratio or -1)
-    except ValueError as error:
-        raise ValueError(f"{LEGACY_TRIM_KEY}={value!r}: expected 'TRIM:-1' or 'TRIM:RATIO'") from error
-    name = {"textsim+": "trim"}.get(name.lower(), name.lower())
-    return {"name": name, "ratio": fixed if fixed > 0 else None}

@@ -97,6 +97,12 @@ def take_in_raster_order(features: Tensor, is_kept: Tensor, lengths: list[int] |
     return VisualTokens(tokens * mask.unsqueeze(-1), mask, source.masked_fill(~mask, -1), lengths=lengths)
 
 
+def take_sorted(features: Tensor, chosen: Tensor) -> VisualTokens:
+    """The patches `chosen` [N, M] int64, all distinct, of `features` [N, P, C], in raster order."""
+    source = chosen.sort(dim=1).values
+    return VisualTokens(take_rows(features, source), source=source)
+
+
 def at_least_float32(values: Tensor) -> Tensor:
     """In float32, or float64 where they are that already."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -77,6 +77,7 @@ def load_dataset(
         "image_folder": data_args.image_folder,
         "image_access": data_args.image_access,
         "video_folder": data_args.video_folder,
+        "mm_video_tower": model_args.video_tower,
         "sampling": Sampling(data_args.num_frames or Sampling.num_frames, data_args.video_fps, data_args.max_frames),
         "image_aspect_ratio": data_args.image_aspect_ratio,
         "image_grid_pinpoints": data_args.image_grid_pinpoints,

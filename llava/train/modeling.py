@@ -18,6 +18,7 @@ from llava.model.language_model.families import llava_class_for
 from llava.model.tokenizer import open_tokenizer
 from llava.model.weights import check_json, read_json, read_weights
 from llava.reduction import ReductionConfig
+from llava.reduction.base import FIXED_WEIGHTS
 from llava.train.checkpoints.saving import RunKind, load_adapter, part_of
 from llava.train.settings.arguments import (
     DataArguments,
@@ -266,7 +267,7 @@ def select_trainable(model: Any, arguments: Arguments) -> None:
         part = part_of(name)
         trained = {
             "language_model": trains_llm,
-            "projector": not arguments.training.freeze_mm_mlp_adapter,
+            "projector": not arguments.training.freeze_mm_mlp_adapter and not name.endswith(FIXED_WEIGHTS),
             "vision_tower": name in read,
             "reducer": parameter.requires_grad,
         }[part]

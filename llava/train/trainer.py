@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -249,12 +250,16 @@ class LLaVATrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """As transformers'. In training the model's output says what the batch holds."""
-        inputs = {**inputs, "return_dict": True}
+        inputs = {**inputs, "return_dict": True, "draw": self._draw_of_step()}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if outputs.get("counts") is not None:
             for meter in filter(None, (self._meter.batches, self._batches_so_far)):
                 meter.note(outputs["counts"])
         return (loss, outputs) if return_outputs else loss
+
+    def _draw_of_step(self) -> int:
+        """A number of this step and process: the same where a run that goes on comes to the step again."""
+        return random.Random(f"{self.args.seed} {self.state.global_step} {self.args.process_index}").getrandbits(32)
 
     def _prepare_input(self, data: Any) -> Any:
         # Without waiting for the device, also for streams, which do not go through accelerate.

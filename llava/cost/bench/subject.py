@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from llava.cost.bench.workload import stand_in_tokenizer
+from llava.cost.bench.workload import StandInWords, stand_in_tokenizer
 from llava.cost.sizes import open_model
 from llava.files import ADAPTER_CONFIG
 from llava.model.builder import load_pretrained_model
@@ -62,7 +62,7 @@ class Subject:
         if not reduction.projector and ReductionConfig.of_model(self.model.config).projector:
             self.model.config.reduction = {}
         inner.set_reduction(reduction)
-        return Method(name, reduction, inner.reducers(), inner._projector_modules())
+        return Method(name, reduction, inner.reducers(), inner.projector_modules())
 
     def learn(self, trains: str, methods: Iterable[Method], rank: int = 128) -> None:
         """Prepare the model for training as the recipes do, with gradient checkpointing; the tower stays frozen.
@@ -154,6 +154,7 @@ def _random_model(
             made = type(planned)(config).eval()
     finally:
         torch.set_default_dtype(before)
+    made.tokenizer = StandInWords(made.config.vocab_size)
     tower = made.get_model().get_vision_tower()
     if tower.text_tower is not None:
         tower.text_tower._tokenizer = stand_in_tokenizer(tower.text_tower.config.vocab_size)

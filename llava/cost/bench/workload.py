@@ -103,11 +103,26 @@ def count_image_tokens(model: Any, inputs: Inputs, reducers: Reducers) -> float:
 def stand_in_tokenizer(vocabulary: int) -> Callable[..., BatchEncoding]:
     """For CLIP's text tower of a model with random weights: some ids, the last the highest, as CLIP's ends."""
 
-    def tokenize(texts: list[str], **_: Any) -> BatchEncoding:
-        ids = torch.arange(vocabulary - 8, vocabulary).expand(len(texts), -1)
+    def tokenize(texts: str | list[str], **_: Any) -> BatchEncoding:
+        some = torch.arange(vocabulary - 8, vocabulary)
+        if isinstance(texts, str):  # as lists, for a method that cuts the text itself
+            return BatchEncoding({"input_ids": some.tolist()})
+        ids = some.expand(len(texts), -1)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     return tokenize
+
+
+class StandInWords:
+    """In place of the language model's tokenizer, for a method that reads words: a word is one id."""
+
+    bos_token_id = 1
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def __call__(self, word: str, **_: Any) -> BatchEncoding:
+        return BatchEncoding({"input_ids": [sum(word.encode()) % self._vocabulary]})
 
 
 class Answering:

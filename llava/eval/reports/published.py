@@ -12,7 +12,8 @@ from typing import Any
 from llava.yaml_text import read_yaml
 
 FOLDER = Path(__file__).parent / "papers"
-PAPERS = ("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop")
+PAPERS = ("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop", "restore", "v2drop")
+OTHERS = ("", "re-run", "copied")
 KINDS = ("main", "ablation", "efficiency", "video")
 COLUMNS = [
     *("table", "model", "backbone", "resolution", "method", "tokens", "trained", "copied_from"),
@@ -107,7 +108,10 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper with its tables, in its own order."""
+    """A paper with its tables, in its own order.
+
+    `others` says of all rows of other papers' methods, where the paper does, whether they are "re-run" or "copied".
+    """
 
     name: str
     title: str
@@ -115,6 +119,7 @@ class Paper:
     venue: str
     notes: tuple[str, ...]
     tables: tuple[PaperTable, ...]
+    others: str = ""
 
     def table(self, number: str) -> PaperTable:
         """The table of this number.
@@ -144,7 +149,11 @@ def load_paper(name: str) -> Paper:
     if sorted(numbers) != sorted(about["tables"]):
         raise ValueError(f"{FOLDER / name}.yaml describes the tables {sorted(about['tables'])}, the CSV has {numbers}")
     tables = tuple(_table(number, about["tables"][number], figures) for number in about["tables"])
-    return Paper(name, about["title"], about["arxiv"], about["venue"], tuple(about.get("notes", ())), tables)
+    others = about.get("others", "")
+    if others not in OTHERS:
+        raise ValueError(f"{FOLDER / name}.yaml: others is {others!r}; expected re-run, copied or nothing")
+    notes = tuple(about.get("notes", ()))
+    return Paper(name, about["title"], about["arxiv"], about["venue"], notes, tables, others)
 
 
 def _table(number: str, about: dict[str, Any], figures: list[Figure]) -> PaperTable:

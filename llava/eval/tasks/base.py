@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 Grade = dict[str, Any]
 """What one answer is worth: values of JSON, from which `Task.summarize` makes the metrics."""
 
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-
 
 @dataclass(frozen=True)
 class Needed:

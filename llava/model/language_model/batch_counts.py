@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.staged import StagedPass
 from llava.model.splice import Spliced
+from llava.transfer import to_device
 
 
 @dataclass
@@ -50,6 +53,23 @@ class LlavaOutput(CausalLMOutputWithPast):
     """
 
     counts: Tensor | None = None
+
+
+ONCE = ("images", "samples", "tiles")  # counted once where a batch goes through the language model several times
+
+
+def mean_output(outputs: Sequence[Any]) -> Any:
+    """The output of a step that is several passes over one batch: the mean of their losses, the sum of their tokens.
+
+    Args:
+        outputs: `LlavaOutput`s; or tuples, whose first is the loss.
+    """
+    losses = torch.stack([output[0] for output in outputs])
+    if isinstance(outputs[0], tuple):
+        return (losses.mean(),)
+    counts = torch.stack([output.counts for output in outputs])
+    once = to_device(torch.tensor([field.name in ONCE for field in fields(Totals)]), counts.device)
+    return LlavaOutput(loss=losses.mean(), counts=torch.where(once, counts[0], counts.sum(dim=0)))
 
 
 def count_batch(spliced: Spliced, staged: StagedPass | None) -> Tensor:

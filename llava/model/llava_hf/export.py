@@ -31,7 +31,8 @@ from llava.model.generation_config import writable_generation_config
 from llava.model.llava_hf.chat_template import chat_template, line_break_after
 from llava.model.llava_hf.opening import KEPT, to_hf_name
 from llava.model.tokenizer import copy_sentencepiece
-from llava.reduction.config import LEGACY_TRIM_KEY, ReductionConfig
+from llava.reduction.config import ReductionConfig
+from llava.reduction.released import KEYS
 
 PAD_TOKEN = "<pad>"
 _TEMPLATES = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "qwen", "qwen3": "qwen"}
@@ -100,7 +101,7 @@ def _check_expressible(config: Any, drop_reduction: bool) -> bool:
 
 def _kept_settings(config: Any, tokenizer: Any) -> dict[str, Any]:
     """What the way back needs and the hf layout has no place for."""
-    left_out = {"reduction", LEGACY_TRIM_KEY, "mm_vision_config", "mm_video_config", "mm_hidden_size", "model_type"}
+    left_out = {"reduction", *KEYS, "mm_vision_config", "mm_video_config", "mm_hidden_size", "model_type"}
     own = config.to_dict()
     return {
         "config": {k: own[k] for k in sorted(set(own) - set(_language_config_class(config)().to_dict()) - left_out)},

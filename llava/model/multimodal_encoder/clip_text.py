@@ -119,12 +119,11 @@ class ClipText(nn.Module):
             ids = [self._tokenizer(text, truncation=False).input_ids for text in texts]
         counts = [-(-len(row) // length) for row in ids]
         padded = torch.zeros(sum(counts), length, dtype=torch.int64)
-        mask = torch.zeros_like(padded)
         for row, start in zip(ids, itertools.accumulate([0, *counts]), strict=False):
-            part = slice(start * length, start * length + len(row))
-            padded.view(-1)[part], mask.view(-1)[part] = torch.tensor(row), 1
+            padded.view(-1)[start * length : start * length + len(row)] = torch.tensor(row)
         with torch.no_grad():
-            pooled = self.text_model(padded.to(device), attention_mask=mask.to(device)).pooler_output
+            # No mask, as in `embed_texts`: only the last segment has padding, after the token that is read.
+            pooled = self.text_model(to_device(padded, device)).pooler_output
             return list(self.text_projection(pooled).split(counts))
 
     def _load_tokenizer(self, name_or_path: str) -> Any:

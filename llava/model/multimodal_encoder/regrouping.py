@@ -5,6 +5,7 @@ Shapes: N images, T tokens of an image (CLS first, where the tower has one), H h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +33,29 @@ def run_block(
         selected: how many blocks lead to what is read of the tower.
         acts: whether the method acts in this block; otherwise only its sizes and padding count.
     """
-    bias = _bias(tokens, reducer.proportional)
-    if not acts and bias is None:
+    if not acts and _bias(tokens, reducer.proportional) is None:
         return replace(tokens, features=block(tokens.features, None))
+    if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
+        return _run(block, tokens, reducer, number, selected, acts)
+
+    def again(*given: Any) -> tuple[Any, ...]:  # tensors in and out, through which reentrant checkpoints can go back
+        left = _run(block, _with_tensors(tokens, given), reducer, number, selected, acts)
+        return _tensors_of(left)
+
+    return _with_tensors(tokens, block._gradient_checkpointing_func(again, *_tensors_of(tokens)))
+
+
+def _tensors_of(tokens: TowerTokens) -> tuple[Any, ...]:
+    return tokens.features, tokens.sizes, tokens.source, tokens.assignment, tokens.mask
+
+
+def _with_tensors(tokens: TowerTokens, tensors: Sequence[Any]) -> TowerTokens:
+    features, sizes, source, assignment, mask = tensors
+    return replace(tokens, features=features, sizes=sizes, source=source, assignment=assignment, mask=mask)
+
+
+def _run(block: Any, tokens: TowerTokens, reducer: TowerReducer, number: int, selected: int, acts: bool) -> TowerTokens:
+    bias = _bias(tokens, reducer.proportional)
     attention, normed = block.self_attn, block.layer_norm1(tokens.features)
     heads = (*normed.shape[:2], -1, attention.head_dim)
     queries, keys, values = (

@@ -176,7 +176,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the tower has no such block.
         """
-        named = {"selected": self.num_blocks - 1, "last": self.depth - 1}
+        named = {"early": self.depth * 5 // 24, "selected": self.num_blocks - 1, "last": self.depth - 1}
         number = named.get(place) if isinstance(place, str) else place
         lowest = 0 if isinstance(place, str) else -self.depth
         if number is None or not lowest <= number < self.depth:
@@ -215,6 +215,11 @@ class VisionTower(nn.Module):
             )
         if reducers.tower is None:
             return
+        if reducers.tower.is_adaptive and reducers.encoder is not None:
+            raise reducers.encoder.mistake(
+                f"'{reducers.tower.method}' leaves a different number of tokens of each picture, which a method after "
+                "the tower does not take; leave one of them out"
+            )
         reducers.tower.input_grid(self.grid)
         acts = reducers.tower.blocks(self.depth, blocks[0])
         if acts and first_read is not None and first_read <= max(acts):

@@ -33,7 +33,7 @@ def build_projector_modules(
             "mm_vision_select_feature=cls_patch keeps CLS among the patches, which a projector that fuses neighbours "
             "has no place for; set it to patch"
         )
-    reducer.reduced_grid(tower.grid)
+    reducer.token_count(tower.grid)
     tower.blocks_read(reducer)
     return reducer.build_modules(config.mm_hidden_size, config.hidden_size, plain)
 
@@ -62,6 +62,11 @@ def build_vision_projector(config: Any, vision_width: int | None = None) -> nn.M
                 f"the language model {config.hidden_size}; use linear or mlp2x_gelu"
             )
         return nn.Identity()
+    if kind == "tokenpacker":
+        raise ValueError(
+            "mm_projector_type=tokenpacker is the projector of the method of that name, and another method, or none, "
+            "is asked for: leave it out, or name the method, reduction={'name': 'tokenpacker'}"
+        )
     mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if mlp is None:
         raise ValueError(f"unknown mm_projector_type {kind!r}; known: linear, mlpNx_gelu (N = 1, 2, ...), identity")

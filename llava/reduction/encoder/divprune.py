@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from llava.reduction.base import Needs, VisionFeatures, VisualTokens
 from llava.reduction.options import Fraction
 from llava.reduction.registry import register
-from llava.reduction.selection import BudgetedReducer, at_least_float32, precise_product, take_in_raster_order
+from llava.reduction.selection import BudgetedReducer, at_least_float32, precise_product, take_sorted
 
 
 @register("divprune")
@@ -50,11 +50,8 @@ class DivPrune(BudgetedReducer):
         """[N, P, D] projected patches to [N, M, D]."""
         if vision.projected is None:
             raise self.mistake("it compares projected patches: pass projected=")
-        n, p, _ = vision.projected.shape
-        count = self.fixed_count(p)
-        chosen = farthest_first(vision.projected.detach(), count)
-        is_kept = torch.zeros(n, p, dtype=torch.bool, device=chosen.device).scatter_(1, chosen, True)
-        return take_in_raster_order(vision.projected, is_kept, [count] * n)
+        count = self.fixed_count(vision.projected.shape[1])
+        return take_sorted(vision.projected, farthest_first(vision.projected.detach(), count))
 
 
 def farthest_first(features: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ language-model width.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,51 @@ from llava.reduction.base import ProjectorReducer, VisionFeatures, VisualTokens
 from llava.reduction.options import Count
 
 
-class GroupingReducer(ProjectorReducer):
+class GridReducer(ProjectorReducer):
+    """k x k patches become a cell of a coarser grid. A method says how large k is."""
+
+    @abc.abstractmethod
+    def side(self, grid: tuple[int, int]) -> int:
+        """k on a grid of (h, w) patches.
+
+        Raises:
+            ValueError: the options do not suit the grid.
+        """
+
+    def reduced_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) patches as (h / k, w / k) cells."""
+        k = self.side(grid)
+        return grid[0] // k, grid[1] // k
+
+    def token_count(self, grid: tuple[int, int]) -> int:
+        rows, columns = self.reduced_grid(grid)
+        return rows * columns
+
+    def placed(self, tokens: Tensor, grid: tuple[int, int]) -> VisualTokens:
+        """The tokens of a cell are side by side; `source` is the cell."""
+        rows, columns = self.reduced_grid(grid)
+        n, m = tokens.shape[:2]
+        source = torch.arange(rows * columns).repeat_interleave(m // (rows * columns))
+        return VisualTokens(tokens, source=source.expand(n, -1), grid=(rows, columns))
+
+
+def grid_of(vision: VisionFeatures) -> tuple[int, int]:
+    """Rows and columns of the patches.
+
+    Raises:
+        ValueError: they are not known.
+    """
+    if vision.grid is None:
+        raise ValueError("a projector that groups neighbours needs to know where they are: pass grid=(h, w)")
+    return vision.grid
+
+
+def common_sides(grid: tuple[int, int]) -> list[int]:
+    """The sides of squares that divide a grid of (h, w), the smallest first."""
+    return [k for k in range(1, min(grid) + 1) if grid[0] % k == grid[1] % k == 0]
+
+
+class GroupingReducer(GridReducer):
     """Fuses the hidden states it reads, groups neighbours and projects each group. A method overrides `group`."""
 
     is_trained = True
@@ -29,16 +74,14 @@ class GroupingReducer(ProjectorReducer):
         side = math.isqrt(entering)
         return [{"kernel": k} for k in range(side, 0, -1) if side**2 == entering and side % k == 0]
 
-    def reduced_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) patches as (h / k, w / k) cells."""
-        k = self.kernel
-        if grid[0] % k or grid[1] % k:
-            fitting = [n for n in range(1, min(grid) + 1) if grid[0] % n == grid[1] % n == 0]
+    def side(self, grid: tuple[int, int]) -> int:
+        """`kernel`, where it divides the grid."""
+        if self.kernel not in common_sides(grid):
             raise ValueError(
-                f"kernel={k} does not divide the vision tower's grid of {grid[0]} x {grid[1]} patches; set kernel to "
-                f"one of {', '.join(map(str, fitting))}"
+                f"kernel={self.kernel} does not divide the vision tower's grid of {grid[0]} x {grid[1]} patches; set "
+                f"kernel to one of {', '.join(map(str, common_sides(grid)))}"
             )
-        return grid[0] // k, grid[1] // k
+        return self.kernel
 
     def group(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, P, C] patches on a grid of (h, w) as what enters the projector, [N, P / k^2, any width]."""
@@ -60,17 +103,12 @@ class GroupingReducer(ProjectorReducer):
         Raises:
             ValueError: no grid, or one that k does not divide; or no hidden states to fuse.
         """
-        if vision.grid is None:
-            raise ValueError("a projector that groups neighbours needs to know where they are: pass grid=(h, w)")
-        grid = self.reduced_grid(vision.grid)
+        grid = grid_of(vision)
+        self.side(grid)
         features = vision.features
         if mm_projector_crosslayer is not None:
             features = run(mm_projector_crosslayer, concatenate_states(vision))
-        tokens = run(mm_projector, self.group(features, vision.grid)).flatten(1, -2)
-        n, m = tokens.shape[:2]
-        cells = grid[0] * grid[1]
-        source = torch.arange(cells).repeat_interleave(m // cells)
-        return VisualTokens(tokens, source=source.expand(n, -1), grid=grid)
+        return self.placed(run(mm_projector, self.group(features, grid)).flatten(1, -2), grid)
 
 
 def run(module: nn.Module, features: Tensor) -> Tensor:

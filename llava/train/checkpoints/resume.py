@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from llava.data.dataset import LazySupervisedDataset
-from llava.files import ADAPTER_CONFIG, ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE
+from llava.files import ADAPTER_CONFIG, ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILES
 from llava.model.weights import WEIGHT_FILES
 from llava.reduction import ReductionConfig
 from llava.train.checkpoints.folders import STATE_FILE, flaw_of, last_complete_checkpoint, read_state
@@ -302,7 +302,7 @@ def kinds_in(folder: Path) -> dict[RunKind, str]:
     shows = {
         RunKind.LORA: (ADAPTER_CONFIG, *ADAPTER_FILES, NON_LORA_FILE),
         RunKind.FULL: (*WEIGHT_FILES, "model-*.safetensors", "pytorch_model-*.bin"),
-        RunKind.PROJECTOR: (PROJECTOR_FILE,),
+        RunKind.PROJECTOR: PROJECTOR_FILES,
     }
     found = {kind: [path.name for name in names for path in folder.glob(name)] for kind, names in shows.items()}
     return {kind: names[0] for kind, names in found.items() if names}

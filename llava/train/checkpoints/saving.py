@@ -1,6 +1,6 @@
 """Writing and reading what a run trains, in LLaVA's file formats.
 
-- projector: `mm_projector.bin` and config.json
+- projector: `mm_projector.bin` (of MQT `query_abstractor.bin`) and config.json
 - lora: PEFT's adapter, `non_lora_trainables.bin`, config.json and the tokenizer
 - full: the whole model in safetensors, config.json and the tokenizer
 
@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.files import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, adapter_file, check_writable, checkpoint_folder
+from llava.files import (
+    ADAPTER_CONFIG,
+    NON_LORA_FILE,
+    adapter_file,
+    check_writable,
+    checkpoint_folder,
+    projector_file,
+    projector_file_of,
+)
 from llava.model.generation_config import writable_generation_config
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights import (
@@ -36,6 +44,7 @@ from llava.model.weights import (
     shorten,
     weight_files,
 )
+from llava.reduction.base import PROJECTOR_MODULES
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +87,7 @@ def part_of(name: str) -> str:
     parts = name.split(".")
     if "vision_tower" in parts or "video_tower" in parts:
         return "vision_tower"
-    if any(p.startswith("mm_projector") or p in ("image_newline", "vision_resampler") for p in parts):
+    if any(p in PROJECTOR_MODULES or p in ("image_newline", "vision_resampler") for p in parts):
         return "projector"
     return "reducer" if any(p.endswith("_reducer") for p in parts) else "language_model"
 
@@ -152,7 +161,7 @@ def _projector_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _write_projector(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    torch.save(weights, folder / PROJECTOR_FILE)
+    torch.save(weights, folder / projector_file_of(weights))
     _write_config(model, folder)
 
 
@@ -160,8 +169,11 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name
 
 
-def _in_tower(name: str) -> bool:
-    return ".vision_tower.vision_tower." in name or ".video_tower.vision_tower." in name
+def _whole_part(name: str) -> str | None:
+    """The part that a weight belongs to, where it is kept whole as soon as some of it is trained."""
+    if ".vision_tower.vision_tower." in name or ".video_tower.vision_tower." in name:
+        return "vision_tower"
+    return "projector" if part_of(name) == "projector" else None
 
 
 def _base_name(name: str) -> str:
@@ -171,9 +183,10 @@ def _base_name(name: str) -> str:
 
 def _lora_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     kept = {name for name, p in model.named_parameters() if _is_adapter(name) or p.requires_grad}
-    # A tower that is trained is kept whole, its frozen last blocks too: readers take it from one place.
-    has_tower = any(_in_tower(name) for name in kept)
-    return [(name, p) for name, p in model.named_parameters() if name in kept or (has_tower and _in_tower(name))]
+    # A tower that is trained is kept whole, its frozen last blocks too, and so is a projector: readers take them from
+    # one place.
+    whole = {_whole_part(name) for name in kept} - {None}
+    return [(name, p) for name, p in model.named_parameters() if name in kept or _whole_part(name) in whole]
 
 
 def _write_lora(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
@@ -220,7 +233,7 @@ def _write_config(model: Any, folder: Path) -> None:
 
 
 def extract_projector(folder: Path, output: Path) -> None:
-    """Write the projector of a full checkpoint as a `mm_projector.bin`.
+    """Write the projector of a full checkpoint as a file like `mm_projector.bin`.
 
     Args:
         folder: the checkpoint.
@@ -254,7 +267,7 @@ def load_run(model: Any, kind: RunKind, folder: str | Path) -> None:
         # Names in the files may differ from names in the model; from_pretrained knows both, and is strict.
         model.load_state_dict(type(model).from_pretrained(str(folder), dtype=model.dtype).state_dict())
         return
-    weights = read_weights(folder / PROJECTOR_FILE) if kind is RunKind.PROJECTOR else _read_lora(folder)
+    weights = read_weights(projector_file(folder)) if kind is RunKind.PROJECTOR else _read_lora(folder)
     _fill(model, weights, folder)
 
 

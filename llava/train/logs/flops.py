@@ -29,7 +29,7 @@ class FlopsModel:
         inner = model.get_model()
         self.sizes = Sizes.of(model)
         self.tile = tower_step_macs(self.sizes, tower_lengths(model, inner.reducers()), tiles=1)
-        learns = any(p.requires_grad for p in inner.mm_projector.parameters())
+        learns = any(p.requires_grad for part in inner.projector_modules().values() for p in part.parameters())
         tower_learns = any(p.requires_grad for p in inner.get_vision_tower().parameters())
         tokens, passes = projector_passes(model, inner.reducers())
         self.image_token = projector_step_macs(passes, learns, after=tower_learns) / tokens

@@ -15,7 +15,7 @@ from llava.train.feature_key import check_cache_fits, check_fixed, inner_model, 
 from llava.train.pictures import Pictures, list_pictures
 from llava.train.preflight.findings import NOTE, Report
 from llava.train.preflight.memory import GIB
-from llava.train.preflight.models import is_adaptive, stand_in
+from llava.train.preflight.models import stand_in
 from llava.train.preflight.samples import FEATURES, check_images_exist
 from llava.train.settings.parsing import Arguments
 
@@ -62,7 +62,7 @@ def state_disk(arguments: Arguments, model: Any, dataset: LazySupervisedDataset)
         tiles = [len(one.pixels) for one in decoded if one.pixels is not None] or tiles
     each = tile_bytes(arguments, model) * sum(tiles) / len(tiles)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    most = "up to" if is_adaptive(inner_model(model).encoder_reducer) else "about"
+    most = "up to" if inner_model(model).reducers().are_adaptive else "about"
     raise ValueError(
         f"--feature_cache {folder} holds no features yet: llava cache-features makes them. {len(pictures)} pictures "
         f"take {most} {len(pictures) * each / GIB:.2f} GiB ({each / 1024:.1f} KiB each); "
@@ -75,7 +75,7 @@ def tile_bytes(arguments: Arguments, model: Any) -> float:
     inner = inner_model(model)
     tower, reducers = inner.get_vision_tower(), inner.reducers()
     tokens = tower.num_patches
-    if not is_adaptive(reducers.encoder):
+    if not reducers.are_adaptive:
         tokens = stand_in(tower).reduced(replace(reducers, projector=None)).features.shape[1]
     blocks = len(set(tower.blocks_read(inner.projector_reducer)))
     dtype: torch.dtype = getattr(torch, arguments.data.feature_cache_dtype)

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.families import llava_class_for
 from llava.model.projector_method import add_projector_method
 from llava.model.weights import WEIGHT_FILES, checkpoint_heads, raise_for_keys
-from llava.reduction.base import VisualTokens
+from llava.reduction.base import PROJECTOR_MODULES, VisualTokens
 from llava.reduction.config import ReductionConfig
-from llava.reduction.selection import BudgetedReducer
 from llava.reduction.stand_in import StandIn, TowerShape
 from llava.train.checkpoints.saving import part_of
 from llava.train.modeling import add_lora, select_trainable
@@ -119,7 +117,7 @@ def _is_in_checkpoint(name: str, keeps_projector: bool) -> bool:
     """Whether a weight of this name is read from `model_name_or_path`."""
     if "lora_" in name:
         return False
-    return part_of(name) == "language_model" or (keeps_projector and "mm_projector" in name)
+    return part_of(name) == "language_model" or (keeps_projector and any(part in name for part in PROJECTOR_MODULES))
 
 
 def compare_files(folder: Path, wanted: Mapping[str, tuple[int, ...]], complete: bool) -> bool:
@@ -178,7 +176,7 @@ class VisualCount:
         self._tower = self._inner.get_vision_tower()
         data = arguments.data
         self._pinpoints = data.image_grid_pinpoints if data.image_aspect_ratio == "anyres" else None
-        self.is_adaptive = is_adaptive(self._inner.encoder_reducer)
+        self.is_adaptive = self._inner.reducers().are_adaptive
         self._tile = self._tokens_of_a_tile()
         self.count = lru_cache(maxsize=4096)(self._count)
 
@@ -223,11 +221,6 @@ def without_meta(tokens: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
     cells = grid[0] * grid[1]
     source = torch.arange(cells).repeat_interleave(tokens.features.shape[1] // cells)
     return dataclasses.replace(tokens, source=source.unsqueeze(0))
-
-
-def is_adaptive(reducer: nn.Module | None) -> bool:
-    """Whether a method keeps a number of tokens that depends on the image."""
-    return isinstance(reducer, BudgetedReducer) and reducer.is_adaptive
 
 
 def stand_in(tower: Any) -> StandIn:

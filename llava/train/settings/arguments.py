@@ -46,7 +46,7 @@ EXTRA_OF = {
     "tensorboard": "train",
     "wandb": "train",
 }
-PROJECTOR_TYPE = re.compile(r"linear|identity|mlp[1-9]\d{0,2}x_gelu")
+PROJECTOR_TYPE = re.compile(r"linear|identity|mlp[1-9]\d{0,2}x_gelu|tokenpacker")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
@@ -114,8 +114,8 @@ class ModelArguments:
         None, "Vision block whose output is used, counted as in hidden_states. Default -1."
     )
     mm_vision_select_feature: str | None = flag(None, "patch or cls_patch. Default patch.")
-    pretrain_mm_mlp_adapter: str | None = flag(None, "mm_projector.bin to start from.")
-    mm_projector_type: str | None = flag(None, "linear, mlpNx_gelu or identity. Default linear.")
+    pretrain_mm_mlp_adapter: str | None = flag(None, "mm_projector.bin to start from; none: the model's own.")
+    mm_projector_type: str | None = flag(None, "linear, mlpNx_gelu, identity or tokenpacker. Default linear.")
     mm_use_im_start_end: bool | None = flag(None, "Put marker tokens around an image. Default False.")
     mm_use_im_patch_token: bool | None = flag(
         None, "Add LLaVA's patch token to the tokenizer. Default True, as in LLaVA."
@@ -143,7 +143,9 @@ class ModelArguments:
         problems.check(check_choice, "mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
         problems.check(check_choice, "mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
         if self.mm_projector_type is not None and not PROJECTOR_TYPE.fullmatch(self.mm_projector_type):
-            problems.add(f"--mm_projector_type {self.mm_projector_type}: expected linear, mlpNx_gelu or identity")
+            problems.add(
+                f"--mm_projector_type {self.mm_projector_type}: expected linear, mlpNx_gelu, identity or tokenpacker"
+            )
         problems.check(self._check_version)
         problems.check(self._read_reduction)
         problems.raise_all()

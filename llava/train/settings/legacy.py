@@ -1,16 +1,18 @@
 """Flags of LLaVA's and its forks' launch commands, in today's words.
 
-Those commands carry flags that transformers 5 renamed or dropped, and TRIM's name their method by one of their own. A
+Those commands carry flags that transformers 5 renamed or dropped, and some name their method by one of their own. A
 flag is translated only where it is not known as it stands.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from llava.reduction.config import LEGACY_TRIM_KEY, trim_flag
+from llava.reduction.config import trim_flag
+from llava.reduction.released import M3_KEY, MQT_KEY, MQT_TYPE_KEY, TRIM_KEY, m3_method, mqt_method
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,12 @@ def _if_true(value: str) -> Callable[[str], str | None]:
 
 
 LEGACY_FLAGS: dict[str, Legacy] = {
-    LEGACY_TRIM_KEY: Legacy("reduction", trim_flag),
+    TRIM_KEY: Legacy("reduction", trim_flag),
+    M3_KEY: Legacy("reduction", lambda text: json.dumps(m3_method(text)) if text else None),
+    MQT_KEY: Legacy("reduction", lambda text: json.dumps(mqt_method(text)) if text else None),
+    MQT_TYPE_KEY: Legacy(note="num_visual_tokens names the method"),
+    "tune_mm_query_abstractor": Legacy("tune_mm_mlp_adapter"),
+    "pretrain_mm_query_abstractor": Legacy("pretrain_mm_mlp_adapter"),
     "image_tower": Legacy("vision_tower"),  # Video-LLaVA's
     "evaluation_strategy": Legacy("eval_strategy"),
     "no_cuda": Legacy("use_cpu"),

@@ -109,6 +109,8 @@ def _read_values(parser: HfArgumentParser, argv: list[str], problems: Problems) 
         unread.append(name_and_value(words)[0])
         with problems.catch():
             plain = _plain_words(actions, words)
+            if not plain:  # what was given before is not meant either
+                readable = [word for word in readable if not word.startswith(f"--{name_and_value(words)[0]}=")]
             left = parser.parse_known_args(plain)[1]
             readable += plain if not left else []
             unknown += [word for word in left if word.startswith("--")] or left

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.constants import SHORT_ANSWER
 from llava.eval.questions import Question, read_questions
-from llava.eval.tasks.base import SHORT_ANSWER, Grade, Needed, Task, accuracy_by, grouped, percent
+from llava.eval.tasks.base import Grade, Needed, Task, accuracy_by, grouped, percent
 
 if TYPE_CHECKING:
     from llava.eval.judge import Judge

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, SHORT_ANSWER
 from llava.data.preprocessing import is_unicode
 from llava.eval.questions import Question, read_json
-from llava.eval.tasks.base import SHORT_ANSWER
 
 LLAVA_FILES = "LLaVA's eval.zip"
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava.constants import SHORT_ANSWER
 from llava.eval.questions import Question, read_questions
 from llava.eval.scoring.vqa import agreement, normalize
-from llava.eval.tasks.base import SHORT_ANSWER, Grade, Needed, Task
+from llava.eval.tasks.base import Grade, Needed, Task
 from llava.eval.tasks.short_answer.official import LLAVA_FILES, read_rows
 
 if TYPE_CHECKING:
