@@ -314,6 +314,11 @@ def test_papers_names_of_checkpoints() -> None:
     assert running.title_of_model({**small, "image_aspect_ratio": "anyres"}) == "LLaVA-NeXT-7B"
     assert running.title_of_model({**small, "hidden_size": 5120, "num_hidden_layers": 40}) == "LLaVA-1.5-13B"
     assert running.title_of_model({**small, "hidden_size": 64}) is None
+    assert running.title_of_model({**small, "mm_video_tower": "tower"}) == "Video-LLaVA-7B"
+    assert (
+        running.title_of_model({"model_type": "video_llava", "text_config": {"model_type": "llama"}})
+        == "Video-LLaVA-7B"
+    )
 
 
 class _Empty(Task):
