@@ -275,7 +275,7 @@ def test_answers_about_clips_stand_beside_table_3(tmp_path: Path) -> None:
     write_result(folder, "msvd_qa", grades, group=10, checkpoint=checkpoint, **facts, **reduced("prumerge", 256.0))
     rows = rows_of(shown("--paper", "prumerge", folder, "--format", "csv"))
     found = {row["benchmark"]: (row["measured"], row["published"]) for row in rows}
-    assert found == {"MSVD-QA": ("71.0", "71.1"), "MSVD-QA score": ("4.0", "3.9")}
+    assert found == {"MSVD-QA": ("71.00", "71.1"), "MSVD-QA score": ("4.00", "3.9")}
 
 
 def test_a_figure_that_several_tables_print_stands_once(runs: list[Path]) -> None:
