@@ -20,7 +20,7 @@ from llava.cost.bench.run import BASELINE, Plan, run
 from llava.cost.bench.workload import Workload
 from llava.cost.question import Scenario, methods, question_cost
 from llava.cost.sizes import open_model
-from llava.eval.reports.published import AVERAGE, PAPERS, load_paper
+from llava.eval.reports import by_budget
 from llava.reduction.budget import ModelShape
 from llava.reduction.options import values_of
 from llava.reduction.registry import available, method_class
@@ -29,7 +29,7 @@ from llava.reduction.stand_in import TowerShape
 HEADER = ("method", "options", "tokens a layer", "TFLOPs", "selection, ms", "of the tower, %", "first token, ms")
 HEADER = (*HEADER, "faster", "promised")
 
-PUBLISHED = ("method", "label", "kept, % of the full model", "benchmarks", "figures are", "source")
+PUBLISHED = ("method", "printed as", "kept, % of the full model", "benchmarks", "figures are", "source")
 
 
 def asked_for(model: Any, budget: float) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -101,19 +101,17 @@ def published(label: float) -> list[list[str]]:
 
     The label is the paper's; what a layer processes differs by method.
     """
-    here = {name.replace("_", ""): name for names in available().values() for name in names}
-    cells = []
-    for paper in map(load_paper, PAPERS):
-        for part in paper.tables:
-            rows = [f for f in part.figures if f.model == "LLaVA-1.5-7B" and f.tokens == label]
-            for figure in rows:
-                name = here.get(figure.method.lower().replace("+", "plus"))
-                if name is None or figure.benchmark != AVERAGE or not paper.others:
-                    continue
-                count = sum(other.method == figure.method and other.is_score for other in rows)
-                source = f"{paper.title}, {paper.venue}, table {part.number}"
-                cells.append([f"`{name}`", f"{label:g}", figure.printed, str(count), paper.others, source])
-    return sorted(cells)
+    names = sorted(name for names in available().values() for name in names)
+    return [
+        [f"`{name}`", row.printed, f"{row.kept:.1f}", str(len(row.scores)), _origin(row), row.source]
+        for name in names
+        for row in by_budget.published(name, label)
+        if row.kept is not None
+    ]
+
+
+def _origin(row: by_budget.PublishedRow) -> str:
+    return f"copied from {row.copied_from}" if row.copied_from else row.origin
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,6 +12,10 @@ import pytest
 
 import llava.eval.reports
 from benchmarks.all_methods import PUBLISHED, published
+from llava.eval.reports import by_budget
+from llava.eval.reports.published import METHOD_NAMES, PAPERS, load_paper
+from llava.reduction.budget import ModelShape
+from llava.reduction.config import ReductionConfig
 
 FOLDER = Path(llava.eval.reports.__file__).parent / "papers"
 COSTS = ("FLOPs (T)", "GPU hours")
@@ -90,7 +94,9 @@ def test_sums_of_a_second_transcription(paper: str) -> None:
 TRIM_TASKS = ("VQAv2", "ScienceQA-IMG", "TextVQA", "POPE", "MME", "MMBench")
 
 
-@pytest.mark.parametrize(("paper", "averages"), [("trim", 10), ("stf", 23), ("pyramiddrop", 28)])
+@pytest.mark.parametrize(
+    ("paper", "averages"), [("trim", 10), ("stf", 23), ("pyramiddrop", 28), ("tokenpacker", 16), ("eadp", 19)]
+)
 def test_printed_averages_follow_from_the_row(paper: str, averages: int) -> None:
     mme_points = 2000 if paper == "trim" else 20
     checked = 0
@@ -106,24 +112,48 @@ def test_printed_averages_follow_from_the_row(paper: str, averages: int) -> None
     assert checked == averages
 
 
-@pytest.mark.parametrize(("paper", "averages"), [("restore", 25), ("v2drop", 21)])
-def test_printed_averages_are_the_mean_share_of_the_full_model(paper: str, averages: int) -> None:
+# Papers whose average is the mean share of the full model's scores: rows with one, and those that do not follow, by
+# more than rounding may do where the papers averaged what they had not rounded yet.
+SHARES = {
+    **{"restore": (25, set()), "v2drop": (21, set()), "vscan": (19, set()), "dart": (6, set())},
+    "autoprune": (7, set()),
+    "mmtok": (19, {("SparseVLM", "128"), ("SparseVLM", "64"), ("VisionZip", "64")}),
+    "sparsevlm": (13, {("PyramidDrop", "128")}),
+    "cen_prune": (13, {("MMTok", "64")}),
+    "holov": (
+        19,
+        {
+            *(("PyramidDrop", "192"), ("VisionZip", "192"), ("VisionZip", "128"), ("DART", "128"), ("HoloV", "128")),
+            *(("PruMerge", "64"), ("DART", "64"), ("HoloV", "64")),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("paper", SHARES)
+def test_printed_averages_are_the_mean_share_of_the_full_model(paper: str) -> None:
     """A slip in any figure of a row would show, within the rounding of the average."""
     table = list(rows(paper))
     full = next(figures for line, figures in table if line["method"] == "none")
+    checked, differing = 0, set()
     for line, figures in table:
-        shares = [figures[name] / full[name] for name in figures if name != "average"]
-        assert len(shares) == len(full) - 1
-        assert figures["average"] == pytest.approx(100 * sum(shares) / len(shares), abs=0.0501), line
-    assert len(table) == averages
+        if "average" not in figures:
+            continue
+        shares = [value / full[name] for name, value in figures.items() if name not in (*COSTS, "average")]
+        distance = abs(figures["average"] - 100 * sum(shares) / len(shares))
+        assert distance < (0.62 if line["method"] == "VisionZip" and paper == "holov" else 0.17), line
+        checked += 1
+        if distance > (0.0501 if paper in ("restore", "v2drop") else 0.0601):
+            differing.add((line["method"], line["tokens"]))
+    assert (checked, differing) == SHARES[paper]
 
 
-@pytest.mark.parametrize(("label", "count"), [(192, 13), (128, 13), (64, 13), (100, 0)])
+@pytest.mark.parametrize(("label", "count"), [(192, 37), (128, 55), (64, 56), (100, 0)])
 def test_published_figures_beside_the_benchmark_say_what_they_are(label: int, count: int) -> None:
     found = published(label)
     assert len(found) == count and all(len(row) == len(PUBLISHED) and all(row) for row in found)
     tome = {row[4]: row[2] for row in found if row[0] == "`tome`"}
-    assert label != 64 or tome == {"copied": "69.7", "re-run": "91.6"}
+    assert label != 64 or (tome["copied from unnamed source"], tome["re-run"]) == ("69.7", "91.6")
 
 
 VISUAL_TOKENS = {"336": 576, "5 patches": 5 * 576, "9 patches": 9 * 576}
@@ -169,3 +199,83 @@ def test_a_figure_is_the_same_in_every_paper_that_copied_it() -> None:
     # Printed as 41.0 in PruMerge's two versions, as 65.0 by TRIM.
     assert llava.pop(("BLIP-2", "VQAv2")) == {41.0, 65.0}
     assert {key: values for key, values in llava.items() if len(values) > 1} == {}
+
+
+def test_handed_on_figures_are_the_same_in_every_paper() -> None:
+    printed: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
+    for paper in ("sparsevlm", "dart", "v2drop", "mmtok", "vscan", "holov"):
+        for line in lines(paper):
+            is_source = (paper, line["method"]) in {("sparsevlm", "ToMe"), ("dart", "DART")}
+            if line["benchmark"] != "average" and line["tokens"] != "576" and (is_source or line["copied_from"]):
+                printed[line["method"], line["tokens"], line["benchmark"]][paper] = line["value"]
+    several = {key: set(by_paper.values()) for key, by_paper in printed.items() if len(by_paper) > 1}
+    assert len(several) == 132
+    assert {key: values for key, values in several.items() if len(values) > 1} == {
+        ("PyramidDrop", "128", "TextVQA"): {"54.8", "55.1"},  # V2Drop; HoloV
+        ("PruMerge", "64", "MMBench"): {"55.2", "55.3"},  # V2Drop; HoloV
+        ("VisionZip", "192", "MME-sum"): {"1782.6", "1783"},
+        ("VisionZip", "192", "VQAv2"): {"76.8", "77.4"},  # MMTok; VScan
+        ("VisionZip", "128", "MME-sum"): {"1761.7", "1763"},
+    }
+
+
+def test_figures_of_visionzip_for_others_are_named_as_copied() -> None:
+    sources = {line["method"]: line["copied_from"] for line in lines("mmtok")}
+    assert {name for name, source in sources.items() if not source} == {"DivPrune", "MMTok"}
+
+
+# Tokens that a layer processes in the mean over 32, of what papers call 192, 128 and 64.
+A_LAYER = {
+    "sparsevlm": {192: 206.5, 128: 145.4, 64: 82.3},
+    "dart": {192: 219.8, 128: 159.8, 64: 99.8},
+    "vscan": {64: 64},
+    **{name: {192: 192, 128: 128, 64: 64} for name in ("visionzip", "mmtok", "holov")},
+    **{"m3": {144: 144, 36: 36, 9: 9, 1: 1, 576: 576}, "tokenpacker": {144: 144, 64: 64, 36: 36}},
+    "mqt": {256: 256, 144: 144, 16: 16},
+}
+
+
+@pytest.mark.parametrize("method", sorted(A_LAYER))
+def test_a_rows_options_are_those_of_its_label(method: str) -> None:
+    found = {}
+    for row in by_budget.published(method):
+        if row.options is not None:
+            assert row.tokens is not None
+            found[row.tokens] = ModelShape().mean_tokens(ReductionConfig.parse(row.options).build_all())
+    assert found == pytest.approx(A_LAYER[method], abs=0.06)
+
+
+def test_published_rows_say_whose_they_are() -> None:
+    at_64 = by_budget.published("visionzip", 64)
+    assert {(row.printed, row.origin, row.trained) for row in at_64} >= {
+        ("VisionZip", "re-run", None),
+        ("VisionZip", "copied", False),
+        ("VisionZip‡", "copied", True),
+    }
+    assert {row.origin for row in by_budget.published("tome", 64)} == {"re-run", "copied", "not said"}
+    own = [row for row in by_budget.published("sparsevlm", 64) if row.origin == "own"]
+    assert [(row.scores["POPE"], row.average) for row in own] == [(77.5, 89.3)]
+    assert own[0].kept == pytest.approx(89.3, abs=0.05) and own[0].source.endswith("ICML 2025, table 1")
+    assert not by_budget.published("tome", 100) and not by_budget.published("random")
+    assert by_budget.published("divprune", None)[-1].method == "divprune"
+    with pytest.raises(ValueError, match="visionzap"):
+        by_budget.published("visionzap", 64)
+
+
+def test_papers_name_their_own_methods_as_their_tables_do() -> None:
+    elsewhere = {
+        "RESTORE",
+        "Cen-Prune",
+        "EADP",
+        "FastVLM",
+        "AutoPrune",
+    }  # in tables of which only the other rows are here
+    for paper in map(load_paper, PAPERS):
+        printed = {by_budget.base_name(figure.method) for table in paper.tables for figure in table.figures}
+        assert paper.own and set(paper.own) - elsewhere <= printed, paper.name
+        assert set(paper.options) <= {figure.method for table in paper.tables for figure in table.figures}, paper.name
+
+
+def test_methods_here_have_the_papers_names() -> None:
+    printed = {by_budget.base_name(line["method"]) for paper in PAPERS for line in lines(paper)}
+    assert set(METHOD_NAMES.values()) <= printed

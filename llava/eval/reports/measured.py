@@ -11,23 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from llava.eval.reports.intervals import Interval, bootstrap, wilson
-from llava.eval.reports.published import UNREDUCED
+from llava.eval.reports.published import METHOD_NAMES, UNREDUCED
 from llava.eval.results import GRADES_FILE, RESULT_FILE, read_grades, read_result
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.base import Grade
-
-# Our names of the methods, as the papers write them; the others are written alike.
-METHOD_NAMES = {
-    "prumerge": "PruMerge",
-    "prumerge_plus": "PruMerge+",
-    "trim": "TRIM",
-    "stf": "STF",
-    "avgpool": "AvgPool",
-    "token_concat": "TokenConcat",
-    "pyramiddrop": "PyramidDrop",
-    "fastv": "FastV",
-    "sparsevlm": "SparseVLM",
-}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,10 @@ from typing import Any
 from llava.yaml_text import read_yaml
 
 FOLDER = Path(__file__).parent / "papers"
-PAPERS = ("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop", "restore", "v2drop")
+PAPERS = (
+    *("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop", "restore", "v2drop", "sparsevlm", "dart", "divprune"),
+    *("mmtok", "holov", "vscan", "m3", "tokenpacker", "fastvlm", "autoprune", "cen_prune", "eadp"),
+)
 OTHERS = ("", "re-run", "copied")
 KINDS = ("main", "ablation", "efficiency", "video")
 COLUMNS = [
@@ -24,10 +27,38 @@ UNREDUCED = "none"
 AVERAGE = "average"
 """A table's own mean over its benchmarks."""
 
+# Our names of the methods, as the papers write them; the others are written alike.
+METHOD_NAMES = {
+    "prumerge": "PruMerge",
+    "prumerge_plus": "PruMerge+",
+    "trim": "TRIM",
+    "stf": "STF",
+    "avgpool": "AvgPool",
+    "token_concat": "TokenConcat",
+    "pyramiddrop": "PyramidDrop",
+    "fastv": "FastV",
+    "sparsevlm": "SparseVLM",
+    "tome": "ToMe",
+    "evit": "EViT",
+    "ats": "ATS",
+    "visionzip": "VisionZip",
+    "fastervlm": "FasterVLM",
+    "vispruner": "VisPruner",
+    "vscan": "VScan",
+    "divprune": "DivPrune",
+    "cdpruner": "CDPruner",
+    "mmtok": "MMTok",
+    "holov": "HoloV",
+    "tokenpacker": "TokenPacker",
+    "mqt": "MQT",
+    "m3": "M3",
+    "dart": "DART",
+}
+
 BENCHMARKS = (
     *("VQAv2", "GQA", "VizWiz", "ScienceQA-IMG", "TextVQA", "POPE", "POPE-random", "POPE-popular", "POPE-adversarial"),
     *("MME", "MME-cognition", "MME-sum", "MMBench", "MMBench-CN", "SEED", "SEED-IMG", "LLaVA-Bench", "MM-Vet"),
-    *("MMStar", "DocVQA", "InfoVQA", "ChartQA", "OCRVQA", "Q-Bench"),
+    *("MMStar", "DocVQA", "InfoVQA", "ChartQA", "OCRVQA", "Q-Bench", "MMMU", "OCRBench"),
     *("MSVD-QA", "MSVD-QA score", "MSRVTT-QA", "MSRVTT-QA score", "ActivityNet-QA", "ActivityNet-QA score"),
 )
 """One spelling for all papers."""
@@ -110,7 +141,15 @@ class PaperTable:
 class Paper:
     """A paper with its tables, in its own order.
 
-    `others` says of all rows of other papers' methods, where the paper does, whether they are "re-run" or "copied".
+    Attributes:
+        name: one of `PAPERS`.
+        title, arxiv, venue: where it is found.
+        notes: on all tables.
+        tables: those with results that are here.
+        own: the methods that it presents, under its names.
+        others: whether rows of other papers' methods are "re-run" or "copied"; empty where the paper does not say. A
+            figure with `copied_from` is copied in any case.
+        options: by method and number of tokens, what `--reduction` is told for the same setting, where that is known.
     """
 
     name: str
@@ -119,7 +158,9 @@ class Paper:
     venue: str
     notes: tuple[str, ...]
     tables: tuple[PaperTable, ...]
+    own: tuple[str, ...] = ()
     others: str = ""
+    options: Mapping[str, Mapping[float, Any]] = field(default_factory=dict, repr=False)
 
     def table(self, number: str) -> PaperTable:
         """The table of this number.
@@ -153,7 +194,8 @@ def load_paper(name: str) -> Paper:
     if others not in OTHERS:
         raise ValueError(f"{FOLDER / name}.yaml: others is {others!r}; expected re-run, copied or nothing")
     notes = tuple(about.get("notes", ()))
-    return Paper(name, about["title"], about["arxiv"], about["venue"], notes, tables, others)
+    own, options = tuple(about.get("own", ())), about.get("options", {})
+    return Paper(name, about["title"], about["arxiv"], about["venue"], notes, tables, own, others, options)
 
 
 def _table(number: str, about: dict[str, Any], figures: list[Figure]) -> PaperTable:
