@@ -12,10 +12,10 @@ from typing import Any
 from llava.yaml_text import read_yaml
 
 FOLDER = Path(__file__).parent / "papers"
-OWN_TABLES = (
-    *("sparsevlm", "dart", "divprune", "mmtok", "holov", "vscan", "m3", "tokenpacker", "fastvlm", "cen_prune", "eadp"),
+PAPERS = (
+    *("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop", "restore", "v2drop", "sparsevlm", "dart", "divprune"),
+    *("mmtok", "holov", "vscan", "m3", "tokenpacker", "fastvlm", "autoprune", "cen_prune", "eadp"),
 )
-PAPERS = ("prumerge", "prumerge_v1", "trim", "stf", "pyramiddrop", "restore", "v2drop", *OWN_TABLES)
 OTHERS = ("", "re-run", "copied")
 KINDS = ("main", "ablation", "efficiency", "video")
 COLUMNS = [
