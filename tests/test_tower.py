@@ -505,6 +505,10 @@ def test_resize_is_transformers_encoder_on_a_smaller_picture(kind: str) -> None:
             {"tower": {"name": "ats"}, "encoder": {"name": "prumerge", "tokens": 2}},
             "'prumerge': 'ats' leaves a different",
         ),
+        (
+            {"tower": {"name": "evit", "blocks": [0]}, "encoder": {"name": "vscan", "local_block": 1}},
+            "'vscan': it works on the grid of patches, of which 'evit' takes some away",
+        ),
         ({"name": "resize", "budget": 12}, "budget=12 .* can't be met; the nearest is 9, with tokens=9"),
     ],
 )

@@ -48,6 +48,7 @@ class Needs:
             length; "segments", one CLIP embedding for every stretch of that length; "words", the language model's
             embedding of each token of the method's `phrases`.
         padding: whether patches that only pad the picture are told from others.
+        grid: whether patches must lie on a grid, as after some methods in the tower they no longer do.
     """
 
     attention: tuple[Place, ...] = ()
@@ -60,6 +61,7 @@ class Needs:
     projected: bool = False
     text: Literal["pooled", "segments", "words"] | None = None
     padding: bool = False
+    grid: bool = False
 
     @property
     def places(self) -> set[Place]:

@@ -42,7 +42,7 @@ class VScan(EncoderReducer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(attention=(self._local, "selected"), projected=True)
+        return Needs(attention=(self._local, "selected"), projected=True, grid=True)
 
     @property
     def _local(self) -> Place:
