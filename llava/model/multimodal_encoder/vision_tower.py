@@ -223,8 +223,7 @@ class VisionTower(nn.Module):
         if needs.grid and not reducers.tower.keeps_grid:
             assert reducers.encoder is not None
             raise reducers.encoder.mistake(
-                f"it works on the grid of patches, of which '{reducers.tower.method}' takes some away; leave one of them "
-                "out"
+                f"it works on the grid of patches, of which '{reducers.tower.method}' takes some away; leave one out"
             )
         reducers.tower.input_grid(self.grid)
         acts = reducers.tower.blocks(self.depth, blocks[0])

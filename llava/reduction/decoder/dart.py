@@ -102,8 +102,8 @@ class Dart(DecoderReducer):
         pivots, are_pivots = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
         if self.variant == "paper":
             return pivots, are_pivots
-        position = (given.mask.long().cumsum(1) - 1)[row].gather(1, pivots)
-        order = to_device(_set_order(position.tolist(), are_pivots.tolist()), row.device)
+        position = (given.mask.long().cumsum(1) - 1)[row].gather(1, pivots).masked_fill(~are_pivots, -1)
+        order = to_device(_set_order(position.tolist()), row.device)
         return pivots.gather(1, order), are_pivots.gather(1, order)
 
 
@@ -113,11 +113,11 @@ def _marked(like: Tensor, column: Tensor, is_real: Tensor) -> Tensor:
     return counts.scatter_add_(1, column, is_real.long()) > 0
 
 
-def _set_order(positions: list[list[int]], are_pivots: list[list[bool]]) -> Tensor:
-    """[P, K], the pivots of each pool as a Python set of their positions lists them; those that are none come last."""
+def _set_order(positions: list[list[int]]) -> Tensor:
+    """[P, K], the pivots of each pool as a Python set of their positions lists them; those at -1 are none, and last."""
     orders = []
-    for places, real in zip(positions, are_pivots, strict=True):
-        own = [place for place, is_pivot in zip(places, real, strict=True) if is_pivot]
+    for places in positions:
+        own = [place for place in places if place >= 0]
         ordered = [places.index(place) for place in set(own)]  # a set of a list: one of a dict has another order
-        orders.append([*ordered, *(i for i, is_pivot in enumerate(real) if not is_pivot)])
+        orders.append([*ordered, *(i for i, place in enumerate(places) if place < 0)])
     return torch.tensor(orders)

@@ -92,9 +92,10 @@ class VisionZip(EncoderReducer):
         metric = normalize(take_rows(keys.unflatten(2, (vision.num_heads, -1)).mean(dim=2), others), dim=2)
         features = at_least_float32(take_rows(vision.features, others))
         step = max(1, count // contextual)
-        targets = torch.arange(contextual, device=others.device) * step
+        columns = torch.arange(contextual, device=others.device)
+        targets = columns * step
         nearest = precise_product(metric, metric[:, targets].transpose(1, 2)).argmax(dim=2)  # [N, R]
-        member = torch.nn.functional.one_hot(nearest, contextual).to(features.dtype)
+        member = (nearest.unsqueeze(2) == columns).to(features.dtype)
         member[:, targets] = 0
         sums, sizes = precise_product(member.transpose(1, 2), features), member.sum(dim=1).unsqueeze(2)
         target = features[:, targets]
