@@ -235,5 +235,5 @@ def test_clips_that_do_not_fit(model: Any, given: dict[str, Any], said: str) -> 
 
 
 def test_a_method_that_needs_a_grid_takes_frames_one_by_one() -> None:
-    with pytest.raises(ValueError, match="method 'spatial': it works on one picture's grid"):
+    with pytest.raises(ValueError, match="method 'spatial': it works on one picture at a time"):
         build("spatial", tokens=4, frames="joint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from llava.model.image_layout import padded_patches
 from llava.reduction import ReductionConfig, build
 from llava.reduction.base import EncoderReducer, Needs, TowerReducer, VisionFeatures, VisualTokens
 from llava.reduction.stand_in import StandIn, TowerShape
-from llava.reduction.tower.tokens import BlockTokens, Regrouping, TowerTokens
+from llava.reduction.tower.tokens import BlockTokens, Regrouping, TowerTokens, add_up
+from tests.pretend_device import PretendDevice, put
 from tests.tiny_models import SIDE, prompt, tiny_model
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -388,6 +390,15 @@ def test_the_choice_in_half_precision_is_that_of_float32(method: dict[str, Any])
         expected = reducer.regroup(whole)
         assert found.kept.equal(expected.kept)
         assert found.into is None or found.into.equal(expected.into)
+
+
+def test_sums_on_a_gpu_are_the_same_in_an_order_of_their_own() -> None:
+    """scatter_add adds in any order there, and a token would differ from run to run."""
+    values, slot = torch.randn(3, 40, 5), torch.randint(7, (3, 40))
+    expected = add_up(values, slot, 7)
+    with PretendDevice(), mock.patch.object(torch.Tensor, "scatter_add", side_effect=AssertionError):
+        found = add_up(put(values.clone()), put(slot.clone()), 7)
+    torch.testing.assert_close(found, expected)
 
 
 # EViT, ATS, resize ------------------------------------------------------------------------------------------------

@@ -353,7 +353,7 @@ class EncoderReducer(Reducer, abc.ABC):
     def validate(self) -> None:
         super().validate()
         if self.frames == "joint" and not self.ranks_frames:
-            raise self.mistake("it works on one picture's grid: frames=each is all it can do")
+            raise self.mistake("it works on one picture at a time: frames=each is all it can do")
 
     def measured(self, vision: VisionFeatures) -> VisionFeatures:
         """With what the method measures on each picture; called before the frames of a clip are joined to one."""

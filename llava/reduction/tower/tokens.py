@@ -84,8 +84,7 @@ class TowerTokens:
         share = sizes / total.gather(1, slot).clamp(min=1e-6) if weights is None else weights * is_in
         precise = torch.promote_types(self.features.dtype, torch.float32)
         parts = self.features.to(precise) * share.unsqueeze(-1)
-        sums = parts.new_zeros(len(into), count, parts.shape[2]).scatter_add(1, _wide(slot, parts.shape[2]), parts)
-        return sums.to(self.features.dtype), total
+        return add_up(parts, slot, count).to(self.features.dtype), total
 
 
 @dataclass
@@ -127,6 +126,16 @@ class BlockTokens:
             return weights.mean(dim=2)
         asks = self.tokens.mask[:, None, :, None]
         return (weights * asks).sum(dim=2) / asks.sum(dim=2)
+
+
+def add_up(values: Tensor, slot: Tensor, count: int) -> Tensor:
+    """[N, T, C] values added up, in one order, into the `count` places that `slot` [N, T] names: [N, count, C]."""
+    sums = values.new_zeros(len(values), count, values.shape[2])
+    if values.device.type == "cpu":
+        return sums.scatter_add(1, _wide(slot, values.shape[2]), values)
+    # On a GPU scatter_add adds in any order, and rounds otherwise each time; this sorts first.
+    row = torch.arange(len(values), device=values.device).unsqueeze(1).expand_as(slot)
+    return sums.index_put((row, slot), values, accumulate=True)
 
 
 def _wide(index: Tensor, width: int) -> Tensor:
