@@ -220,11 +220,6 @@ class VisionTower(nn.Module):
                 f"'{reducers.tower.method}' leaves a different number of tokens of each picture, which a method after "
                 "the tower does not take; leave one of them out"
             )
-        if needs.grid and not reducers.tower.keeps_grid:
-            assert reducers.encoder is not None
-            raise reducers.encoder.mistake(
-                f"it works on the grid of patches, of which '{reducers.tower.method}' takes some away; leave one out"
-            )
         reducers.tower.input_grid(self.grid)
         acts = reducers.tower.blocks(self.depth, blocks[0])
         if acts and first_read is not None and first_read <= max(acts):
@@ -233,6 +228,11 @@ class VisionTower(nn.Module):
                 f"it reads block {first_read} of the vision tower, in which or after which '{reducers.tower.method}' "
                 "still takes tokens away, so that what it reads is not of the tokens that are left; let that method "
                 "end earlier, or choose one that reads a later block or none"
+            )
+        if needs.grid and not reducers.tower.keeps_grid:
+            assert reducers.encoder is not None
+            raise reducers.encoder.mistake(
+                f"it works on the grid of patches, of which '{reducers.tower.method}' takes some away; leave one out"
             )
 
     @property
