@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,17 @@ def _cost(model: Any, name: str) -> tuple[str, str]:
     return "", ""
 
 
+def _fields(cls: type[Reducer]) -> list[Field]:
+    """A method's own options, then those that it shares with others of its site."""
+    own = inspect.get_annotations(cls)
+    return sorted(fields(cls), key=lambda option: option.name not in own)  # type: ignore[arg-type]
+
+
 def _options(cls: type[Reducer]) -> list[str]:
     """Each option with its default."""
     return [
         option_name(option.name) + ("" if option.default is MISSING else f"={option.default}")
-        for option in fields(cls)  # type: ignore[arg-type]
+        for option in _fields(cls)
     ]
 
 
@@ -84,7 +90,7 @@ def describe(name: str) -> str:
 def _option_lines(cls: type[Reducer]) -> str:
     comments = _comments(cls)
     lines = []
-    for option, shown in zip(fields(cls), _options(cls), strict=True):  # type: ignore[arg-type]
+    for option, shown in zip(_fields(cls), _options(cls), strict=True):
         comment = comments.get(option.name, "")
         lines.append(f"  {shown}" + (f"  # {comment}" if comment else ""))
     return "\n".join(["Options:", *lines]) if lines else "No options."
