@@ -150,9 +150,9 @@ def test_no_patch_of_the_padding(tokenizer: Any, reduction: Any) -> None:
         padding = padded_patches(size, SIDE, GRID)
         assert int(padding.sum()) == 8
         assert not padding[read["tokens"].source[i]].any()
-    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], None, inner.reducers())
+    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], [False, False], None, inner.reducers())
     model.config.image_aspect_ratio = "anyres"
-    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], sizes, inner.reducers())
+    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], [False, False], sizes, inner.reducers())
 
 
 def test_a_batch_without_images_learns(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers import (
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert
+from llava.reduction.base import VisionFeatures
+from llava.reduction.frames import concatenated_features
 from tests.hf_folders import picture, word_tokenizer
 from tests.tiny_models import PATCH, SIDE, pad, prompt
 
@@ -295,3 +298,30 @@ def test_every_batch_of_training_runs_both_towers(ours: Any, rows: list[torch.Te
     assert loss.isfinite()
     assert ours.get_model().mm_projector[0].weight.grad is not None
     ours.zero_grad()
+
+
+def test_the_tower_that_a_batch_does_not_need_gets_gradients(ours: Any) -> None:
+    """A method in the projector may read blocks of the tower only; DDP waits for the gradient of every trained weight."""
+    model = copy.deepcopy(ours)
+    model.set_reduction({"name": "stf", "kernel": 1, "mbtf": 1})
+    towers = {"image": model.get_model().vision_tower, "video": model.get_model().video_tower}
+    for tower in towers.values():
+        tower.vision_tower.embeddings.patch_embedding.requires_grad_(True)
+    model.train()
+    mine, _ = inputs_of([prompt(2, "image", 3)], "right")
+    model(**mine, labels=mine["input_ids"].where(mine["input_ids"] >= 0, -100)).loss.backward()
+    grads = {kind: tower.vision_tower.embeddings.patch_embedding.weight.grad for kind, tower in towers.items()}
+    assert grads["image"] is not None and bool(grads["image"].any())
+    assert grads["video"] is not None and not bool(grads["video"].any())
+
+
+def test_methods_that_need_a_text_tower_are_refused(ours: Any) -> None:
+    with pytest.raises(ValueError, match=r"trim.*a tower of frames has no text tower"):
+        ours.set_reduction({"name": "trim", "tokens": 4})
+
+
+def test_towers_on_two_devices() -> None:
+    """As a device map may place them: what they make comes together on the first one's."""
+    parts = [VisionFeatures(torch.zeros(n, 4, 8, device=device)) for n, device in ((1, "meta"), (2, "cpu"))]
+    both = concatenated_features(parts, torch.tensor([1, 0, 2]))
+    assert (both.features.device.type, both.features.shape) == ("meta", (3, 4, 8))

@@ -144,7 +144,9 @@ class VisualEncoding(VisionModules):
                 unseen.append(one(torch.zeros_like(pixels[:1]), needs, read, methods.tower))
         vision = parts[0] if len(parts) == 1 else concatenated_features(parts, torch.cat(places).argsort())
         for blank in unseen:
-            vision.features = vision.features + blank.features.flatten()[:0].sum()
+            nothing = blank.features.flatten()[:0].sum()
+            vision.features = vision.features + nothing
+            vision.hidden_states = {block: states + nothing for block, states in vision.hidden_states.items()}
         return vision
 
     def _project(self, read: VisionFeatures | VisualTokens, methods: Reducers) -> tuple[Tensor, VisualTokens]:
@@ -220,7 +222,7 @@ class VisualEncoding(VisionModules):
         else:
             pictures = list(pictures)
             counts, is_clip = tile_counts(pictures), [isinstance(picture, Clip) for picture in pictures]
-            beside = self._beside(texts, counts, image_sizes, reducers)
+            beside = self._beside(texts, counts, is_clip, image_sizes, reducers)
             frames = frame_counts(pictures)
             once = once or TowerOnce()
             if once.read is None:
@@ -249,16 +251,22 @@ class VisualEncoding(VisionModules):
         return torch.cat([to_device(tile, tower.device) for tile in tiles])
 
     def _beside(
-        self, texts: Sequence[str] | None, counts: list[int], image_sizes: ImageSizes, methods: Reducers
+        self,
+        texts: Sequence[str] | None,
+        counts: list[int],
+        is_clip: list[bool],
+        image_sizes: ImageSizes,
+        methods: Reducers,
     ) -> dict[str, Tensor | None]:
         """What a method reads besides what the tower makes, for each tile; `counts` tiles an image."""
         needs, beside = methods.needs, dict[str, Tensor | None]()
-        if needs.padding and max(counts, default=0) == 1 and getattr(self.config, "image_aspect_ratio", None) == "pad":
-            sizes = size_pairs(image_sizes, len(counts))
-            if sizes is not None:
-                tower = self._tower()
-                masks = [padded_patches(size, tower.image_size, methods.input_grid(tower.grid)) for size in sizes]
-                beside["padding"] = to_device(torch.stack(masks), tower.device)
+        sizes = size_pairs(image_sizes, len(counts)) if needs.padding else None
+        is_tiled = any(count > 1 for count, clip in zip(counts, is_clip, strict=True) if not clip)
+        if sizes is not None and not is_tiled and getattr(self.config, "image_aspect_ratio", None) == "pad":
+            tower = self._tower()
+            masks = [padded_patches(size, tower.image_size, methods.input_grid(tower.grid)) for size in sizes]
+            padding = torch.stack(masks).repeat_interleave(torch.tensor(counts), dim=0)  # a clip's size is its frames'
+            beside["padding"] = to_device(padding, tower.device)
         if needs.text is None:
             return beside
         assert methods.encoder is not None

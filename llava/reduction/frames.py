@@ -89,8 +89,8 @@ def concatenated_features(parts: Sequence[VisionFeatures], order: Tensor) -> Vis
     if any(part.features.shape[1] < width or part.mask is not None for part in parts):
         parts = [_padded(part, width) for part in parts]
 
-    def cat(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors))[at]
+    def cat(tensors: Sequence[Tensor]) -> Tensor:  # a device map may have the towers on two devices
+        return torch.cat([tensor.to(at.device) for tensor in tensors])[at]
 
     changes: dict[str, Any] = {}
     for name in TENSORS:
