@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,18 @@ def test_the_doctor_reads_clips(world: TinyWorld, data: Path, tmp_path: Path) ->
     said = errors(bad)
     assert "clip 1" in said
     assert "nowhere.mp4" in said
+
+
+def test_files_without_a_reader_end_before_the_run(
+    world: TinyWorld, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where bad samples are skipped: it is no fault of theirs. Folders of frames need no reader."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    settings = {"num_frames": FRAMES, "max_steps": 1, "on_bad_sample": "skip"}
+    samples = json.loads(data.read_text())[:4]
+    (world.images / "film.mp4").write_bytes(b"any")
+    file = tmp_path / "files.json"
+    file.write_text(json.dumps([*samples, {**samples[0], "id": "film", "video": "film.mp4"}]))
+    with pytest.raises(ValueError, match=r"film\.mp4 of sample 'film' needs the package av.*llava\[video\]"):
+        train(parse_args(world.flags(tmp_path / "run", data_path=file, **settings)))
+    train(parse_args(world.flags(tmp_path / "run", data_path=data, **settings)))

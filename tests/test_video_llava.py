@@ -301,7 +301,7 @@ def test_every_batch_of_training_runs_both_towers(ours: Any, rows: list[torch.Te
 
 
 def test_the_tower_that_a_batch_does_not_need_gets_gradients(ours: Any) -> None:
-    """A method in the projector may read blocks of the tower only; DDP waits for the gradient of every trained weight."""
+    """Also where a method reads other blocks than the selected one: DDP waits for all gradients."""
     model = copy.deepcopy(ours)
     model.set_reduction({"name": "stf", "kernel": 1, "mbtf": 1})
     towers = {"image": model.get_model().vision_tower, "video": model.get_model().video_tower}
