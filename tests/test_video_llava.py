@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,21 @@ def test_to_transformers_layout_and_back(hf: Path, released: Path, theirs: Any, 
     expected, got = load_file(released / "model.safetensors"), load_file(back / "model.safetensors")
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_settings_come_back_from_transformers_layout(released: Path, tmp_path: Path) -> None:
+    """How pictures are padded and what the towers are called, for which that layout has no place."""
+    folder = Path(shutil.copytree(released, tmp_path / "own"))
+    file = folder / "config.json"
+    names = {"mm_image_tower": "hub/image", "mm_vision_tower": "hub/image", "mm_video_tower": "hub/video"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **names, "image_aspect_ratio": "pad"}))
+    back = convert(convert(folder, tmp_path / "hf"), tmp_path / "back", "llava")
+    config = json.loads((back / "config.json").read_text())
+    assert {name: config[name] for name in names} == names
+    assert config["image_aspect_ratio"] == "pad"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_aspect_ratio": "anyres"}))
+    with pytest.raises(ValueError, match="video_llava has neither tiles"):
+        convert(folder, tmp_path / "tiled")
 
 
 def test_pixels_are_those_of_transformers(hf: Path) -> None:

@@ -87,6 +87,11 @@ def _check_expressible(config: Any, drop_reduction: bool) -> bool:
         raise ValueError(f"mm_projector_type={kind!r}: the llava-hf layouts have mlp2x_gelu only")
     ratio = getattr(config, "image_aspect_ratio", None) or "square"
     merge = getattr(config, "mm_patch_merge_type", None) or "flat"
+    if getattr(config, "mm_video_tower", None) and (ratio == "anyres" or merge != "flat"):
+        raise ValueError(
+            f"image_aspect_ratio={ratio!r} with mm_patch_merge_type={merge!r}: video_llava has neither tiles nor ends of "
+            "rows, but square or pad with flat"
+        )
     if ratio == "anyres" and merge == "spatial_unpad":
         if getattr(config, "mm_vision_select_feature", "patch") != "patch":
             raise ValueError("mm_vision_select_feature='cls_patch': llava_next lays out tiles without a class token")
