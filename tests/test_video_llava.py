@@ -20,6 +20,7 @@ from transformers import (
     VideoLlavaImageProcessor,
 )
 
+from llava.cost.sizes import Sizes
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert
@@ -341,3 +342,9 @@ def test_towers_on_two_devices() -> None:
     parts = [VisionFeatures(torch.zeros(n, 4, 8, device=device)) for n, device in ((1, "meta"), (2, "cpu"))]
     both = concatenated_features(parts, torch.tensor([1, 0, 2]))
     assert (both.features.device.type, both.features.shape) == ("meta", (3, 4, 8))
+
+
+def test_costs_count_the_weights_of_both_towers(ours: Any) -> None:
+    inner = ours.get_model()
+    counted = sum(p.numel() for tower in (inner.vision_tower, inner.video_tower) for p in tower.parameters())
+    assert Sizes.of(ours).weights["tower"] == counted
