@@ -89,8 +89,8 @@ def _check_expressible(config: Any, drop_reduction: bool) -> bool:
     merge = getattr(config, "mm_patch_merge_type", None) or "flat"
     if getattr(config, "mm_video_tower", None) and (ratio == "anyres" or merge != "flat"):
         raise ValueError(
-            f"image_aspect_ratio={ratio!r} with mm_patch_merge_type={merge!r}: video_llava has neither tiles nor ends of "
-            "rows, but square or pad with flat"
+            f"image_aspect_ratio={ratio!r} with mm_patch_merge_type={merge!r}: video_llava has neither tiles nor ends "
+            "of rows, but square or pad with flat"
         )
     if ratio == "anyres" and merge == "spatial_unpad":
         if getattr(config, "mm_vision_select_feature", "patch") != "patch":
