@@ -24,6 +24,7 @@ from llava.cost.sizes import Sizes
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert
+from llava.model.image_inputs import Clip
 from llava.reduction.base import VisionFeatures
 from llava.reduction.frames import concatenated_features
 from tests.hf_folders import picture, word_tokenizer
@@ -218,7 +219,9 @@ def test_settings_come_back_from_transformers_layout(released: Path, tmp_path: P
     folder = Path(shutil.copytree(released, tmp_path / "own"))
     file = folder / "config.json"
     names = {"mm_image_tower": "hub/image", "mm_vision_tower": "hub/image", "mm_video_tower": "hub/video"}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **names, "image_aspect_ratio": "pad"}))
+    config = {**json.loads(file.read_text()), **names, "image_aspect_ratio": "pad"}
+    config["mm_video_config"]["num_frames"] = FRAMES  # as LanguageBind's says, and its other tower's 1
+    file.write_text(json.dumps(config))
     back = convert(convert(folder, tmp_path / "hf"), tmp_path / "back", "llava")
     config = json.loads((back / "config.json").read_text())
     assert {name: config[name] for name in names} == names
@@ -348,3 +351,15 @@ def test_costs_count_the_weights_of_both_towers(ours: Any) -> None:
     inner = ours.get_model()
     counted = sum(p.numel() for tower in (inner.vision_tower, inner.video_tower) for p in tower.parameters())
     assert Sizes.of(ours).weights["tower"] == counted
+
+
+def test_frames_compete_with_their_class_tokens(ours: Any) -> None:
+    """Also where a method ranks all frames together, which puts the class tokens in front."""
+    method = {"encoder": {"name": "divprune", "tokens": 5, "frames": "joint"}}
+    method["decoder"] = {"name": "pyramiddrop", "layers": [1], "ratios": [0.5], "pool": "frame"}
+    clip = torch.randn(FRAMES, 3, SIDE, SIDE)
+    with torch.no_grad():
+        frames = ours.get_model().encode_pictures([Clip(clip)], reduction=method).frames
+    assert frames[:FRAMES].tolist() == list(range(FRAMES))
+    assert len(frames) == FRAMES * 6
+    assert frames[FRAMES:].tolist() == sorted(frames[FRAMES:].tolist())

@@ -238,7 +238,7 @@ class VisualEncoding(VisionModules):
         return EncodedPictures(
             projected[to_device(index, projected.device)],
             torch.tensor([len(layout) for layout in layouts]),
-            self._frame_numbers(tokens, layouts, counts, is_clip) if asked else None,
+            self._frame_numbers(tokens, layouts, counts, is_clip, self.keeps_frame_cls(reducers)) if asked else None,
         )
 
     def _tiles(self, pictures: Sequence[Picture]) -> Tensor:
@@ -360,9 +360,9 @@ class VisualEncoding(VisionModules):
         return layouts
 
     def _frame_numbers(
-        self, tokens: VisualTokens, layouts: list[Tensor], counts: list[int], is_clip: Sequence[bool]
+        self, tokens: VisualTokens, layouts: list[Tensor], counts: list[int], is_clip: Sequence[bool], has_cls: bool
     ) -> Tensor:
-        """[K] int64, the number of the image or frame of each token that `layouts` name."""
+        """[K] int64, the number of the image or frame of each token that `layouts` name; `has_cls`: of `with_cls`."""
         t, m = tokens.features.shape[:2]
         row = torch.arange(t).repeat_interleave(m)[tokens.host_mask.flatten()]  # of each projected token
         source = None
@@ -376,6 +376,8 @@ class VisualEncoding(VisionModules):
                 frame = row[layout] - start
             else:  # of all frames together: what stands for several patches goes with the last frame
                 frame = torch.where(source[layout] < 0, count - 1, source[layout] // self._tower().num_patches)
+                if has_cls:  # in front, one of each frame
+                    frame[:count] = torch.arange(count)
             numbers.append(frame + first)
             start, first = start + rows, first + (count if clip else 1)
         return torch.cat(numbers)
