@@ -5,8 +5,9 @@
 For each budget a table: the options that the method resolves it to, the tokens that a layer of the language model sees
 in the mean, TFLOPs of prefill and vision tower for `--model` by formula, and on the clock, with random weights of
 `--timed`, the selection (also as a share of the tower) and the time to the first token, beside what FLOPs promise.
-Published figures of LLaVA-1.5-7B stand in a table of their own, each with its source. Methods that can't be told a
-budget are listed with the reason. All of it is Markdown, for docs/benchmarks.md.
+The last columns are published accuracies of LLaVA-1.5-7B at that label, in percent of the full model's on the
+benchmarks of the same table, with the number of the source in the list at the end. Methods that can't be told a budget
+are listed with the reason. All of it is Markdown, for docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -26,10 +27,25 @@ from llava.reduction.options import values_of
 from llava.reduction.registry import available, method_class
 from llava.reduction.stand_in import TowerShape
 
-HEADER = ("method", "options", "tokens a layer", "TFLOPs", "selection, ms", "of the tower, %", "first token, ms")
-HEADER = (*HEADER, "faster", "promised")
+HEADER = (
+    *("method", "options", "tokens a layer", "TFLOPs", "selection, ms", "of the tower, %"),
+    *("first token, ms", "faster", "promised", "own, %", "re-run, %", "copied or not said, %"),
+)
+ORIGINS = (("own",), ("re-run",), ("copied", "not said"))
+"""Whose figures the last three columns hold."""
 
-PUBLISHED = ("method", "printed as", "kept, % of the full model", "benchmarks", "figures are", "source")
+
+class Sources:
+    """Numbers of the tables that published figures come from, in the order in which they are named."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def number(self, name: str) -> int:
+        """That of a source, from 1."""
+        if name not in self.names:
+            self.names.append(name)
+        return self.names.index(name) + 1
 
 
 def asked_for(model: Any, budget: float) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -96,22 +112,22 @@ def _row(
     return [*cells, *choice, f"{first:.0f}", f"{row['speedup']:.2f}", f"{row['promised']:.2f}"]
 
 
-def published(label: float) -> list[list[str]]:
-    """Cells of `PUBLISHED`: what papers print of methods that are here at so many tokens, by their own count.
+def published(name: str, label: float, sources: Sources) -> list[str]:
+    """Three cells: what papers print of a method at so many tokens by their own count, by origin (`ORIGINS`).
 
-    The label is the paper's; what a layer processes differs by method.
+    Means of what the full model scores, in percent, and the number of the source. A mark is the paper's: a variant.
     """
-    names = sorted(name for names in available().values() for name in names)
+    if name == BASELINE:
+        return ["", "", ""]
+    rows = [row for row in by_budget.published(name, label) if row.kept is not None]
     return [
-        [f"`{name}`", row.printed, f"{row.kept:.1f}", str(len(row.scores)), _origin(row), row.source]
-        for name in names
-        for row in by_budget.published(name, label)
-        if row.kept is not None
+        ", ".join(
+            f"{row.kept:.1f}{row.printed[-1] if row.printed[-1] in '‡†' else ''} [{sources.number(row.source)}]"
+            for row in rows
+            if row.origin in origins
+        )
+        for origins in ORIGINS
     ]
-
-
-def _origin(row: by_budget.PublishedRow) -> str:
-    return f"copied from {row.copied_from}" if row.copied_from else row.origin
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -131,12 +147,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.getLogger("llava.reduction.budget").setLevel(logging.WARNING)  # the table says what was resolved
     model, timed = open_model(arguments.model), open_model(arguments.timed)
+    sources = Sources()
     for budget in map(float, arguments.budget.split(",")):
         rows, refused = rows_at(budget, model, timed, arguments)
+        rows = [[*row, *published(row[0].strip("`"), budget, sources)] for row in rows]
         print(f"### {budget:g} visual tokens a layer\n\n{table(HEADER, rows)}\n")
-        if found := published(budget):
-            print(f"Published, LLaVA-1.5-7B:\n\n{table(PUBLISHED, found)}\n")
         print("\n".join(f"- `{name}`: {reason}" for name, reason in refused.items()), end="\n\n" if refused else "")
+    print("\n".join(f"{number}. {name}" for number, name in enumerate(sources.names, start=1)))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ COMMON_FLAGS=(
 GIVEN_FLAGS=()
 for pair in MODEL:model_name_or_path VISION_TOWER:vision_tower DATA_PATH:data_path IMAGE_FOLDER:image_folder \
     PRETRAIN_MM_MLP_ADAPTER:pretrain_mm_mlp_adapter OUTPUT_DIR:output_dir DEEPSPEED_CONFIG:deepspeed \
-    REDUCTION:reduction; do
+    REDUCTION:reduction VIDEO_TOWER:video_tower VIDEO_FOLDER:video_folder; do
     variable="${pair%%:*}"
     if [[ -n "${!variable:-}" && "${SCRIPT_IGNORES:-}" != *"$variable"* ]]; then
         GIVEN_FLAGS+=("--${pair#*:}" "${!variable}")

@@ -19,21 +19,10 @@ step 1 "environment"
 source scripts/setup_env.sh
 setup_env train
 
-export MODEL=playground/toy/models/vicuna
-export VISION_TOWER=playground/toy/models/clip
+source scripts/toy_settings.sh
 DATA=playground/data/toy
 OUTPUT="${OUTPUT:-outputs/quickstart}"
 export IMAGE_FOLDER="$DATA/images"
-# For every stage. The toy's pictures are not square; its models need neither 16-bit types nor checkpointing.
-flags=(--image_aspect_ratio pad --gradient_checkpointing False --dataloader_num_workers 0 --save_strategy no
-    --per_device_train_batch_size 16 --global_batch_size 0)
-if ! nvidia-smi -L >/dev/null 2>&1; then
-    export DS_ACCELERATOR=cpu
-    cores="$(getconf _NPROCESSORS_ONLN)"
-    export NUM_GPUS="${NUM_GPUS:-$((cores > 1 ? 2 : 1))}"
-    flags+=(--bf16 False) # CPUs without bfloat16 units would be slow
-fi
-export NUM_GPUS="${NUM_GPUS:-1}"
 
 step 2 "data: images and conversations, in $DATA"
 python playground/toy/generate.py --output "$DATA" --pretrain 2400 --finetune 9600 --heldout 100 --objects 2

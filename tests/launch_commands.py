@@ -44,6 +44,9 @@ class LaunchCommand:
         paths: dict[str, Path | str | None] = {
             "--model_name_or_path": world.llm,
             "--vision_tower": world.clip,
+            "--image_tower": world.clip,
+            "--video_tower": world.clip,
+            "--video_folder": world.images,
             "--data_path": world.captions if "--tune_mm_mlp_adapter" in words else world.data,
             "--image_folder": world.images,
             "--pretrain_mm_mlp_adapter": projector,
@@ -51,7 +54,9 @@ class LaunchCommand:
         }
         for flag, path in paths.items():
             if flag in words and path is not None:
-                words[words.index(flag) + 1] = str(path)
+                at = words.index(flag) + 1
+                end = next(i for i in range(at, len(words)) if words[i].startswith("--"))
+                words[at:end] = [str(path)] * (end - at)
         at = words.index("--deepspeed") + 1
         words[at] = str(ROOT / words[at])
         words += ["--reduction", self.method] if self.method else []
@@ -154,4 +159,57 @@ deepspeed llava/train/train_mem_pdrop.py
     --image_token_ratio_list [0.5,0.25,0.125] --report_to wandb
 """,
     {"decoder": {"name": "pyramiddrop", "layers": [8, 16, 24], "ratios": [0.5, 0.25, 0.125]}},
+)
+
+VIDEO_LLAVA_PRETRAIN = LaunchCommand(
+    "PKU-YuanGroup/Video-LLaVA, scripts/v1_5/pretrain.sh",
+    """
+deepspeed videollava/train/train_mem.py
+    --deepspeed ./scripts/zero2.json --model_name_or_path lmsys/vicuna-7b-v1.5 --version v1
+    --data_path llava_all_image_video/pt_json/llava_image_.json llava_all_image_video/pt_json/valley_.json
+    --image_folder llava_all_image_video --image_tower LanguageBind/LanguageBind_Image
+    --video_folder llava_all_image_video --video_tower LanguageBind/LanguageBind_Video_merge
+    --mm_projector_type mlp2x_gelu --tune_mm_mlp_adapter True --mm_vision_select_layer -2
+    --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True
+    --output_dir ./checkpoints/videollava-7b-pretrain --num_train_epochs 1 --per_device_train_batch_size 32
+    --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --evaluation_strategy "no"
+    --save_strategy "steps" --save_steps 24000 --save_total_limit 1 --learning_rate 1e-3 --weight_decay 0.
+    --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 1 --tf32 True
+    --model_max_length 2048  --tokenizer_model_max_length 3072 --gradient_checkpointing True
+    --dataloader_num_workers 8 --lazy_preprocess True --report_to tensorboard --cache_dir "./cache_dir"
+""",
+    {},
+)
+
+VIDEO_LLAVA_FINETUNE = LaunchCommand(
+    "PKU-YuanGroup/Video-LLaVA, scripts/v1_5/finetune.sh",
+    """
+deepspeed videollava/train/train_mem.py
+    --deepspeed ./scripts/zero2_offload.json --model_name_or_path lmsys/vicuna-7b-v1.5 --version v1
+    --data_path llava_all_image_video/ft_json/llava_image_tune_.json
+    llava_all_image_video/ft_json/videochatgpt_tune_.json llava_all_image_video/ft_json/nlp_tune.json
+    --image_folder llava_all_image_video --image_tower LanguageBind/LanguageBind_Image
+    --video_folder llava_all_image_video --video_tower LanguageBind/LanguageBind_Video_merge
+    --mm_projector_type mlp2x_gelu --pretrain_mm_mlp_adapter ./checkpoints/videollava-7b-pretrain/mm_projector.bin
+    --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False
+    --image_aspect_ratio pad --group_by_modality_length True --bf16 True
+    --output_dir ./checkpoints/videollava-7b --num_train_epochs 1 --per_device_train_batch_size 16
+    --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --evaluation_strategy "no"
+    --save_strategy "steps" --save_steps 50000 --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0.
+    --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 1 --tf32 True
+    --model_max_length 2048  --tokenizer_model_max_length 3072 --gradient_checkpointing True
+    --dataloader_num_workers 4 --lazy_preprocess True --report_to tensorboard --cache_dir "./cache_dir"
+""",
+    {},
+)
+
+VIDEO_LLAVA_LORA = LaunchCommand(
+    "PKU-YuanGroup/Video-LLaVA, scripts/v1_5/finetune_lora.sh",
+    VIDEO_LLAVA_FINETUNE.text.replace(
+        "train_mem.py\n",
+        "train_mem.py\n    --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5\n",
+    )
+    .replace("checkpoints/videollava-7b ", "checkpoints/videollava-7b-lora ")
+    .replace("--learning_rate 2e-5", "--learning_rate 2e-4"),
+    {},
 )

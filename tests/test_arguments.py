@@ -29,6 +29,8 @@ CONFIGS = {
     "finetune_lora": "llava_v1_5/finetune_lora.yaml",
 }
 
+VERSIONS = {"_next": "v1_6", "_video": "video", "video_llava": "video"}  # a recipe's scripts, by its folder's ending
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
@@ -68,10 +70,10 @@ def recipes() -> list[Any]:
     found = []
     for file in sorted((ROOT / "configs").glob("*/*.yaml")):
         folder = file.parent.name
-        version = "v1_6" if folder.endswith("_next") else "v1_5"
+        version = next((scripts for ending, scripts in VERSIONS.items() if folder.endswith(ending)), "v1_5")
         script = ROOT / "scripts" / version / f"{file.stem}.sh"
         if script.is_file() and not folder.endswith("_13b"):
-            method = "" if folder.startswith("llava_") else folder.removesuffix("_next")
+            method = "" if "llava" in folder else folder.removesuffix("_next").removesuffix("_video")
             found.append(pytest.param(str(script), method, file, id=f"{folder}-{file.stem}"))
     return found
 
@@ -84,6 +86,8 @@ def test_script_and_yaml_give_the_same_run(
     torch.save({}, adapter)
     paths = {"MODEL": world.llm, "VISION_TOWER": world.clip, "DATA_PATH": world.data}
     paths |= {"IMAGE_FOLDER": world.images, "PRETRAIN_MM_MLP_ADAPTER": adapter}
+    if "video" in file.parent.name:
+        paths |= {"VIDEO_TOWER": world.clip, "VIDEO_FOLDER": world.images}
     environment = {name: str(path) for name, path in paths.items()}
     environment |= {"NUM_GPUS": "2", "METHOD": method}
     if method != ASKED_OF_PYTHON:

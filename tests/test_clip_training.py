@@ -174,7 +174,7 @@ def test_a_run_samples_as_the_checkpoint_that_it_begins_with(world: TinyWorld, t
     base = Path(shutil.copytree(world.llm, tmp_path / "base"))
     file = base / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "video_fps": 2, "max_frames": 5}))
-    for given, expected in (({}, (8, 2, 5)), ({"num_frames": 4}, (4, None, None))):
+    for given, expected in (({}, (8, 2, 5)), ({"num_frames": 4}, (4, None, 5))):
         arguments = parse_args(world.flags(tmp_path / "run", model_name_or_path=base, **given))
         read_config(arguments)
         taken = arguments.data

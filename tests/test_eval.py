@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -17,6 +18,8 @@ from llava.eval import accuracy, model_vqa
 from llava.eval.answering import Answer, Answerer, Batch, VqaOptions
 from llava.eval.questions import Question, get_chunk, read_questions
 from llava.model.builder import load_pretrained_model
+from llava.video import Sampling
+from tests.standins.video_qa import write_clip
 from tests.tiny_llava import save_tiny_llava
 
 PATCHES = 16
@@ -96,6 +99,49 @@ def test_chunks_together_are_the_whole(checkpoint: Path, questions: Path) -> Non
 def test_without_images_no_tokens_are_visual(checkpoint: Path, questions: Path) -> None:
     rows = ask(checkpoint, questions, "blind", "--no-images", "--count-visual-tokens")
     assert all(row["metadata"]["visual_tokens"] == [] for row in rows)
+
+
+def test_questions_about_clips(checkpoint: Path, questions: Path) -> None:
+    """Alone, with pictures and beside questions without one; `--num-frames` in place of the checkpoint's 8."""
+    rows = [
+        {"question_id": 0, "video": ["frames"], "text": "<video>\nWhat moves?"},
+        {
+            "question_id": 1,
+            "video": [["2.png", "0.png"], "frames"],
+            "image": "1.png",
+            "text": "What is in all of them?",
+        },
+        {"question_id": 2, "text": "Nothing?"},
+        {"question_id": 3, "image": "2.png", "text": "What?"},
+    ]
+    write_clip(questions.parent / "frames", 3, frames=6)
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--count-visual-tokens", "--video-folder", str(questions.parent), "--num-frames", "3")
+    alone = ask(checkpoint, questions, "alone", *flags, "--batch-size", "1")
+    together = ask(checkpoint, questions, "together", *flags, "--batch-size", "4")
+    assert [row["text"] for row in alone] == [row["text"] for row in together]
+    assert [row["prompt"] for row in alone][:2] == ["What moves?", "What is in all of them?"]
+    for row in alone, together:
+        counts = [one["metadata"]["visual_tokens"] for one in row]
+        assert [[before for before, _ in count] for count in counts] == [
+            [3 * PATCHES],
+            [PATCHES, 3 * PATCHES, 3 * PATCHES],
+            [],
+            [PATCHES],
+        ]
+        assert all(0 < after < before for count in counts for before, after in count)
+    usual = ask(checkpoint, questions, "usual", "--count-visual-tokens", "--max-frames", "5", "--video-fps", "1")
+    assert usual[0]["metadata"]["visual_tokens"][0][0] == 5 * PATCHES  # pictures have no times: all, but for the most
+    with pytest.raises(ValueError, match=r"(?s)question 0: .*nowhere"):
+        ask(checkpoint, questions, "missing", "--video-folder", str(questions.parent / "nowhere"))
+
+
+def test_clips_are_shown_as_the_checkpoint_was_trained() -> None:
+    config = SimpleNamespace(num_frames=4, video_fps=2.0, max_frames=9)
+    asked = {"num_frames": 6}, {"video_fps": 1.0}, {"max_frames": 3}, {}
+    given = [VqaOptions(**each).sampling(config) for each in asked]
+    assert given == [Sampling(6, None, 9), Sampling(4, 1.0, 9), Sampling(4, 2.0, 3), Sampling(4, 2.0, 9)]
+    assert VqaOptions().sampling(SimpleNamespace()) == Sampling(8)
 
 
 def test_reduction_can_be_switched_off(checkpoint: Path, questions: Path) -> None:
@@ -187,6 +233,7 @@ def test_a_question_id_may_repeat(tmp_path: Path) -> None:
         ('{"question_id": 1, "text": "a", "image": 3}', "line 2: 'image' must be a file name"),
         ('{"question_id": 1, "text": "a", "image": {"a": 1}}', "line 2: 'image' must be a file name"),
         ('{"question_id": 1, "text": "a", "image": [""]}', "line 2: 'image' must be a file name"),
+        ('{"question_id": 1, "text": "a", "video": [3]}', 'line 2: "video" is'),
         ('{"question_id": true, "text": "a"}', "line 2: 'question_id' is missing or of the wrong type"),
         ('{"question_id": 1, "text": "\\ud800"}', "line 2: 'text' holds half a character"),
         ("[" * 100_000, "line 2: it is nested too deeply"),
@@ -216,7 +263,8 @@ def test_an_impossible_chunk_is_an_error(chunks: int, index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 0}, {"temperature": -1}, {"conv_mode": "nobody"}, {"image_access": "all"}]
+    "wrong",
+    [{"batch_size": 0}, {"temperature": -1}, {"conv_mode": "nobody"}, {"image_access": "all"}, {"num_frames": 0}],
 )
 def test_impossible_options_are_errors(wrong: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):

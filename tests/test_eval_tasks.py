@@ -31,6 +31,7 @@ from tests.endpoint import make_endpoints
 from tests.standins import STANDINS, make
 from tests.tiny_llava import save_tiny_llava
 
+VIDEO = ("msvd_qa", "msrvtt_qa", "activitynet_qa", "tgif_qa")  # questions about clips
 OPTIONS = VqaOptions(temperature=0.0, count_visual_tokens=True, batch_size=8)
 
 
@@ -91,8 +92,10 @@ def test_a_result_says_what_it_depends_on(name: str, whole: Path) -> None:
     assert len(result["checkpoint"]["sha256"]) == 64
     assert result["settings"]["temperature"] == 0 and result["settings"]["max_new_tokens"] == 4
     tokens = result["visual_tokens"]
-    assert tokens["before_mean"] == 16 and sum(tokens["histogram"].values()) == tokens["images"]
-    assert tokens["min"] <= tokens["mean"] <= tokens["max"] < 16
+    frames = result["settings"].get("frames", {"num_frames": 1})["num_frames"]
+    assert frames == (8 if name in VIDEO else 1)
+    assert tokens["before_mean"] == 16 * frames and sum(tokens["histogram"].values()) == tokens["images"]
+    assert tokens["min"] <= tokens["mean"] <= tokens["max"] < 16 * frames
     assert result["versions"]["torch"] and result["seconds"] > 0 and result["questions_per_second"] > 0
     assert result["flops_per_question"] > 0
     assert all((whole / name / file).is_file() for file in result["submission"])
@@ -311,6 +314,11 @@ def test_papers_names_of_checkpoints() -> None:
     assert running.title_of_model({**small, "image_aspect_ratio": "anyres"}) == "LLaVA-NeXT-7B"
     assert running.title_of_model({**small, "hidden_size": 5120, "num_hidden_layers": 40}) == "LLaVA-1.5-13B"
     assert running.title_of_model({**small, "hidden_size": 64}) is None
+    assert running.title_of_model({**small, "mm_video_tower": "tower"}) == "Video-LLaVA-7B"
+    assert (
+        running.title_of_model({"model_type": "video_llava", "text_config": {"model_type": "llama"}})
+        == "Video-LLaVA-7B"
+    )
 
 
 class _Empty(Task):

@@ -11,9 +11,9 @@ import pytest
 
 from llava.eval.judge import Judge, Verdict
 from llava.eval.tasks import get_task
-from llava.eval.tasks.judged import llavabench, mmvet
+from llava.eval.tasks.judged import llavabench, mmvet, video_qa
 from tests.endpoint import make_endpoints
-from tests.standins.judged import STANDINS
+from tests.standins import STANDINS
 
 
 @pytest.fixture
@@ -128,3 +128,73 @@ def test_the_official_prompt_is_read_and_not_run(tmp_path: Path) -> None:
     file.write_text("question = 'Compare.'\n")
     with pytest.raises(ValueError, match=r"program\.py.*there is none"):
         mmvet.read_prompt(file)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("{'pred': 'yes', 'score': 4}", (True, 4)),
+        ('```python\n{"pred": "No", "score": 4.8}\n```', (False, 4)),
+        ("{'pred': 'yes', 'score': '5'}", (True, 5)),
+        ("yes, 4", None),
+        ("{'pred': 'perhaps', 'score': 4}", None),
+        ("{'pred': 'yes', 'score': 6}", None),
+        ("{'pred': 'yes'}", None),
+        ("{'pred', 'score'}", None),
+        ("{'pred': 'yes', 'score': 1e999}", None),
+        ("} {", None),
+        ("{" * 5000 + "}", None),
+    ],
+)
+def test_verdicts_about_clips(reply: str, verdict: tuple[bool, int] | None) -> None:
+    assert video_qa.parse_verdict(reply) == verdict
+
+
+@pytest.mark.parametrize("name", ["msvd_qa", "activitynet_qa"])
+def test_answers_about_clips(name: str, endpoints: Any, tmp_path: Path) -> None:
+    STANDINS[name](tmp_path)
+    task = get_task(name)
+    questions = task.questions(tmp_path)
+    prefix = "v_" if name == "activitynet_qa" else ""
+    assert [question.videos for question in questions] == [(f"{prefix}clip{n % 2}.x",) for n in range(4)]
+    yes, no = "{'pred': 'yes', 'score': 5}", "{'pred': 'no', 'score': 2.9}"
+    endpoint = endpoints(yes, "hm", no, yes, "hm")
+    judge = Judge(model="judge", url=endpoint.url)
+    grades = [task.grade(question, f"{{it}} {n}", judge) for n, question in enumerate(questions)]
+    assert [(grade["score"], grade["points"]) for grade in grades] == [(1, 5), (0, 2), (1, 5), (None, None)]
+    assert {grade["judge"] for grade in grades} == {"judge-0613"}
+    assert task.summarize(grades) == {"accuracy": pytest.approx(200 / 3), "score": 4, "unjudged": 1}
+    assert task.summarize(grades[3:])["unjudged"] == 1
+    system, user = endpoint.requests[0]["messages"]
+    assert (system["role"], system["content"]) == ("system", "You compare answers.")
+    # The right answer is that of the question's id, and not of its place in the file.
+    expected = "Asked:\nwhat happens in 0? Right: thing 0 Given: {it} 0\nReply as {'pred': 'yes', 'score': 4}."
+    assert user["content"] == expected
+    assert [request["temperature"] for request in endpoint.requests[:3]] == [0, 0, 1]
+
+
+def test_answers_that_belong_to_no_question_are_named(tmp_path: Path) -> None:
+    STANDINS["msvd_qa"](tmp_path)
+    file = tmp_path / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA" / "test_a.json"
+    file.write_text(json.dumps([{"question_id": "other", "answer": "red"}]))
+    with pytest.raises(ValueError, match=r"test_a\.json has no answer to question_id '0_0'"):
+        get_task("msvd_qa").questions(tmp_path)
+    file.write_text(json.dumps([{"question_id": "0_0"}]))
+    with pytest.raises(ValueError, match=r"test_a\.json, entry 0: 'answer' is missing"):
+        get_task("msvd_qa").questions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("send(text='compare')", "there are none"),
+        ("send(messages=[{'role': 'user', 'content': 'compare'}])", "there are none"),
+        ("send(messages=[{'role': 'user', 'content': f'{exit()}'}])", "something other than question"),
+        ("send(messages=[3])", "no {role, content}"),
+        ("send(", "in Python"),
+    ],
+)
+def test_a_program_without_a_prompt_is_named(program: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "eval_video_qa.py").write_text(program)
+    with pytest.raises(ValueError, match=rf"eval_video_qa\.py: .*{message}"):
+        video_qa.read_prompt(tmp_path / "eval_video_qa.py")

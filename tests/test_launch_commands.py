@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch_commands import PRUMERGE, PYRAMIDDROP, STF_FINETUNE, STF_PRETRAIN, TRIM, LaunchCommand
+from llava.train.settings.config import load_config
+from tests.launch_commands import (
+    PRUMERGE,
+    PYRAMIDDROP,
+    STF_FINETUNE,
+    STF_PRETRAIN,
+    TRIM,
+    VIDEO_LLAVA_FINETUNE,
+    VIDEO_LLAVA_LORA,
+    VIDEO_LLAVA_PRETRAIN,
+    LaunchCommand,
+)
 from tests.ranks import Ranks
 from tests.results import check_losses, make_projector
-from tests.tiny_world import make_readable, make_tiny_world, run_command
+from tests.test_arguments import settings_without_deepspeed
+from tests.tiny_world import ROOT, make_readable, make_tiny_world, run_command
 
 DROPPING_LAYERS = 25  # of a language model in which PyramidDrop drops after 8, 16 and 24
 BLOCKS = 16  # of a vision tower of which STF fuses 8
@@ -51,3 +63,38 @@ def test_pyramiddrops_command_through_the_shell(tmp_path: Path) -> None:
     result = run_command(["bash", "-c", line], DS_ACCELERATOR="cpu", WANDB_MODE="disabled")
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     check_result(PYRAMIDDROP, tmp_path / "out")
+
+
+# What a recipe says otherwise than the release's command: the batch by itself, and how it is shared out and reported.
+SHARED_OUT = {
+    "deepspeed",
+    "global_batch_size",
+    "gradient_accumulation_steps",
+    "report_to",
+    "cache_dir",
+    "lr_scheduler_kwargs",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [(VIDEO_LLAVA_PRETRAIN, "pretrain"), (VIDEO_LLAVA_FINETUNE, "finetune"), (VIDEO_LLAVA_LORA, "finetune_lora")],
+)
+def test_video_llavas_commands_are_its_recipes(command: LaunchCommand, stage: str, tmp_path: Path) -> None:
+    """Several files for --data_path, --image_tower, and the length of a row with a clip's tokens."""
+    world = make_tiny_world(tmp_path / "world")
+    projector = tmp_path / "mm_projector.bin"
+    projector.write_bytes(b"")
+    theirs = settings_without_deepspeed(command.flags(world, tmp_path / "out", projector))
+    data = json.loads(theirs["data_path"])
+    assert len(data) == (2 if stage == "pretrain" else 3) and set(data) <= {str(world.data), str(world.captions)}
+    paths = {"model_name_or_path": world.llm, "vision_tower": world.clip, "video_tower": world.clip}
+    paths |= {"image_folder": world.images, "video_folder": world.images, "output_dir": tmp_path / "out"}
+    paths |= {} if stage == "pretrain" else {"pretrain_mm_mlp_adapter": projector}
+    given = [f"{name}={path}" for name, path in paths.items()]
+    recipe = ROOT / "configs" / "video_llava" / f"{stage}.yaml"
+    mine = settings_without_deepspeed(load_config(recipe, [*given, f"data_path={json.dumps(data)}", "max_steps=2"])[0])
+    differing = {name for name in mine if mine[name] != theirs[name]}
+    assert differing <= SHARED_OUT | {"num_frames"}
+    assert (mine["num_frames"], theirs["num_frames"], mine["model_max_length"]) == (8, None, 3072)
+    assert mine["global_batch_size"] == 8 * theirs["per_device_train_batch_size"]

@@ -22,14 +22,17 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageFile
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.conversation import conv_templates
+from llava.data import build_prompt_ids
 from llava.eval.lmms.prompts import read_context, read_messages
 from llava.eval.lmms.reduction import parse_reduction
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import process_images, process_video, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.reduction.registry import available, method_class
 from tests.ranks import free_port, redirect_output
+from tests.standins.video_qa import write_clip
+from tests.test_videos import write
 from tests.tiny_llava import save_tiny_llava
 from tests.tiny_world import PATCH, SIDE, make_readable, make_tiny_world
 
@@ -371,8 +374,9 @@ def test_messages_become_rounds(opened: tuple[Any, ...]) -> None:
     marked = read_messages([{"role": "user", "content": [image, text("Is <image> red?")]}])
     assert marked.rounds == [("Is <image> red?", None)]
     for content, reason in (
-        ([{"type": "video", "url": "a.mp4"}], "it has video"),
+        ([{"type": "audio", "url": "a.wav"}], "it has audio"),
         ([{"type": "image", "url": 3}], "int"),
+        ([{"type": "video", "url": 3}], "int"),
     ):
         with pytest.raises(ValueError, match=reason):
             read_messages([{"role": "user", "content": content}])
@@ -391,11 +395,92 @@ def test_messages_become_rounds(opened: tuple[Any, ...]) -> None:
         ("encoder=pyramiddrop", "works at the site 'decoder'"),
         ("reduction=pyramiddrop,layers=[1", "layers"),
         ("conv_template=vicuna", "vicuna"),
+        ("num_frames=0", "num_frames=0"),
+        ("fps=1,max_frames_num=0", "max_frames=0"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make("llava_reduced", f"pretrained=no-such-folder,{arguments}")
+
+
+def about(model: Any, docs: list[tuple[str, list[Any]]], chat: bool = False) -> list[Any]:
+    """lmms-eval's own requests: a text, and visuals as its task classes hand them over."""
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.api.task import ConfigurableMessagesTask
+
+    model.task_dict = {"clips": {"test": docs}}
+    generation = {"until": ["</s>"], "max_new_tokens": 4, "temperature": 0}
+
+    def arguments(number: int) -> tuple[Any, ...]:
+        place = (number, "clips", "test")
+        if chat:
+            text = docs[number][0]
+            return (text, lambda doc: ConfigurableMessagesTask._build_user_turn(doc[1], text), generation, *place)
+        return (docs[number][0], generation, lambda doc: doc[1], *place)
+
+    return [
+        Instance(
+            request_type="generate_until",
+            arguments=arguments(i),
+            idx=0,
+            metadata={"task": "clips", "doc_id": i, "repeats": 1},
+        )
+        for i in range(len(docs))
+    ]
+
+
+def test_clips_among_pictures(checkpoint: Path, opened: tuple[Any, ...], tmp_path: Path) -> None:
+    """Paths of files and folders, several and beside pictures, in both forms, alone and in a batch."""
+    file = write(tmp_path / "clip.mp4", 12)
+    write_clip(tmp_path / "frames", 2, frames=4)
+    docs: list[tuple[str, list[Any]]] = [
+        ("What moves?", [str(file)]),
+        ("Which of both?", [str(file), str(tmp_path / "frames")]),
+        ("Is it in the picture?", [picture("red"), str(file)]),
+        ("What color?", [picture("blue")]),
+        ("Say it.", []),
+    ]
+    said = {}
+    for size, chat in ((1, False), (5, False), (5, True)):
+        from lmms_eval.models import get_model
+
+        arguments = f"pretrained={checkpoint},max_frames_num=3"
+        kind = get_model("llava_reduced", force_simple=not chat)
+        model = kind.create_from_arg_string(arguments, {"batch_size": size, "device": "cpu"})
+        said[size, chat] = model.generate_until(about(model, docs, chat))
+    clip = (3 * PATCHES, 3 * PATCHES)
+    counts = [[clip], [clip] * 2, [(PATCHES, PATCHES), clip], [(PATCHES, PATCHES)], []]
+    for answered in said.values():
+        assert [result.text for result in answered] == [result.text for result in said[1, False]]
+        assert [result.token_counts.visual_tokens for result in answered] == counts
+    tokenizer, model, processor, _ = opened
+    pixels = process_video(str(file), processor, model.config, num_frames=3)
+    ids = build_prompt_ids("What moves?", tokenizer, "vicuna_v1", 0, num_videos=1).unsqueeze(0)
+    new = model.generate(ids, videos=[pixels], do_sample=False, max_new_tokens=4, pad_token_id=0)
+    assert said[1, False][0].text == tokenizer.decode(new[0], skip_special_tokens=True).strip()
+    assert len({result.text for result in said[1, False]}) > 1
+
+
+def test_a_clip_that_is_not_there_is_named_with_its_document(checkpoint: Path) -> None:
+    model = make("llava_reduced", f"pretrained={checkpoint}")
+    with pytest.raises(ValueError, match=r"task clips, document 0: .*nowhere\.mp4"):
+        model.generate_until(about(model, [("What?", ["nowhere.mp4"])]))
+
+
+def test_clips_have_their_places(opened: tuple[Any, ...]) -> None:
+    image, clip = picture("red"), "a.MP4"
+    assert read_context("What?", [clip]).rounds == [("<video>\nWhat?", None)]
+    assert read_context("What?", [clip, image]).rounds == [("<video> <image>\nWhat?", None)]
+    prompt = read_context("Is it in <video>?", [image, clip])
+    assert prompt.rounds == [("<image>\nIs it in <video>?", None)]
+    assert (prompt.text, prompt.videos) == ("Is it in ?", [clip])
+    ids = prompt.encode(opened[0], "vicuna_v1").input_ids
+    assert ids[ids < 0].tolist() == [IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX]
+    with pytest.raises(ValueError, match=r"1 <video> for 2 clip\(s\)"):
+        read_context("Is it in <video>?", [clip, clip]).encode(opened[0], "vicuna_v1")
+    content = [{"type": "text", "text": "Is"}, {"type": "video", "url": clip}, {"type": "text", "text": "long?"}]
+    assert read_messages([{"role": "user", "content": content}]).rounds == [("Is <video> long?", None)]
 
 
 def test_every_option_of_a_method_is_an_argument() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import llava.eval.reports
-from benchmarks.all_methods import PUBLISHED, published
+from benchmarks.all_methods import Sources, published
 from llava.eval.reports import by_budget
 from llava.eval.reports.published import METHOD_NAMES, PAPERS, load_paper
 from llava.reduction.budget import ModelShape
@@ -148,12 +148,15 @@ def test_printed_averages_are_the_mean_share_of_the_full_model(paper: str) -> No
     assert (checked, differing) == SHARES[paper]
 
 
-@pytest.mark.parametrize(("label", "count"), [(192, 37), (128, 55), (64, 56), (100, 0)])
-def test_published_figures_beside_the_benchmark_say_what_they_are(label: int, count: int) -> None:
-    found = published(label)
-    assert len(found) == count and all(len(row) == len(PUBLISHED) and all(row) for row in found)
-    tome = {row[4]: row[2] for row in found if row[0] == "`tome`"}
-    assert label != 64 or (tome["copied from unnamed source"], tome["re-run"]) == ("69.7", "91.6")
+def test_published_figures_beside_the_benchmark_say_what_they_are() -> None:
+    """By origin, with the number of the source."""
+    sources = Sources()
+    own, again, copied = published("tome", 64, sources)
+    assert own == "" and again.startswith("91.6 [") and "69.7 [" in copied
+    numbers = [int(number) for number in re.findall(r"\[(\d+)\]", f"{again} {copied}")]
+    assert sorted(numbers) == list(range(1, len(sources.names) + 1))
+    assert "‡" in published("visionzip", 64, sources)[2]
+    assert published("tome", 100, sources) == published("none", 64, sources) == ["", "", ""]
 
 
 VISUAL_TOKENS = {"336": 576, "5 patches": 5 * 576, "9 patches": 9 * 576}

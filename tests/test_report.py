@@ -269,6 +269,18 @@ def test_measured_stands_beside_published(runs: list[Path]) -> None:
     assert found["POPE"].difference == pytest.approx(trim.results["pope"].metric("f1") - 85.3)  # type: ignore[operator]
 
 
+def test_answers_about_clips_stand_beside_table_3(tmp_path: Path) -> None:
+    """Both figures of a benchmark: accuracy and the judge's mean grade."""
+    task, folder = get_task("msvd_qa"), tmp_path / "video-7b-prumerge"
+    grades = [{"score": float(n < 71), "points": 4} for n in range(100)]
+    facts = {"metrics": task.summarize(grades), "published": dict(task.published)}
+    checkpoint = {"model": "Video-LLaVA-7B", "sha256": "1"}
+    write_result(folder, "msvd_qa", grades, group=10, checkpoint=checkpoint, **facts, **reduced("prumerge", 256.0))
+    rows = rows_of(shown("--paper", "prumerge", folder, "--format", "csv"))
+    found = {row["benchmark"]: (row["measured"], row["published"]) for row in rows}
+    assert found == {"MSVD-QA": ("71.00", "71.1"), "MSVD-QA score": ("4.00", "3.9")}
+
+
 def test_a_figure_that_several_tables_print_stands_once(runs: list[Path]) -> None:
     full = load_runs(runs)[0]
     (pope,) = compare(full, all_figures("prumerge"), model="LLaVA-1.5-7B", method="none")

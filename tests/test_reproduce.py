@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.cost.presets import CLIP
+from llava.cost.presets import CLIP, LANGUAGEBIND
+from llava.eval.reports.measured import METHOD_NAMES
 from llava.eval.reports.published import load_paper
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.choices import mmbench
@@ -75,8 +76,9 @@ def test_every_command_of_every_row_resolves(paper: str, all_rows: Callable[[str
     outputs = {str(step.makes.parent) for step in training}
     for step in asking:
         opened = parse_command(step.words)[1]["model_path"]
-        assert opened in outputs or opened.startswith("liuhaotian/"), step.command
-        assert CLIP in step.reads
+        assert opened in outputs or opened.startswith(("liuhaotian/", "LanguageBind/")), step.command
+        towers = {LANGUAGEBIND, f"{LANGUAGEBIND.removesuffix('Image')}Video_merge"}
+        assert towers <= step.reads.keys() if step.row.startswith("video") else CLIP in step.reads
     assert {str(step.makes.parent.parent) for step in asking} == {*reported(steps)}
 
 
@@ -103,6 +105,23 @@ def test_the_rows_are_the_papers(paper: str, all_rows: Callable[[str], list[Step
     main = {figure.benchmark for table in load_paper(paper).tables if table.kind == "main" for figure in table.figures}
     scores = {figure.benchmark for figure in figures if figure.is_score}
     assert main & scores <= asked
+
+
+def test_table_3_is_asked_of_video_llava(all_rows: Callable[[str], list[Step]]) -> None:
+    """As many tokens as the paper names, and all that its judge and its questions need."""
+    steps = {step.row: step for step in all_rows("prumerge") if step.row.startswith("video")}
+    table = load_paper("prumerge").table("3")
+    published = {figure.method: figure.tokens for figure in table.figures if figure.model == "Video-LLaVA-7B"}
+    methods = {"video-7b-prumerge": "PruMerge", "video-7b-prumerge_plus": "PruMerge+"}
+    assert steps.keys() == {"video-7b", *methods}
+    for row, method in methods.items():
+        option = json.loads(parse_command(steps[row].words)[1]["reduction"])
+        assert METHOD_NAMES[option["name"]] == method and 8 * 256 * option["ratio"] == published[method]
+        assert steps[row].hours < steps["video-7b"].hours
+    asked = parse_command(steps["video-7b"].words)[1]["task"].split(",")
+    figures = {figure.benchmark for figure in table.figures}
+    assert figures == {name for task in asked for name in TASKS[task].published}
+    assert "playground/data/eval/GPT_Zero_Shot_QA/eval_video_qa.py" in steps["video-7b"].reads
 
 
 def test_the_main_rows_are_the_default(tmp_path: Path, all_rows: Callable[[str], list[Step]]) -> None:

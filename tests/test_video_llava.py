@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -21,6 +22,8 @@ from transformers import (
 )
 
 from llava.cost.sizes import Sizes
+from llava.eval.answering import Answerer, VqaOptions
+from llava.eval.questions import Question
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert
@@ -28,6 +31,7 @@ from llava.model.image_inputs import Clip
 from llava.reduction.base import VisionFeatures
 from llava.reduction.frames import concatenated_features
 from tests.hf_folders import picture, word_tokenizer
+from tests.standins.video_qa import write_clip
 from tests.tiny_models import PATCH, SIDE, pad, prompt
 
 FRAMES, PATCHES = 8, (SIDE // PATCH) ** 2
@@ -363,3 +367,21 @@ def test_frames_compete_with_their_class_tokens(ours: Any) -> None:
     assert frames[:FRAMES].tolist() == list(range(FRAMES))
     assert len(frames) == FRAMES * 6
     assert frames[FRAMES:].tolist() == sorted(frames[FRAMES:].tolist())
+
+
+def test_llava_eval_asks_about_clips(released: Path, tmp_path: Path) -> None:
+    """Frames are counted with their class token, in the batch and alone, and beside a picture."""
+    write_clip(tmp_path / "clip", 2)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
+    options = VqaOptions(image_folder=str(tmp_path), temperature=0, max_new_tokens=4, count_visual_tokens=True)
+    questions = [Question(0, "what moves?", videos=("clip",)), Question(1, "what is it?", images=("picture.png",))]
+    whole = FRAMES * (PATCHES + 1)
+    for method, most in (("none", whole), ({"name": "prumerge", "ratio": 0.25}, whole // 2)):
+        tokenizer, model, processor, _ = load_pretrained_model(released, reduction=method, device="cpu")
+        answerer = Answerer(tokenizer, model, processor, options)
+        together = answerer.answer(questions)
+        assert [answer.text for answer in together] == [answerer.answer([each])[0].text for each in questions]
+        ((before, after),), ((of_picture, _),) = (answer.visual_tokens or [] for answer in together)
+        assert (before, of_picture) == (whole, PATCHES)
+        assert FRAMES < after <= most and (after == whole) == (method == "none")
+        assert [answer.tiles for answer in together] == [FRAMES, 1]

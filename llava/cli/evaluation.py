@@ -25,13 +25,19 @@ def evaluate(
         str, typer.Option(help="Its endpoint, with OpenAI's interface; the key is OPENAI_API_KEY.")
     ] = "https://api.openai.com/v1",
     question_file: Annotated[
-        Path | None, typer.Option(help="In place of tasks: LLaVA's JSON lines: question_id, image, text.")
+        Path | None, typer.Option(help="In place of tasks: LLaVA's JSON lines: question_id, image or video, text.")
     ] = None,
     answers_file: Annotated[Path | None, typer.Option(help="Where their answers go, as JSON lines.")] = None,
     image_folder: Annotated[str, typer.Option(help="Folder that their image names start from.")] = "",
     image_access: Annotated[
         str, typer.Option("--image-access", "--image_access", help="folder, disk (any file) or remote (URLs too).")
     ] = "folder",
+    video_folder: Annotated[str, typer.Option(help="That their names of clips start from; default: the images'.")] = "",
+    num_frames: Annotated[
+        int | None, typer.Option(help="Frames of a clip, evenly; default: as the checkpoint was trained.")
+    ] = None,
+    video_fps: Annotated[float | None, typer.Option(help="Frames a second of a clip, in place of so many.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Frames of a clip at most.")] = None,
     model_base: Annotated[str | None, typer.Option(help="Base of a LoRA or projector-only folder.")] = None,
     vision_tower: Annotated[str | None, typer.Option(help="In place of the config's mm_vision_tower.")] = None,
     reduction: Annotated[
@@ -47,8 +53,8 @@ def evaluate(
         int | None, typer.Option(help="Longest answer in tokens; default: 128, or the task's own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions that are answered at once.")] = 8,
-    num_workers: Annotated[int | None, typer.Option(help="Processes that read images ahead.")] = None,
-    no_images: Annotated[bool, typer.Option("--no-images", help="Leave the images out.")] = False,
+    num_workers: Annotated[int | None, typer.Option(help="Processes that read images and clips ahead.")] = None,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Leave images and clips out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace answers or results that exist.")] = False,
 ) -> None:
     """Score a checkpoint on benchmarks (--task), or answer a file of questions (--question-file, --answers-file)."""
@@ -63,6 +69,10 @@ def evaluate(
     options = VqaOptions(
         image_folder=image_folder,
         image_access=image_access,
+        video_folder=video_folder,
+        num_frames=num_frames,
+        video_fps=video_fps,
+        max_frames=max_frames,
         conv_mode=conv_mode or "vicuna_v1",
         temperature=temperature,
         num_beams=num_beams,

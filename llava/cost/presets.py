@@ -6,6 +6,18 @@ from typing import Any
 
 CLIP = "openai/clip-vit-large-patch14-336"
 SIGLIP = "google/siglip-so400m-patch14-384"
+LANGUAGEBIND = "LanguageBind/LanguageBind_Image"
+# CLIP's large tower for pictures of 224 pixels, and the same for frames.
+_LANGUAGEBIND = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 
 # Towers that a checkpoint's config may name without holding their configuration.
 TOWERS: dict[str, dict[str, Any]] = {
@@ -27,6 +39,10 @@ TOWERS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 12,
             "projection_dim": 768,
         },
+    },
+    LANGUAGEBIND: {
+        "mm_vision_config": _LANGUAGEBIND,
+        "mm_video_config": _LANGUAGEBIND,
     },
     SIGLIP: {
         "mm_vision_config": {
@@ -80,6 +96,12 @@ _NEXT = {
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
 }
+_VIDEO_LLAVA = {
+    **_1_5,
+    "mm_vision_tower": LANGUAGEBIND,
+    "mm_video_tower": "LanguageBind/LanguageBind_Video_merge",
+    "image_aspect_ratio": None,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "llava-1.5-7b": {**_7B, **_1_5},
@@ -87,5 +109,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "llava-1.6-vicuna-7b": {**_7B, **_NEXT},
     "llava-1.6-vicuna-13b": {**_13B, **_NEXT},
     "llava-1.6-mistral-7b": {**_MISTRAL, **_NEXT},
+    "video-llava-7b": {**_7B, **_VIDEO_LLAVA},
 }
 ALIASES = {"7b": "llava-1.5-7b", "13b": "llava-1.5-13b"}

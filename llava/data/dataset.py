@@ -128,7 +128,8 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
             self._order = np.concatenate(chosen)
             if not len(self._order):
                 raise ValueError(f"the weights of data_path leave none of {sum(lengths)} samples; raise them")
-        logger.info("%d samples, %d with images", len(self), int((self.column("images") > 0).sum()))
+        images, clips = (int((self.column(name) > 0).sum()) for name in ("images", "clips"))
+        logger.info("%d samples, %d with images, %d with clips", len(self), images, clips)
 
     def _judge_bad_samples(self) -> None:
         """Stop at the first bad sample, or say how many will be skipped."""

@@ -1,4 +1,4 @@
-"""Answer questions about images with a model, in batches that a loader prepares while the device works."""
+"""Answer questions about images and clips with a model, in batches that a loader prepares while the device works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -16,11 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.conversation import get_template
 from llava.data.media.images import IMAGE_ACCESS, check_image_exists, locate_image, open_image
+from llava.data.media.videos import check_video_exists, locate_video, read_video
 from llava.data.preprocessing import build_prompt_ids
 from llava.eval.questions import Question
 from llava.mm_utils import process_images
-from llava.model.image_inputs import tile_counts
+from llava.model.image_inputs import Clip, Picture, match_pictures, tile_counts
+from llava.model.prompt_inputs import find_markers
 from llava.pictures import load_image
+from llava.transfer import HostBatch
+from llava.video import Sampling
 
 T = TypeVar("T")
 
@@ -41,6 +46,9 @@ class VqaOptions:
         no_images: leave the images out: what the language model guesses from the question alone.
         count_visual_tokens: write the images' visual tokens, before and after reduction, into `metadata`.
         num_workers: processes that read images ahead of the device; None: four beside a GPU, none on the CPU.
+        video_folder: where the questions' names of clips start from; empty: `image_folder`.
+        num_frames, video_fps, max_frames: which frames of a clip are taken, see `llava.video.Sampling`; None: as the
+            checkpoint was trained.
     """
 
     image_folder: str = ""
@@ -54,9 +62,14 @@ class VqaOptions:
     no_images: bool = False
     count_visual_tokens: bool = False
     num_workers: int | None = None
+    video_folder: str = ""
+    num_frames: int | None = None
+    video_fps: float | None = None
+    max_frames: int | None = None
 
     def __post_init__(self) -> None:
         get_template(self.conv_mode)
+        self.sampling(None)
         if self.image_access not in IMAGE_ACCESS:
             raise ValueError(f"image_access={self.image_access!r}: choose {', '.join(IMAGE_ACCESS)}")
         for name in ("batch_size", "num_beams", "max_new_tokens"):
@@ -76,6 +89,20 @@ class VqaOptions:
         names = () if self.no_images else question.images
         return [_of_question(question, locate_image, self.image_folder, name, self.image_access) for name in names]
 
+    def video_locations(self, question: Question) -> list[str | list[str]]:
+        """Paths or URLs of a question's clips, without `no_images`; of each frame, where it names them.
+
+        Raises:
+            ValueError: as `locations`.
+        """
+        clips = () if self.no_images else question.videos
+        places = (self.video_folder, self.image_folder)
+        return [_of_question(question, locate_video, places[0], clip, self.image_access, places[1]) for clip in clips]
+
+    def sampling(self, config: Any) -> Sampling:
+        """Which frames of a clip are taken for a model."""
+        return Sampling.of_model(config, self.num_frames, self.video_fps, self.max_frames)
+
 
 def _of_question(question: Question, function: Callable[..., T], *arguments: Any) -> T:
     """Call a function for a question, which its ValueErrors then name."""
@@ -86,7 +113,7 @@ def _of_question(question: Question, function: Callable[..., T], *arguments: Any
 
 
 def check_images(questions: Sequence[Question], options: VqaOptions) -> None:
-    """Look for all images, so that a missing one is found before the model is opened.
+    """Look for all images and clips, so that a missing one is found before the model is opened.
 
     Raises:
         ValueError: the first one that is not there, with its question.
@@ -94,6 +121,8 @@ def check_images(questions: Sequence[Question], options: VqaOptions) -> None:
     for question in questions:
         for location in options.locations(question):
             _of_question(question, check_image_exists, location)
+        for clip in options.video_locations(question):
+            _of_question(question, check_video_exists, clip)
 
 
 @dataclass(frozen=True)
@@ -102,10 +131,11 @@ class Answer:
 
     Attributes:
         text: the answer.
-        visual_tokens: of each of the question's images, before and after the reduction; None where not counted.
-        text_tokens: of the prompt beside its images.
+        visual_tokens: of each of the question's images and clips, before and after the reduction; None where not
+            counted.
+        text_tokens: of the prompt beside them.
         new_tokens: of the answer, with the one that ends it.
-        tiles: of all its images, each of which the vision tower encodes.
+        tiles: of all its images, and frames of its clips, each of which the vision tower encodes.
     """
 
     text: str
@@ -124,7 +154,8 @@ class Batch:
         images: of all questions in order, [3, H, W] or [tiles, 3, H, W] each.
         sizes: their widths and heights in pixels.
         texts: B questions, for methods that read them.
-        counts: images of each question.
+        counts: images and clips of each question.
+        videos: clips of all questions in order, [F, 3, H, W] each.
     """
 
     ids: Tensor
@@ -133,22 +164,33 @@ class Batch:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    videos: list[Tensor] = field(default_factory=list)
 
-    @property
-    def tiles(self) -> list[int]:
-        """Tiles of each question's images together."""
-        each = iter(tile_counts(self.images))
-        return [sum(next(each) for _ in range(count)) for count in self.counts]
+    def pictures(self, vocab_size: int) -> tuple[list[Picture], list[tuple[int, int]]]:
+        """Images and clips in the order in which the prompts have them, with their widths and heights.
+
+        Args:
+            vocab_size: the model's.
+        """
+        markers = find_markers(HostBatch.read(self.ids, self.mask, None), vocab_size)
+        pictures, sizes = match_pictures(markers, self.images, self.sizes, self.videos)
+        return cast("list[Picture]", pictures), sizes or []
+
+    def of_questions(self, values: Iterable[T]) -> list[list[T]]:
+        """One value for each image and clip, as a list for each question."""
+        each = iter(values)
+        return [list(islice(each, count)) for count in self.counts]
 
     def pin_memory(self) -> Batch:
         """In memory from which a GPU copies without waiting; the data loader calls it."""
         self.ids, self.mask = self.ids.pin_memory(), self.mask.pin_memory()
         self.images = [image.pin_memory() for image in self.images]
+        self.videos = [clip.pin_memory() for clip in self.videos]
         return self
 
 
 class Preparer:
-    """Makes batches of questions, on the host: reads images, renders prompts.
+    """Makes batches of questions, on the host: reads images and clips, renders prompts.
 
     Args:
         tokenizer, image_processor: of `load_pretrained_model`.
@@ -164,15 +206,19 @@ class Preparer:
         """A batch of these questions.
 
         Raises:
-            ValueError: an image can't be read; the question is named.
+            ValueError: an image or clip can't be read; the question is named.
         """
-        groups = [self._pictures(question) for question in questions]
-        counts = [len(group) for group in groups]
-        ids, mask = self._prompts(questions, counts)
+        groups, clips = [self._pictures(question) for question in questions], [self._clips(q) for q in questions]
+        image_counts, clip_counts = list(map(len, groups)), list(map(len, clips))
+        ids, mask = self._prompts(questions, image_counts, clip_counts)
         pictures = [picture for group in groups for picture in group]
         images = list(process_images(pictures, self.image_processor, self.config)) if pictures else []
         texts = [question.text for question in questions]
-        return Batch(ids, mask, images, [picture.size for picture in pictures], texts, counts)
+        sizes, counts = (
+            [picture.size for picture in pictures],
+            list(map(sum, zip(image_counts, clip_counts, strict=True))),
+        )
+        return Batch(ids, mask, images, sizes, texts, counts, [clip for group in clips for clip in group])
 
     def _pictures(self, question: Question) -> list[Image.Image]:
         """A question's images, those of files first; none with `no_images`."""
@@ -180,12 +226,20 @@ class Preparer:
         own = () if self.options.no_images else question.pictures
         return files + [_of_question(question, load_image, io.BytesIO(content), "in its row") for content in own]
 
-    def _prompts(self, questions: Sequence[Question], image_counts: list[int]) -> tuple[Tensor, Tensor]:
+    def _clips(self, question: Question) -> list[Tensor]:
+        """The pixels of a question's clips, [F, 3, H, W] each."""
+        sampling, name = self.options.sampling(self.config), f"question {question.question_id!r:.100}"
+        places = self.options.video_locations(question)
+        return [read_video(place, name, self.image_processor, self.config, sampling) for place in places]
+
+    def _prompts(
+        self, questions: Sequence[Question], image_counts: list[int], clip_counts: list[int]
+    ) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask, [B, S]."""
-        marked = bool(getattr(self.config, "mm_use_im_start_end", False))
+        marked, mode = bool(getattr(self.config, "mm_use_im_start_end", False)), self.options.conv_mode
         rows = [
-            build_prompt_ids(q.text, self.tokenizer, self.options.conv_mode, count, mm_use_im_start_end=marked)
-            for q, count in zip(questions, image_counts, strict=True)
+            build_prompt_ids(q.text, self.tokenizer, mode, images, mm_use_im_start_end=marked, num_videos=clips)
+            for q, images, clips in zip(questions, image_counts, clip_counts, strict=True)
         ]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -215,7 +269,7 @@ class Answerer:
         """Answers to batches of questions in their order; the next ones are prepared meanwhile.
 
         Raises:
-            ValueError: an image can't be read; the question is named.
+            ValueError: an image or clip can't be read; the question is named.
         """
         for prepared in _load_ahead(self.preparer, batches, self.options, self.model.device.type == "cuda"):
             yield self.answer_batch(prepared)
@@ -224,9 +278,9 @@ class Answerer:
     def answer_batch(self, batch: Batch) -> list[Answer]:
         """An answer to each question of a batch."""
         device = self.model.device
-        images = [image.to(device, non_blocking=True) for image in batch.images]
+        images, videos = ([one.to(device, non_blocking=True) for one in kind] for kind in (batch.images, batch.videos))
         ids, mask = batch.ids.to(device, non_blocking=True), batch.mask.to(device, non_blocking=True)
-        spliced = self.model.splice_images(ids, mask, None, images, batch.sizes, batch.texts, left=True)
+        spliced = self.model.splice_images(ids, mask, None, images, batch.sizes, batch.texts, left=True, videos=videos)
         new = self.model.generate(
             inputs_embeds=spliced.inputs_embeds,
             attention_mask=spliced.attention_mask,
@@ -236,7 +290,10 @@ class Answerer:
         )
         answers = [text.split(self._stop)[0].strip() for text in self._decode(new)]
         text_tokens = (batch.mask.sum(dim=1) - torch.tensor(batch.counts)).tolist()
-        counts = (self._count(spliced.image_index, batch), text_tokens, self._lengths(new), batch.tiles)
+        pictures, sizes = batch.pictures(self.model.config.vocab_size)
+        tiles = tile_counts(pictures)
+        visual = self._count(spliced.image_index, batch, pictures, sizes)
+        counts = (visual, text_tokens, self._lengths(new), map(sum, batch.of_questions(tiles)))
         return [Answer(*each) for each in zip(answers, *counts, strict=True)]
 
     def _generation(self) -> dict[str, Any]:
@@ -262,16 +319,18 @@ class Answerer:
         lengths: list[int] = ends.tolist()
         return lengths
 
-    def _count(self, image_index: Tensor, batch: Batch) -> Sequence[list[tuple[int, int]] | None]:
-        """The visual tokens of each question's images, or None for each."""
+    def _count(
+        self, image_index: Tensor, batch: Batch, pictures: Sequence[Picture], sizes: list[tuple[int, int]]
+    ) -> Sequence[list[tuple[int, int]] | None]:
+        """The visual tokens of each question's images and clips, or None for each."""
         if not self.options.count_visual_tokens:
             return [None] * len(batch.counts)
-        if not batch.images:
+        if not pictures:
             return [[] for _ in batch.counts]
-        after = torch.bincount(image_index[image_index >= 0], minlength=len(batch.images)).tolist()
-        before = self.model.get_model().layout_lengths(None, tile_counts(batch.images), batch.sizes)
-        pairs = iter(zip(before, after, strict=True))
-        return [[next(pairs) for _ in range(count)] for count in batch.counts]
+        after = torch.bincount(image_index[image_index >= 0], minlength=len(pictures)).tolist()
+        is_clip = [isinstance(picture, Clip) for picture in pictures]
+        before = self.model.get_model().layout_lengths(None, tile_counts(pictures), sizes, is_clip)
+        return batch.of_questions(zip(before, after, strict=True))
 
 
 class _Prepared(Dataset):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.preprocessing import is_unicode
 from llava.data.records import decode_json
-from llava.data.samples import MAX_IMAGES
+from llava.data.samples import MAX_IMAGES, BadSampleError, video_files
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Question:
 
     Attributes:
         question_id: number or text; the image's name in some of LLaVA's files (TextVQA, MME), which then repeats.
-        text: the question, without `<image>`.
+        text: the question, without `<image>` and `<video>`.
         images: files it is about, relative to the image folder.
         answer: the right answer, where the file has it.
         category: the question's type, where the file has it.
@@ -40,6 +40,8 @@ class Question:
         answer_key: a further key under which the answer's row has the answer.
         group: questions of one group are not independent (two of one picture, one in several orders); intervals
             resample whole groups. None: it stands alone.
+        videos: clips it is about, after the images: names of files or folders relative to the folder of clips, or of
+            a clip's frames.
     """
 
     question_id: int | str
@@ -52,6 +54,7 @@ class Question:
     answer_key: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     group: str | None = None
+    videos: tuple[str | list[str], ...] = ()
 
     def with_facts(self, **facts: Any) -> Question:
         """The same question with more facts."""
@@ -156,11 +159,11 @@ def read_table(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, 
 def read_questions(path: str | Path) -> list[Question]:
     """Questions of LLaVA's question.jsonl: question_id, text, and image (a name, a list of them, or none).
 
-    `answer` and `category` are kept where they stand.
+    So may `video` be, as in training data. `answer` and `category` are kept where they stand.
 
     Raises:
-        ValueError: a line lacks question_id or text, or has an image that is no name; or there is no question at all.
-            File and line are named.
+        ValueError: a line lacks question_id or text, or has an image or clip that is no name; or there is no question
+            at all. File and line are named.
     """
     questions = [_parse_question(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
     if not questions:
@@ -180,8 +183,12 @@ def _parse_question(row: dict[str, Any], where: str) -> Question:
         raise ValueError(f"{where}: 'image' must be a file name or a list of them, got {row['image']!r:.200}")
     if len(images) > MAX_IMAGES:
         raise ValueError(f"{where}: it has {len(images)} images, at most {MAX_IMAGES} are read")
-    text = row["text"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    return Question(row["question_id"], text, tuple(images), row.get("answer"), row.get("category"))
+    try:
+        videos = tuple(video_files(row, where))
+    except BadSampleError as error:
+        raise ValueError(str(error)) from error
+    text = row["text"].replace(DEFAULT_IMAGE_TOKEN, "").replace(DEFAULT_VIDEO_TOKEN, "").strip()
+    return Question(row["question_id"], text, tuple(images), row.get("answer"), row.get("category"), videos=videos)
 
 
 def get_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T]:

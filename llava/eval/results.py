@@ -24,7 +24,7 @@ FORMAT = 1
 # What a result must hold to be read; a file may be damaged, or written by hand.
 _NEEDED = {"task": str, "metrics": dict, "published": dict, "questions": int, "checkpoint": dict, "settings": dict}
 # Options that say how fast answers come, not which.
-_OF_SPEED = ("batch_size", "num_workers", "count_visual_tokens", "image_folder", "image_access")
+_OF_SPEED = ("batch_size", "num_workers", "count_visual_tokens", "image_folder", "image_access", "video_folder")
 
 
 def answer_settings(options: VqaOptions) -> dict[str, Any]:
@@ -33,20 +33,24 @@ def answer_settings(options: VqaOptions) -> dict[str, Any]:
 
 
 def questions_hash(questions: Iterable[Question]) -> str:
-    """A hash of what is asked: questions and names of images, in order; of images that a file holds, their content."""
+    """A hash of what is asked: questions and names of images and clips, in order.
+
+    Of images that a file holds it is their content.
+    """
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(json.dumps([question.question_id, question.text, list(question.images)]).encode())
+        clips = [question.videos] if question.videos else []  # results without a clip keep their hash
+        digest.update(json.dumps([question.question_id, question.text, list(question.images), *clips]).encode())
         for picture in question.pictures:
             digest.update(hashlib.sha256(picture).digest())
     return digest.hexdigest()
 
 
 def visual_tokens(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How many visual tokens images had, with and without the reduction; None where there was no image.
+    """How many visual tokens images and clips had, with and without the reduction; None where there was none.
 
     Args:
-        rows: answers with `visual_tokens`, pairs (before, after) for each image.
+        rows: answers with `visual_tokens`, pairs (before, after) for each image and clip.
     """
     pairs = [pair for row in rows for pair in row["visual_tokens"] or ()]
     if not pairs:
@@ -93,9 +97,11 @@ def mean_flops(rows: Sequence[Mapping[str, Any]], model: Any, reduction: Mapping
 
 
 def whole_prompt(question: Question, options: VqaOptions, config: Mapping[str, Any] | None = None) -> str:
-    """A question as the model reads it, `<image>` where an image stands."""
-    count = 0 if options.no_images else len(question.images) + len(question.pictures)
-    return build_prompt(question.text, options.conv_mode, count)
+    """A question as the model reads it, `<image>` where an image stands and `<video>` where a clip."""
+    if options.no_images:
+        return build_prompt(question.text, options.conv_mode, 0)
+    images, clips = len(question.images) + len(question.pictures), len(question.videos)
+    return build_prompt(question.text, options.conv_mode, images, num_videos=clips)
 
 
 def write_grades(path: Path, questions: Sequence[Question], grades: Sequence[Grade]) -> None:

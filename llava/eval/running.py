@@ -71,7 +71,7 @@ class Evaluation:
         output: folder for the results.
         data: folder of the tasks' files, in LLaVA's layout.
         options: how questions are put; its image folder, template and length are not read.
-        conv_mode: name of the prompt template; None: by the checkpoint's language model.
+        conv_mode: name of the prompt template; None: by the checkpoint's language model and the task.
         max_new_tokens: longest answer; None: the tasks' own.
         limit: so many questions of each task; None: all.
         devices: such as "cuda:1"; a process each.
@@ -147,6 +147,8 @@ def title_of_model(config: Mapping[str, Any]) -> str | None:
     size = SIZES.get((inner.get("hidden_size", 4096), inner.get("num_hidden_layers", 32)))
     if size is None or "llama" not in str(inner.get("model_type", "llava_llama")):
         return None
+    if config.get("mm_video_tower") or config.get("model_type") == "video_llava":
+        return f"Video-LLaVA-{size}"
     tiled = config.get("image_aspect_ratio") == "anyres" or config.get("model_type") == "llava_next"
     return f"LLaVA-{'NeXT' if tiled else '1.5'}-{size}"
 
@@ -195,7 +197,7 @@ def _prepare(evaluation: Evaluation, name: str, checkpoint: Mapping[str, Any]) -
     options = replace(
         evaluation.options,
         image_folder=str(evaluation.data / task.folder / task.images),
-        conv_mode=evaluation.conv_mode or checkpoint["template"],
+        conv_mode=evaluation.conv_mode or task.templates.get(checkpoint["template"], checkpoint["template"]),
         max_new_tokens=evaluation.max_new_tokens or task.max_new_tokens,
     )
     run = TaskRun(name=name, data=evaluation.data, limit=evaluation.limit, options=options, folder=evaluation.output)
@@ -300,6 +302,7 @@ def _finish(task: _Prepared, evaluation: Evaluation, checkpoint: Mapping[str, An
             "batch_size": task.run.options.batch_size,
             "dtype": model["dtype"],
             "image_aspect_ratio": model["image_aspect_ratio"],
+            **({"frames": model["frames"]} if any(question.videos for question in task.questions) else {}),
         },
         "judge": None if judge is None else judge.describe(),
         "visual_tokens": visual_tokens(rows),

@@ -104,7 +104,7 @@ def answer_all(source: Source, devices: Sequence[str], todo: Todo) -> None:
         todo: what to answer.
 
     Raises:
-        ValueError: the checkpoint or an image can't be read.
+        ValueError: the checkpoint, an image or a clip can't be read.
         ChildProcessError: a process ended without a word, as one does that is killed for memory.
     """
     todo = [(run, numbers) for run, numbers in todo if numbers]
@@ -145,18 +145,18 @@ def answer_share(source: Source, device: str, rank: int, todo: Todo) -> None:
     """Answer questions on one device.
 
     Raises:
-        ValueError: the checkpoint or an image can't be read.
+        ValueError: the checkpoint, an image or a clip can't be read.
     """
     tokenizer, model, processor = source.open(device)
     for run, numbers in todo:
         answerer = Answerer(tokenizer, model, processor, run.options)
         if rank == 0:
-            (run.folder / MODEL_FILE).write_text(json.dumps(describe(model)), encoding="utf-8")
+            (run.folder / MODEL_FILE).write_text(json.dumps(describe(model, run.options)), encoding="utf-8")
         _answer_task(answerer, run, numbers, rank)
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """What a result says of the model that was opened."""
+def describe(model: Any, options: VqaOptions) -> dict[str, Any]:
+    """What a result says of the model that was opened, and of how it is shown clips."""
     methods, reducers, device = (
         ReductionConfig.of_model(model.config).to_dict(),
         model.get_model().reducers(),
@@ -166,6 +166,7 @@ def describe(model: Any) -> dict[str, Any]:
         "reduction": {site: {**method, **values_of(getattr(reducers, site))} for site, method in methods.items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "image_aspect_ratio": getattr(model.config, "image_aspect_ratio", None),
+        "frames": asdict(options.sampling(model.config)),
         "attention": model.config._attn_implementation,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

@@ -49,6 +49,7 @@ MODELS = {
     "openai/clip-vit-large-patch14-336": 1.7,
     "liuhaotian/llava-v1.5-7b": 13.5,
     "liuhaotian/llava-v1.5-13b": 26.1,
+    "LanguageBind/Video-LLaVA-7B": 15.0,
 }
 # What the cost model calls a language model or checkpoint, by the hub's name; of a language model that of LLaVA-1.5.
 PRESETS = {
@@ -57,6 +58,7 @@ PRESETS = {
     "liuhaotian/llava-v1.5-7b": "llava-1.5-7b",
     "liuhaotian/llava-v1.5-13b": "llava-1.5-13b",
     "liuhaotian/llava-v1.6-vicuna-7b": "llava-1.6-vicuna-7b",
+    "LanguageBind/Video-LLaVA-7B": "video-llava-7b",
 }
 TILED = {"llava-1.5-7b": "llava-1.6-vicuna-7b", "llava-1.5-13b": "llava-1.6-vicuna-13b"}
 """The presets with the image settings of LLaVA-NeXT."""
@@ -132,9 +134,16 @@ QUESTIONS = {
     "chartqa": 2_500,
     "ocrvqa": 100_000,
     "qbench": 1_495,
+    "msvd_qa": 13_157,
+    "msrvtt_qa": 72_821,
+    "activitynet_qa": 8_000,
+    "tgif_qa": 25_751,
     "toy": 200,
 }
 """Of a task, for planning; MMBench asks each in several orders of its options."""
+
+FRAMES = dict.fromkeys(("msvd_qa", "msrvtt_qa", "activitynet_qa", "tgif_qa"), 8)
+"""Of a question, where a task asks about clips."""
 
 
 def find_projector(path: Path) -> Download | None:

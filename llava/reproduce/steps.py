@@ -12,7 +12,6 @@ import typer
 
 from llava.cli import app
 from llava.cost import Scenario, gpu_hours, open_model, question_cost
-from llava.cost.presets import CLIP
 from llava.cost.question import methods, weights_with
 from llava.cost.sizes import Sizes, reduction_of
 from llava.eval.judge import Judge
@@ -23,6 +22,7 @@ from llava.model.weights import read_json
 from llava.reduction.config import ReductionConfig
 from llava.reproduce.downloads import (
     EVALUATION,
+    FRAMES,
     HUB,
     MODELS,
     PRESETS,
@@ -61,8 +61,15 @@ class Model:
 
     @property
     def is_preset(self) -> bool:
-        """Whether the cost model knows it by name; its vision tower is then CLIP's large one."""
+        """Whether the cost model knows it by name."""
         return self.sizes in (*PRESETS.values(), *TILED.values())
+
+    @property
+    def towers(self) -> list[str]:
+        """Names of the towers for pictures and frames, where the cost model knows them."""
+        config = open_model(self.sizes).config if self.is_preset else None
+        names = (getattr(config, key, None) for key in ("mm_vision_tower", "mm_video_tower"))
+        return [name for name in names if name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +256,8 @@ def _resolve_evaluation(values: dict[str, Any], made: Mapping[str, Model], devic
         Judge(model=values["judge_model"], url=values["judge_url"], cache=values["output"] / ".verdicts")
     path, base = values["model_path"], values["model_base"]
     model = made.get(path) or _opened(path)
-    tower = values["vision_tower"] or (CLIP if model.is_preset else None)
-    models = [name for name in (path, base, tower) if name is not None]
+    towers = [values["vision_tower"], *model.towers[1:]] if values["vision_tower"] else model.towers
+    models = [name for name in (path, base, *towers) if name is not None]
     reads: dict[str, Download | None] = {name: None if name in made else _model(name) for name in models}
     for task in tasks:
         for need in task.needs:
@@ -259,8 +266,10 @@ def _resolve_evaluation(values: dict[str, Any], made: Mapping[str, Model], devic
     asked = model.reduction if values["reduction"] is None else values["reduction"]
     hours = 0.0
     if model.sizes is not None:
-        count = sum(min(QUESTIONS.get(name, 0), values["limit"] or 10**9) for name in names)
-        hours = count * _seconds(model.sizes, asked, device) / 3600
+        for images in {FRAMES.get(name, 1) for name in names}:
+            alike = [name for name in names if FRAMES.get(name, 1) == images]
+            count = sum(min(QUESTIONS.get(name, 0), values["limit"] or 10**9) for name in alike)
+            hours += count * _seconds(model.sizes, asked, device, images) / 3600
 
     def check() -> None:
         for task in tasks:
@@ -278,9 +287,9 @@ def _opened(path: str) -> Model:
     return Model(None)
 
 
-def _seconds(sizes: Any, reduction: Any, device: str) -> float:
-    """A question's time in a batch, at the planned part of the device's peak."""
-    scenario = Scenario(batch=BATCH, new_tokens=ANSWER_TOKENS, device=device)
+def _seconds(sizes: Any, reduction: Any, device: str, images: int) -> float:
+    """The time of a question about so many images or frames, in a batch, at the planned part of the device's peak."""
+    scenario = Scenario(batch=BATCH, images=images, new_tokens=ANSWER_TOKENS, device=device)
     cost = question_cost(open_model(sizes), ReductionConfig.parse(reduction).to_dict() or None, scenario)
     return sum(cost.seconds().values()) / BATCH / UTILIZATION
 

@@ -45,6 +45,22 @@ class Sampling:
         if self.fps is not None and not _is_rate(self.fps):
             raise ValueError(f"fps={self.fps!r}: expected frames a second, above 0, such as 1 or 0.5")
 
+    @classmethod
+    def of_model(
+        cls, config: Any, num_frames: int | None = None, fps: float | None = None, max_frames: int | None = None
+    ) -> Sampling:
+        """What a checkpoint was trained with, but for what is asked.
+
+        Args:
+            config: the model's; its keys are `num_frames`, `video_fps` and `max_frames`.
+            num_frames, fps, max_frames: in place of the checkpoint's. So many frames are no rate, and a rate no number.
+        """
+        if num_frames is None and fps is None:
+            fps = getattr(config, "video_fps", None)
+        if num_frames is None:
+            num_frames = getattr(config, "num_frames", None) or cls.num_frames
+        return cls(num_frames, fps, getattr(config, "max_frames", None) if max_frames is None else max_frames)
+
     def indices(self, total: int, times: np.ndarray | None) -> np.ndarray:
         """Numbers of the frames that are taken, ascending, int64 [F].
 

@@ -140,6 +140,23 @@ def _scene_with(wanted: list[str], rng: random.Random, objects: int) -> tuple[Sc
             return scene, [by_type[category] for category in wanted]
 
 
+def note_own(output: Path, written: tuple[str, ...]) -> None:
+    """Make the folder `output` and note what a script writes there.
+
+    Raises:
+        ValueError: it holds something of that name which the script did not write.
+    """
+    own = read_file_list(output) or {}
+    for name in written:
+        if (output / name).exists() and name not in own:
+            raise ValueError(
+                f"{output / name} was not written by this script, and would be replaced; move it away, or choose "
+                "another --output"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    note_files(output, dict.fromkeys(written))
+
+
 def generate(
     output: Path,
     seed: int = 0,
@@ -163,15 +180,7 @@ def generate(
     """
     if not 2 <= objects <= MAX_OBJECTS:
         raise ValueError(f"objects={objects}: scenes have at most 2 to {MAX_OBJECTS} objects")
-    own = read_file_list(output) or {}
-    for name in WRITTEN:
-        if (output / name).exists() and name not in own:
-            raise ValueError(
-                f"{output / name} was not written by this script, and would be replaced; move it away, or choose "
-                "another --output"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    note_files(output, dict.fromkeys(WRITTEN))
+    note_own(output, WRITTEN)
     folders = {name: output / "images" / name for name in ("pretrain", "finetune", "heldout")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)

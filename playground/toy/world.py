@@ -11,6 +11,7 @@ import math
 import random
 import zlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -84,7 +85,14 @@ class Question:
     category: str
 
 
-def is_heldout(scene: Scene) -> bool:
+class Keyed(Protocol):
+    """Something whose content a text tells."""
+
+    @property
+    def key(self) -> str: ...
+
+
+def is_heldout(scene: Keyed) -> bool:
     """Whether the scene may only be used to test."""
     return zlib.crc32(scene.key.encode()) % HELDOUT_SHARE == 0
 
@@ -123,12 +131,13 @@ def _polygon(shape: str, radius: float, angle: float) -> list[tuple[float, float
     return [(r * math.cos(t + angle), r * math.sin(t + angle)) for r, t in polar]
 
 
-def _jitter(rng: random.Random, color: tuple[int, int, int], spread: int) -> tuple[int, int, int]:
+def jitter(rng: random.Random, color: tuple[int, int, int], spread: int) -> tuple[int, int, int]:
+    """A colour near `color`, each channel at most `spread` away."""
     r, g, b = (min(255, max(0, c + rng.randint(-spread, spread))) for c in color)
     return r, g, b
 
 
-def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, frame: tuple[int, int], rng: random.Random) -> None:
+def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, frame: tuple[int, int], rng: random.Random) -> None:
     """Draw one object inside its cell, with a little freedom of place, size, colour and angle."""
     width, height = frame
     radius = SIZES[thing.size] * min(frame) / 2 * rng.uniform(0.93, 1.07)
@@ -137,7 +146,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, frame: tuple[int, int],
     y = (row + 0.5 + rng.uniform(-0.1, 0.1)) * height / 3
     x = min(max(x, radius * 1.1), width - radius * 1.1)
     y = min(max(y, radius * 1.1), height - radius * 1.1)
-    fill = _jitter(rng, COLORS[thing.color], 10)
+    fill = jitter(rng, COLORS[thing.color], 10)
     box = (x - radius, y - radius, x + radius, y + radius)
     if thing.shape == "circle":
         draw.ellipse(box, fill=fill)
@@ -155,7 +164,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
     for the background, otherwise 1 + its index in `scene.things`. One picture in two has a noisy background.
     """
     frame = rng.choice(FRAMES)
-    ground = _jitter(rng, BACKGROUNDS[scene.background], 8)
+    ground = jitter(rng, BACKGROUNDS[scene.background], 8)
     if rng.random() < 0.5:
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 9, (frame[1] // 4, frame[0] // 4, 1))
         pixels = np.clip(np.asarray(ground) + noise, 0, 255).astype(np.uint8)
@@ -165,7 +174,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
     owner = Image.new("L", frame, 0)
     for index, thing in enumerate(scene.things):
         state = rng.getstate()
-        _draw_thing(ImageDraw.Draw(image), thing, frame, rng)
+        draw_thing(ImageDraw.Draw(image), thing, frame, rng)
         rng.setstate(state)  # the same strokes once more, on the map
         _draw_on_map(owner, thing, frame, rng, 1 + index)
     return image, owner
@@ -173,7 +182,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Ima
 
 def _draw_on_map(owner: Image.Image, thing: Thing, frame: tuple[int, int], rng: random.Random, mark: int) -> None:
     stencil = Image.new("RGB", frame, (0, 0, 0))
-    _draw_thing(ImageDraw.Draw(stencil), thing, frame, rng)
+    draw_thing(ImageDraw.Draw(stencil), thing, frame, rng)
     owner.paste(mark, mask=stencil.convert("L").point(lambda v: 255 if v else 0))
 
 

@@ -15,12 +15,12 @@
 #   DATA             folder of training data and, under eval, of the benchmarks; default: playground/data
 #   CHECKPOINTS      folder of LLaVA-1.5's pretrained projectors; default: checkpoints
 #   PRETRAIN         1: pretrain them here in place of the download
-#   VICUNA_7B, VICUNA_13B, LLAVA_7B, LLAVA_13B, VISION_TOWER   folders in place of the hub's names
+#   VICUNA_7B, VICUNA_13B, LLAVA_7B, LLAVA_13B, VIDEO_LLAVA_7B, VISION_TOWER   folders in place of the hub's names
 #   PRETRAIN_DATA, PRETRAIN_IMAGES, FINETUNE_DATA, FINETUNE_IMAGES   data in place of LLaVA's
 #   TRAIN_ARGS       key=value for all trainings, such as "max_steps=10"
 #   EVAL_ARGS        flags for all evaluations, such as "--limit 100"
 #   REPORT_ARGS      flags for the report
-#   JUDGE_MODEL, JUDGE_URL   what grades LLaVA-Bench and MM-Vet; their answers wait without it
+#   JUDGE_MODEL, JUDGE_URL   what grades LLaVA-Bench, MM-Vet and answers about clips; their answers wait without it
 #
 # Nothing is downloaded: what is missing is named with its source before the first step. A step is done when
 # OUTPUT/done has its very command and its result is there; remove that file to do it again. One that was cut off

@@ -20,7 +20,7 @@ from llava.pictures import check_file, missing, unreadable
 from llava.video import Clip, Sampling
 from llava.video.clips import frames_of_folder, pictures_among
 
-_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 
 
 def locate_video(

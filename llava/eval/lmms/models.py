@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX
 from llava.eval.answering import Answer, Answerer, Batch, VqaOptions
 from llava.eval.lmms.prompts import Prompt, read_context, read_messages
 from llava.eval.lmms.reduction import parse_reduction
-from llava.mm_utils import process_images
+from llava.mm_utils import process_images, process_video
 from llava.model.builder import load_pretrained_model
 from llava.reduction.config import ReductionConfig
+from llava.video import Sampling
 
 # Generation settings of tasks that mean something here.
 GENERATION = ("until", "max_new_tokens", "temperature", "do_sample", "top_p", "num_beams")
@@ -40,7 +41,7 @@ class VisualTokenCounts(TokenCounts):
     """Tokens of a request, for lmms-eval's log of samples.
 
     Attributes:
-        visual_tokens: of each image, before and after the reduction.
+        visual_tokens: of each image and clip, before and after the reduction.
     """
 
     visual_tokens: list[tuple[int, int]] = field(default_factory=list)
@@ -62,6 +63,9 @@ class LlavaReduced(lmms):
         conv_template: name of the prompt template.
         reduction: the method in place of the checkpoint's, see `parse_reduction`; none: all tokens.
         encoder, projector, decoder: methods by site, in place of `reduction`.
+        num_frames, fps: which frames of a clip are taken: so many evenly, or a second; default: as the checkpoint was
+            trained.
+        max_frames_num: with `fps`, that many frames at most; otherwise what `num_frames` is, as in lmms-eval's models.
         options: options of the method that `reduction` names.
 
     Raises:
@@ -84,9 +88,16 @@ class LlavaReduced(lmms):
         encoder: str | None = None,
         projector: str | None = None,
         decoder: str | None = None,
+        num_frames: int | None = None,
+        max_frames_num: int | None = None,
+        fps: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        if num_frames is None and fps is None:
+            num_frames, max_frames_num = max_frames_num, None
+        frames = (num_frames, fps, max_frames_num)
+        Sampling.of_model(None, *frames)
         sites = {"encoder": encoder, "projector": projector, "decoder": decoder}
         method = parse_reduction(reduction, sites, options)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -107,6 +118,7 @@ class LlavaReduced(lmms):
             attn_implementation=attn_implementation,
         )
         self.device = self.model.device
+        self.sampling = Sampling.of_model(self.model.config, *frames)
         self._ignored: set[str] = set()
         used = ReductionConfig.of_model(self.model.config).to_dict()
         logger.info("{} on {}, reduction: {}", pretrained, self.device, json.dumps(used) if used else "none")
@@ -150,7 +162,9 @@ class LlavaReduced(lmms):
 
     def _score(self, batch: Batch, labels: Tensor) -> list[tuple[float, bool]]:
         ids, mask, labels = (part.to(self.device) for part in (batch.ids, batch.mask, labels))
-        spliced = self.model.splice_images(ids, mask, labels, batch.images, batch.sizes, batch.texts, left=True)
+        spliced = self.model.splice_images(
+            ids, mask, labels, batch.images, batch.sizes, batch.texts, left=True, videos=batch.videos
+        )
         logits = self.model(
             inputs_embeds=spliced.inputs_embeds,
             attention_mask=spliced.attention_mask,
@@ -202,12 +216,13 @@ class LlavaReduced(lmms):
         """
         config = self.model.config
         marked = bool(getattr(config, "mm_use_im_start_end", False))
-        prompts, rows, pixels = [], [], []
+        prompts, rows, pixels, clips = [], [], [], []
         for request in requests:
             try:
                 prompt = self._read(request)
                 rows.append(prompt.encode(self.tokenizer, self.conv_template, marked))
                 pixels += list(process_images(prompt.images, self.image_processor, config)) if prompt.images else []
+                clips += [self._frames(video) for video in prompt.videos]
             except ValueError as error:
                 raise ValueError(f"task {request.task_name}, document {request.doc_id}: {error}") from error
             prompts.append(prompt)
@@ -222,9 +237,15 @@ class LlavaReduced(lmms):
             images=pixels,
             sizes=[picture.size for prompt in prompts for picture in prompt.images],
             texts=[prompt.text for prompt in prompts],
-            counts=[len(prompt.images) for prompt in prompts],
+            counts=[len(prompt.images) + len(prompt.videos) for prompt in prompts],
+            videos=clips,
         )
         return batch, labels
+
+    def _frames(self, video: Any) -> Tensor:
+        """A clip's pixels, [F, 3, H, W]."""
+        number, fps, most = self.sampling.num_frames, self.sampling.fps, self.sampling.max_frames
+        return process_video(video, self.image_processor, self.model.config, number, fps=fps, max_frames=most)
 
     def _result(self, answer: Answer, generation: dict[str, Any], prompt: Tensor) -> GenerationResult:
         text, visual = answer.text, answer.visual_tokens or []
@@ -232,7 +253,7 @@ class LlavaReduced(lmms):
         for stop in [until] if isinstance(until, str) else until:
             text = text.split(stop)[0].strip() if stop else text
         counts = VisualTokenCounts(
-            input_tokens=int((prompt != IMAGE_TOKEN_INDEX).sum()) + sum(after for _, after in visual),
+            input_tokens=int((prompt >= 0).sum()) + sum(after for _, after in visual),
             output_tokens=len(self.tokenizer(answer.text, add_special_tokens=False).input_ids),
             visual_tokens=visual,
         )

@@ -20,6 +20,7 @@ SETTINGS = {
     "num_beams": "num_beams",
     "max_new_tokens": "max_new_tokens",
     "image_aspect_ratio": "image_aspect_ratio",
+    "frames": "frames",
     "no_images": "no_images",
     "questions_sha256": "the questions (questions_sha256)",
 }

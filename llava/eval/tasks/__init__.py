@@ -7,12 +7,12 @@ from difflib import get_close_matches
 from llava.eval.tasks import toy
 from llava.eval.tasks.base import Task
 from llava.eval.tasks.choices import mmbench, mme, mmstar, pope, qbench, scienceqa, seed
-from llava.eval.tasks.judged import llavabench, mmvet
+from llava.eval.tasks.judged import llavabench, mmvet, video_qa
 from llava.eval.tasks.short_answer import chartqa, docvqa, gqa, infovqa, ocrvqa, textvqa, vizwiz, vqav2
 
 _FILES = (
     *(vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, seed, llavabench, mmvet),
-    *(mmstar, docvqa, infovqa, chartqa, ocrvqa, qbench, toy),
+    *(mmstar, docvqa, infovqa, chartqa, ocrvqa, qbench, video_qa, toy),
 )
 TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in file.TASKS}
 """All tasks by name."""

@@ -43,7 +43,8 @@ class Task(ABC):
         main: the metric that stands for the task; None where only a server scores, so that there is none here.
         published: for benchmarks of the papers' tables, under their names in `llava.eval.reports`, which metric is
             that figure.
-        images: folder of the pictures, within `folder`.
+        images: folder of the pictures and clips, within `folder`.
+        templates: the prompt template by the one that is usual for the checkpoint, where its program has another.
         max_new_tokens: longest answer in tokens.
         judged: whether a model grades the answers: `grade` gets a judge.
     """
@@ -55,6 +56,7 @@ class Task(ABC):
     main: str | None
     published: Mapping[str, str] = field(default_factory=dict)
     images: str = "."
+    templates: Mapping[str, str] = field(default_factory=dict)
     max_new_tokens: int = 128
     judged: bool = False
 

@@ -46,6 +46,7 @@ LEGACY_FLAGS: dict[str, Legacy] = {
     "tune_mm_query_abstractor": Legacy("tune_mm_mlp_adapter"),
     "pretrain_mm_query_abstractor": Legacy("pretrain_mm_mlp_adapter"),
     "image_tower": Legacy("vision_tower"),  # Video-LLaVA's
+    "tokenizer_model_max_length": Legacy("model_max_length"),  # Video-LLaVA's, of a row with its visual tokens
     "evaluation_strategy": Legacy("eval_strategy"),
     "no_cuda": Legacy("use_cpu"),
     "per_gpu_train_batch_size": Legacy("per_device_train_batch_size"),
@@ -107,12 +108,19 @@ def translate_legacy(argv: list[str], known: Collection[str]) -> list[str]:
         new_value = LEGACY_VALUES.get(name, {}).get(value)
         if legacy is not None:
             result += _translated(name, value, legacy)
+        elif name == "data_path" and _names_several(words):
+            result.append(f"--data_path={json.dumps(words[1:])}")  # as Video-LLaVA's commands name them
         elif new_value is not None:
             logger.info("--%s %s is called %s today", name, value, new_value)
             result.append(f"--{name}={new_value}")
         else:
             result += words
     return result
+
+
+def _names_several(words: list[str]) -> bool:
+    """Whether a flag's values are names of their own, rather than one text with commas or brackets that has spaces."""
+    return len(words) > 2 and not any("," in word or word[0] in "[{" for word in words[1:] if word)
 
 
 def _translated(name: str, value: str, legacy: Legacy) -> list[str]:

@@ -4,7 +4,8 @@
 #   CKPT=llava-v1.5-7b bash scripts/v1_5/eval/run.sh pope,gqa [FLAGS OF llava eval]
 #
 # CKPT        name of the checkpoint; results go to outputs/eval/$CKPT
-# MODEL_PATH  its folder or hub name; default: ./checkpoints/$CKPT if it is there, otherwise liuhaotian/$CKPT
+# MODEL_PATH  its folder or hub name; default: ./checkpoints/$CKPT if it is there, otherwise $HUB/$CKPT
+# HUB         whose checkpoint on the hub; default: liuhaotian
 # MODEL_BASE  base of a LoRA folder
 # REDUCTION   a method in place of the checkpoint's own: a name, JSON, or none
 # CONV_MODE   prompt template; default: by the checkpoint's language model
@@ -27,6 +28,6 @@ if [[ -z "${VIRTUAL_ENV:-}" && -f "$LLAVA_ROOT/.venv/bin/activate" ]]; then
     source "$LLAVA_ROOT/.venv/bin/activate"
 fi
 if [[ -z "${MODEL_PATH:-}" ]]; then
-    if [[ -d "checkpoints/$CKPT" ]]; then MODEL_PATH="checkpoints/$CKPT"; else MODEL_PATH="liuhaotian/$CKPT"; fi
+    if [[ -d "checkpoints/$CKPT" ]]; then MODEL_PATH="checkpoints/$CKPT"; else MODEL_PATH="${HUB:-liuhaotian}/$CKPT"; fi
 fi
 exec llava eval "$MODEL_PATH" "${flags[@]}" "$@"
