@@ -234,3 +234,18 @@ def test_files_without_a_reader_end_before_the_run(
     with pytest.raises(ValueError, match=r"film\.mp4 of sample 'film' needs the package av.*llava\[video\]"):
         train(parse_args(world.flags(tmp_path / "run", data_path=file, **settings)))
     train(parse_args(world.flags(tmp_path / "run", data_path=data, **settings)))
+
+
+def test_the_doctor_looks_for_a_new_video_tower(
+    world: TinyWorld, data: Path, video_tower: Path, tmp_path: Path
+) -> None:
+    """Also where the checkpoint holds the tower for pictures."""
+    train(parse_args(world.flags(tmp_path / "base", max_steps=1)))
+    folder = Path(shutil.copytree(video_tower, tmp_path / "torn"))
+    (folder / "model.safetensors").write_bytes(b"torn")
+    settings = {"model_name_or_path": tmp_path / "base", "data_path": data, "video_tower": folder}
+    flags = world.flags(tmp_path / "out", num_frames=FRAMES, **settings)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("".join(f"{flag[2:].replace('=', ': ', 1)}\n" for flag in flags))
+    errors = [finding for finding in examine(recipe, []).findings if finding.level == "error"]
+    assert [finding.kind for finding in errors] == ["video tower"]
