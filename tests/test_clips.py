@@ -146,7 +146,7 @@ def test_frames_ranked_together_are_one_large_picture(model: Any, name: str) -> 
     reducers, clip = inner.reducers(), torch.randn(3, 3, SIDE, SIDE)
     texts = ["a red bus"] if reducers.read_text else None
     encoded = inner.encode_pictures([Clip(clip)], texts=texts)
-    beside = inner._beside(texts, [3], None, reducers)
+    beside = inner._beside(texts, [3], [True], None, reducers)
     assert isinstance(reducers.encoder, EncoderReducer)
     method = reducers.encoder
     seen = method.measured(inner._see(clip, reducers, [3]))
