@@ -227,13 +227,14 @@ def places_read(
     source: str | os.PathLike,
     model_base: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
+    video_tower: str | os.PathLike | None = None,
 ) -> dict[str, str | os.PathLike | None]:
-    """What is read where a checkpoint is opened: itself, its base and their vision towers.
+    """What is read where a checkpoint is opened: itself, its base and their towers.
 
     Args:
         source: the checkpoint.
         model_base: in place of the base that an adapter or projector-only folder names.
-        vision_tower: used besides those that the config.json files name.
+        vision_tower, video_tower: used besides those that the config.json files name.
     """
     folder = Path(source)
     adapter, config = _json(folder / ADAPTER_CONFIG), _json(folder / "config.json")
@@ -246,6 +247,9 @@ def places_read(
         "vision tower": vision_tower,
         "vision tower of the source": config.get("mm_vision_tower"),
         "vision tower of the base": theirs.get("mm_vision_tower"),
+        "video tower": video_tower,
+        "video tower of the source": config.get("mm_video_tower"),
+        "video tower of the base": theirs.get("mm_video_tower"),
     }
     return {"source": source, **{name: place for name, place in named.items() if isinstance(place, str | os.PathLike)}}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,14 @@ from transformers import CLIPModel
 
 from llava.data.dataset import LazySupervisedDataset
 from llava.model.builder import load_pretrained_model
+from llava.reduction import ReductionConfig
+from llava.train.checkpoints.resume import SETTINGS_FILE, check_checkpoint, run_settings
+from llava.train.data import load_dataset
+from llava.train.lengths import sample_lengths
+from llava.train.modeling import load_tokenizer, read_config
 from llava.train.preflight.doctor import examine
 from llava.train.settings.parsing import parse_args
+from llava.train.settings.problems import SettingsError
 from llava.train.train import train
 from tests.ranks import Ranks, zero_flags
 from tests.results import KINDS, check_losses, losses
@@ -128,9 +136,6 @@ def test_items_of_clips(world: TinyWorld, data: Path) -> None:
     """Both files' marks become the clip's marker, lengths know frames."""
     from transformers import AutoTokenizer
 
-    from llava.train.data import load_dataset
-    from llava.train.modeling import read_config
-
     arguments = parse_args(world.flags(world.root / "out", data_path=data, num_frames=FRAMES))
     config = read_config(arguments)
     tokenizer = AutoTokenizer.from_pretrained(world.llm)
@@ -144,6 +149,45 @@ def test_items_of_clips(world: TinyWorld, data: Path) -> None:
         assert item["text"] == "what happens ?"
     assert dataset.modality_lengths[0] > 0 > dataset.modality_lengths[1]
     assert dataset.lengths[0] == dataset.lengths[1] + FRAMES * 128 + 4
+
+
+def test_lengths_count_each_frame(world: TinyWorld, data: Path, video_tower: Path, tmp_path: Path) -> None:
+    """With its class token where the model keeps it; without a bound on frames there are no lengths."""
+
+    def length_and_ids(**settings: Any) -> tuple[int, int]:
+        flags = world.flags(tmp_path, data_path=data, video_tower=video_tower, tokens_per_batch=512, **settings)
+        arguments = parse_args(flags)
+        config = read_config(arguments)
+        dataset = load_dataset(arguments, config, load_tokenizer(arguments))
+        assert isinstance(dataset, LazySupervisedDataset)
+        return sample_lengths(arguments, config, dataset)[0], len(dataset[0]["input_ids"])
+
+    for settings, frame in (({}, 17), ({"reduction": "{name: divprune, tokens: 3}"}, 4)):
+        length, ids = length_and_ids(num_frames=FRAMES, **settings)
+        assert length == ids - 1 + FRAMES * frame
+    with pytest.raises(ValueError, match="--video_fps alone does not say how many frames"):
+        length_and_ids(video_fps=1)
+    assert length_and_ids(video_fps=1, max_frames=5)[0] > 5 * 17
+
+
+def test_a_run_samples_as_the_checkpoint_that_it_begins_with(world: TinyWorld, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(world.llm, tmp_path / "base"))
+    file = base / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "video_fps": 2, "max_frames": 5}))
+    for given, expected in (({}, (8, 2, 5)), ({"num_frames": 4}, (4, None, 5))):
+        arguments = parse_args(world.flags(tmp_path / "run", model_name_or_path=base, **given))
+        read_config(arguments)
+        taken = arguments.data
+        assert (taken.num_frames, taken.video_fps, taken.max_frames) == expected
+
+
+def test_another_video_tower_is_another_run(world: TinyWorld, video_tower: Path, tmp_path: Path) -> None:
+    arguments = parse_args(world.flags(tmp_path, video_tower=video_tower))
+    settings = run_settings(arguments, ReductionConfig(), None, 1)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / SETTINGS_FILE).write_text(json.dumps({**settings, "video_tower": None}))
+    with pytest.raises(SettingsError, match=r"video_tower: none -> .*video-tower"):
+        check_checkpoint(str(tmp_path / "checkpoint-1"), settings, "optimizer")
 
 
 def test_a_bad_clip_is_a_reject(world: TinyWorld, data: Path, tmp_path: Path) -> None:
@@ -175,3 +219,33 @@ def test_the_doctor_reads_clips(world: TinyWorld, data: Path, tmp_path: Path) ->
     said = errors(bad)
     assert "clip 1" in said
     assert "nowhere.mp4" in said
+
+
+def test_files_without_a_reader_end_before_the_run(
+    world: TinyWorld, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where bad samples are skipped: it is no fault of theirs. Folders of frames need no reader."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    settings = {"num_frames": FRAMES, "max_steps": 1, "on_bad_sample": "skip"}
+    samples = json.loads(data.read_text())[:4]
+    (world.images / "film.mp4").write_bytes(b"any")
+    file = tmp_path / "files.json"
+    file.write_text(json.dumps([*samples, {**samples[0], "id": "film", "video": "film.mp4"}]))
+    with pytest.raises(ValueError, match=r"film\.mp4 of sample 'film' needs the package av.*llava\[video\]"):
+        train(parse_args(world.flags(tmp_path / "run", data_path=file, **settings)))
+    train(parse_args(world.flags(tmp_path / "run", data_path=data, **settings)))
+
+
+def test_the_doctor_looks_for_a_new_video_tower(
+    world: TinyWorld, data: Path, video_tower: Path, tmp_path: Path
+) -> None:
+    """Also where the checkpoint holds the tower for pictures."""
+    train(parse_args(world.flags(tmp_path / "base", max_steps=1)))
+    folder = Path(shutil.copytree(video_tower, tmp_path / "torn"))
+    (folder / "model.safetensors").write_bytes(b"torn")
+    settings = {"model_name_or_path": tmp_path / "base", "data_path": data, "video_tower": folder}
+    flags = world.flags(tmp_path / "out", num_frames=FRAMES, **settings)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("".join(f"{flag[2:].replace('=', ': ', 1)}\n" for flag in flags))
+    errors = [finding for finding in examine(recipe, []).findings if finding.level == "error"]
+    assert [finding.kind for finding in errors] == ["video tower"]

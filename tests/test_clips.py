@@ -109,6 +109,20 @@ def test_frames_that_compete_for_themselves(model: Any, name: str, half: dict[st
 
 
 @torch.no_grad()
+def test_the_padding_of_a_picture_beside_a_clip(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told from the picture whether or not the batch has clips."""
+    use(model, "mmtok", tokens=6)
+    monkeypatch.setattr(model.config, "image_aspect_ratio", "pad", raising=False)
+    picture, clip = torch.randn(3, SIDE, SIDE), Clip(torch.randn(3, 3, SIDE, SIDE))
+    inner = model.get_model()
+    alone = inner.encode_pictures([picture], [(60, 20)], ["red"])
+    unpadded = inner.encode_pictures([picture], None, ["red"])
+    assert not torch.allclose(alone.tokens, unpadded.tokens, atol=1e-4)
+    both = inner.encode_pictures([clip, picture], [(SIDE, SIDE), (60, 20)], ["a bus", "red"])
+    torch.testing.assert_close(both.tokens[-6:], alone.tokens, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_a_clip_is_its_frames_in_order(model: Any) -> None:
     """One marker for a clip and one for each frame give the same rows."""
     use(model, "none")
@@ -132,7 +146,7 @@ def test_frames_ranked_together_are_one_large_picture(model: Any, name: str) -> 
     reducers, clip = inner.reducers(), torch.randn(3, 3, SIDE, SIDE)
     texts = ["a red bus"] if reducers.read_text else None
     encoded = inner.encode_pictures([Clip(clip)], texts=texts)
-    beside = inner._beside(texts, [3], None, reducers)
+    beside = inner._beside(texts, [3], [True], None, reducers)
     assert isinstance(reducers.encoder, EncoderReducer)
     method = reducers.encoder
     seen = method.measured(inner._see(clip, reducers, [3]))

@@ -344,6 +344,25 @@ def test_what_makes_features_differ_is_refused(world: TinyWorld, tmp_path: Path)
             call(world, tmp_path / "run", reduction="trim")
 
 
+def test_clips_are_refused_before_the_run(world: TinyWorld, tmp_path: Path) -> None:
+    samples = json.loads(world.data.read_text())
+    said = [{"from": "human", "value": "<video>\nwhat ?"}, {"from": "gpt", "value": "red"}]
+    data = tmp_path / "clips.json"
+    data.write_text(json.dumps([*samples, {"id": 1, "video": "clip", "conversations": said}]))
+    with pytest.raises(ValueError, match=r"images alone, and 1 of \d+ samples show clips"):
+        make_cache(world, tmp_path / "out", data_path=data)
+    assert len(FeatureCache(make_cache(world, tmp_path / "out")))
+    with pytest.raises(ValueError, match=r"images alone, and 1 of \d+ samples show clips"):
+        train(parse_args(flags(world, tmp_path / "out", data_path=data)))
+
+
+def test_pictures_of_a_model_with_a_tower_for_frames(world: TinyWorld, tmp_path: Path) -> None:
+    own = FeatureCache(make_cache(world, tmp_path / "one" / "out"))
+    other = FeatureCache(make_cache(world, tmp_path / "two" / "out", video_tower=world.clip))
+    picture = str(next(world.images.glob("*.png")))
+    assert torch.equal(own.read(picture)[0].tokens, other.read(picture)[0].tokens)
+
+
 def test_a_missing_or_changed_picture_is_named(
     world: TinyWorld, own_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

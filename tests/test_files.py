@@ -144,6 +144,7 @@ def test_what_a_killed_process_left_is_brought_to_its_end(tmp_path: Path) -> Non
         ("models/base/new", "lies in the base"),
         ("towers/clip", "is the vision tower"),
         ("towers", "the vision tower .* lies in the target"),
+        ("towers/frames", "is the video tower"),
         ("owner/tower", "is the vision tower"),  # a name of the hub: it would be read from here from now on
     ],
 )
@@ -155,9 +156,10 @@ def test_what_is_read_is_never_written(
     files = {
         "models/lora/adapter_config.json": {"base_model_name_or_path": "models/base"},
         "models/lora/config.json": {"mm_vision_tower": str(tmp_path / "towers" / "clip")},
-        "models/base/config.json": {"mm_vision_tower": "owner/tower"},
+        "models/base/config.json": {"mm_vision_tower": "owner/tower", "mm_video_tower": "towers/frames"},
         "models/other/config.json": {},
         "towers/clip/config.json": {},
+        "towers/frames/config.json": {},
     }
     for name, content in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)

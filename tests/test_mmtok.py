@@ -150,16 +150,16 @@ def test_no_patch_of_the_padding(tokenizer: Any, reduction: Any) -> None:
         padding = padded_patches(size, SIDE, GRID)
         assert int(padding.sum()) == 8
         assert not padding[read["tokens"].source[i]].any()
-    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], None, inner.reducers())
+    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], [False, False], None, inner.reducers())
     model.config.image_aspect_ratio = "anyres"
-    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], sizes, inner.reducers())
+    assert "padding" not in inner._beside(TEXTS[:2], [1, 1], [False, False], sizes, inner.reducers())
 
 
 def test_the_padding_of_a_picture_beside_a_clip(tokenizer: Any) -> None:
     """What is known of a picture does not depend on its neighbours; frames have no padding."""
     inner = reading_model(tokenizer).get_model()
     size = (2 * SIDE, SIDE)
-    padding = inner._beside(TEXTS[:2], [1, 3], [size, (SIDE, SIDE)], inner.reducers())["padding"]
+    padding = inner._beside(TEXTS[:2], [1, 3], [False, True], [size, (SIDE, SIDE)], inner.reducers())["padding"]
     assert padding[0].equal(padded_patches(size, SIDE, GRID))
     assert padding.shape == (4, 16)
     assert not padding[1:].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -497,6 +498,7 @@ def test_bitsandbytes_leaves_projector_and_tower_alone() -> None:
 
     model = tiny_model()
     model.set_reduction(METHODS["stf-release"])
+    model.get_model().video_tower = copy.deepcopy(model.get_vision_tower())
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantized = {name for name in linear if should_convert_module(name, NOT_QUANTIZED)}
     assert quantized == {name for name in linear if name.startswith("model.layers.")}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,15 @@ from transformers import (
     VideoLlavaImageProcessor,
 )
 
+from llava.cost.sizes import Sizes
 from llava.eval.answering import Answerer, VqaOptions
 from llava.eval.questions import Question
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert
+from llava.model.image_inputs import Clip
+from llava.reduction.base import VisionFeatures
+from llava.reduction.frames import concatenated_features
 from tests.hf_folders import picture, word_tokenizer
 from tests.standins.video_qa import write_clip
 from tests.tiny_models import PATCH, SIDE, pad, prompt
@@ -212,6 +218,23 @@ def test_to_transformers_layout_and_back(hf: Path, released: Path, theirs: Any, 
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_settings_come_back_from_transformers_layout(released: Path, tmp_path: Path) -> None:
+    """How pictures are padded and what the towers are called, for which that layout has no place."""
+    folder = Path(shutil.copytree(released, tmp_path / "own"))
+    file = folder / "config.json"
+    names = {"mm_image_tower": "hub/image", "mm_vision_tower": "hub/image", "mm_video_tower": "hub/video"}
+    config = {**json.loads(file.read_text()), **names, "image_aspect_ratio": "pad"}
+    config["mm_video_config"]["num_frames"] = FRAMES  # as LanguageBind's says, and its other tower's 1
+    file.write_text(json.dumps(config))
+    back = convert(convert(folder, tmp_path / "hf"), tmp_path / "back", "llava")
+    config = json.loads((back / "config.json").read_text())
+    assert {name: config[name] for name in names} == names
+    assert config["image_aspect_ratio"] == "pad"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_aspect_ratio": "anyres"}))
+    with pytest.raises(ValueError, match="video_llava has neither tiles"):
+        convert(folder, tmp_path / "tiled")
+
+
 def test_pixels_are_those_of_transformers(hf: Path) -> None:
     _, model, processor, _ = load_pretrained_model(hf, device="cpu")
     image = picture((90, 60))
@@ -299,6 +322,51 @@ def test_every_batch_of_training_runs_both_towers(ours: Any, rows: list[torch.Te
     assert loss.isfinite()
     assert ours.get_model().mm_projector[0].weight.grad is not None
     ours.zero_grad()
+
+
+def test_the_tower_that_a_batch_does_not_need_gets_gradients(ours: Any) -> None:
+    """Also where a method reads other blocks than the selected one: DDP waits for all gradients."""
+    model = copy.deepcopy(ours)
+    model.set_reduction({"name": "stf", "kernel": 1, "mbtf": 1})
+    towers = {"image": model.get_model().vision_tower, "video": model.get_model().video_tower}
+    for tower in towers.values():
+        tower.vision_tower.embeddings.patch_embedding.requires_grad_(True)
+    model.train()
+    mine, _ = inputs_of([prompt(2, "image", 3)], "right")
+    model(**mine, labels=mine["input_ids"].where(mine["input_ids"] >= 0, -100)).loss.backward()
+    grads = {kind: tower.vision_tower.embeddings.patch_embedding.weight.grad for kind, tower in towers.items()}
+    assert grads["image"] is not None and bool(grads["image"].any())
+    assert grads["video"] is not None and not bool(grads["video"].any())
+
+
+def test_methods_that_need_a_text_tower_are_refused(ours: Any) -> None:
+    with pytest.raises(ValueError, match=r"trim.*a tower of frames has no text tower"):
+        ours.set_reduction({"name": "trim", "tokens": 4})
+
+
+def test_towers_on_two_devices() -> None:
+    """As a device map may place them: what they make comes together on the first one's."""
+    parts = [VisionFeatures(torch.zeros(n, 4, 8, device=device)) for n, device in ((1, "meta"), (2, "cpu"))]
+    both = concatenated_features(parts, torch.tensor([1, 0, 2]))
+    assert (both.features.device.type, both.features.shape) == ("meta", (3, 4, 8))
+
+
+def test_costs_count_the_weights_of_both_towers(ours: Any) -> None:
+    inner = ours.get_model()
+    counted = sum(p.numel() for tower in (inner.vision_tower, inner.video_tower) for p in tower.parameters())
+    assert Sizes.of(ours).weights["tower"] == counted
+
+
+def test_frames_compete_with_their_class_tokens(ours: Any) -> None:
+    """Also where a method ranks all frames together, which puts the class tokens in front."""
+    method = {"encoder": {"name": "divprune", "tokens": 5, "frames": "joint"}}
+    method["decoder"] = {"name": "pyramiddrop", "layers": [1], "ratios": [0.5], "pool": "frame"}
+    clip = torch.randn(FRAMES, 3, SIDE, SIDE)
+    with torch.no_grad():
+        frames = ours.get_model().encode_pictures([Clip(clip)], reduction=method).frames
+    assert frames[:FRAMES].tolist() == list(range(FRAMES))
+    assert len(frames) == FRAMES * 6
+    assert frames[FRAMES:].tolist() == sorted(frames[FRAMES:].tolist())
 
 
 def test_llava_eval_asks_about_clips(released: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import torch
 from torch.nn.utils import clip_grad
 from transformers import TrainerCallback
 
+from llava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.cost.bench.workload import StandInWords
 from llava.model.language_model.packed import PACKED_SDPA, PACKED_VARLEN
 from llava.model.visual_encoding import store_features
@@ -116,6 +118,30 @@ def test_a_training_step(method: str, packed: bool) -> None:
         texts = ["a red bus", "two", "no image", "how many", "left of it"]
         waits = waits_of_a_step(model, collated(anyres=is_anyres), packed=packed, texts=texts)
         assert len(waits) == expected, waits
+
+
+CLIPS: dict[str, Any] = {
+    "none": "none",
+    "divprune": {"name": "divprune", "tokens": 5},
+    "divprune of all frames": {"name": "divprune", "tokens": 5, "frames": "joint"},
+    "of each frame": {"encoder": METHODS["prumerge at a budget"][0], "decoder": {**FASTV, "pool": "frame"}},
+}
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("method", CLIPS)
+def test_clips_beside_pictures(method: str, towers: int) -> None:
+    model = staged_model(reduction=CLIPS[method])
+    if towers == 2:
+        model.get_model().video_tower = copy.deepcopy(model.get_vision_tower())
+    batch, stills = training_batch(), list(pictures(False))
+    is_image = (batch["input_ids"] == IMAGE_TOKEN_INDEX) & batch["attention_mask"].bool()
+    batch["input_ids"][tuple(is_image.nonzero()[0])] = VIDEO_TOKEN_INDEX
+    host = HostBatch(batch["input_ids"].clone(), batch["attention_mask"].bool(), batch["labels"].clone())
+    batch |= {"images": stills[1:], "image_sizes": None, "videos": [torch.stack([stills[0]] * 3)]}
+    on_device = {key: copied(value) if key in (*ON_DEVICE, "videos") else value for key, value in batch.items()}
+    waits = waits_of_a_step(model, {**on_device, "host": host})
+    assert not waits
 
 
 @pytest.mark.parametrize("method", ["none", "prumerge", "pyramiddrop"])

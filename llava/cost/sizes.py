@@ -105,7 +105,7 @@ def _weights(model: Any) -> dict[str, int]:
         "layers": inner.layers,
         "head": model.lm_head,
         "embeddings": inner.embed_tokens,
-        "tower": inner.vision_tower,
+        "tower": nn.ModuleList(filter(None, (inner.vision_tower, inner.video_tower))),
         "projector": nn.ModuleDict(inner.projector_modules()),
     }
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

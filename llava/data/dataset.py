@@ -153,6 +153,11 @@ class LazySupervisedDataset(Dataset[dict[str, Any]]):
         most = sampling.num_frames if sampling.fps is None else sampling.max_frames or sampling.num_frames
         return min(most, sampling.max_frames or most)
 
+    @property
+    def bounds_frames(self) -> bool:
+        """Whether no clip has more frames than `frames_of_a_clip`."""
+        return self.maker.sampling.fps is None or self.maker.sampling.max_frames is not None
+
     def column(self, name: str, valid: bool = False) -> np.ndarray:
         """A column of all samples, in their order; with `valid` whether each has a value there."""
         values = self.table.data.column(name)

@@ -46,7 +46,7 @@ LLAVA_1_5 = {
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 MERGED_KEY = "merged_adapters"  # of config.json: marks of the adapters that were added to the weights
 # Patterns that bitsandbytes' modules are matched with, from the start of the name.
-NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.query_abstractor", r"model\.vision_tower", "lm_head"]
+NOT_QUANTIZED = [r"model\.mm_projector\w*", r"model\.query_abstractor", r"model\.(vision|video)_tower", "lm_head"]
 
 
 def load_pretrained_model(

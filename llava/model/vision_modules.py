@@ -110,6 +110,12 @@ class VisionModules:
             reducers.decoder.drops(self.config.num_hidden_layers)  # raises for layers that are not there
         if tower is not None:
             tower.check_methods(reducers)
+        if self.video_tower is not None and reducers.needs.clip_text:
+            assert reducers.encoder is not None
+            raise reducers.encoder.mistake(
+                "it compares patches with CLIP's embedding of the question, and a tower of frames has no text tower "
+                "beside it: choose a method that reads no text, or the words alone"
+            )
         return reducers
 
     def _set_reducers(self, reducers: Reducers) -> None:

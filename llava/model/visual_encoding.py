@@ -145,7 +145,9 @@ class VisualEncoding(VisionModules):
                 unseen.append(one(torch.zeros_like(pixels[:1]), needs, read, methods.tower))
         vision = parts[0] if len(parts) == 1 else concatenated_features(parts, torch.cat(places).argsort())
         for blank in unseen:
-            vision.features = vision.features + blank.features.flatten()[:0].sum()
+            nothing = blank.features.flatten()[:0].sum()
+            vision.features = vision.features + nothing
+            vision.hidden_states = {block: states + nothing for block, states in vision.hidden_states.items()}
         return vision
 
     def _project(self, read: VisionFeatures | VisualTokens, methods: Reducers) -> tuple[Tensor, VisualTokens]:
@@ -222,7 +224,7 @@ class VisualEncoding(VisionModules):
         else:
             pictures = list(pictures)
             counts, is_clip = tile_counts(pictures), [isinstance(picture, Clip) for picture in pictures]
-            beside = self._beside(texts, counts, image_sizes, reducers)
+            beside = self._beside(texts, counts, is_clip, image_sizes, reducers)
             frames = frame_counts(pictures)
             once = once or TowerOnce()
             if once.read is None:
@@ -235,11 +237,10 @@ class VisualEncoding(VisionModules):
             projected = torch.cat([projected, self.image_newline.to(projected).unsqueeze(0)])
         index = index.masked_fill(index == NEWLINE, len(projected) - 1)
         asked = reducers.decoder is not None and reducers.decoder.pool == "frame"
-        patches = math.prod(self.tile_grid(reducers))
         return EncodedPictures(
             projected[to_device(index, projected.device)],
             torch.tensor([len(layout) for layout in layouts]),
-            self._frame_numbers(tokens, layouts, counts, is_clip, patches) if asked else None,
+            self._frame_numbers(tokens, layouts, counts, is_clip, reducers) if asked else None,
         )
 
     def _tiles(self, pictures: Sequence[Picture]) -> Tensor:
@@ -252,14 +253,22 @@ class VisualEncoding(VisionModules):
         return torch.cat([to_device(tile, tower.device) for tile in tiles])
 
     def _beside(
-        self, texts: Sequence[str] | None, counts: list[int], image_sizes: ImageSizes, methods: Reducers
+        self,
+        texts: Sequence[str] | None,
+        counts: list[int],
+        is_clip: list[bool],
+        image_sizes: ImageSizes,
+        methods: Reducers,
     ) -> dict[str, Tensor | None]:
         """What a method reads besides what the tower makes, for each tile; `counts` tiles an image."""
         needs, beside = methods.needs, dict[str, Tensor | None]()
-        is_padded = needs.padding and getattr(self.config, "image_aspect_ratio", None) == "pad"
-        sizes = size_pairs(image_sizes, len(counts)) if is_padded else None
-        if sizes:
-            beside["padding"] = self._padding(counts, sizes, methods)
+        sizes = size_pairs(image_sizes, len(counts)) if needs.padding else None
+        is_tiled = any(count > 1 for count, clip in zip(counts, is_clip, strict=True) if not clip)
+        if sizes is not None and not is_tiled and getattr(self.config, "image_aspect_ratio", None) == "pad":
+            tower = self._tower()
+            masks = [padded_patches(size, tower.image_size, self.tile_grid(methods)) for size in sizes]
+            padding = torch.stack(masks).repeat_interleave(torch.tensor(counts), dim=0)  # a clip's size is its frames'
+            beside["padding"] = to_device(padding, tower.device)
         if needs.text is None:
             return beside
         assert methods.encoder is not None
@@ -274,14 +283,6 @@ class VisualEncoding(VisionModules):
         beside["text"] = embeds[to_device(rows, embeds.device)]
         beside["text_mask"] = None if mask is None else mask[to_device(rows, mask.device)]
         return beside
-
-    def _padding(self, counts: list[int], sizes: list[tuple[int, int]], methods: Reducers) -> Tensor:
-        """[T, P] bool, patches that only pad a picture of one tile; a clip's frames are not padded."""
-        grid, tower = self.tile_grid(methods), self._tower()
-        nothing = torch.zeros(math.prod(grid), dtype=torch.bool)
-        pictures = zip(sizes, counts, strict=True)
-        masks = [padded_patches(size, tower.image_size, grid) if count == 1 else nothing for size, count in pictures]
-        return to_device(torch.stack(masks).repeat_interleave(torch.tensor(counts), dim=0), tower.device)
 
     def _embed_texts(self, phrases: list[list[str]], kind: str) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the phrases of Q questions as `Needs.text` says, [Q, E] or [Q, S, E]; [Q, S], what is real."""
@@ -361,9 +362,10 @@ class VisualEncoding(VisionModules):
         return layouts
 
     def _frame_numbers(
-        self, tokens: VisualTokens, layouts: list[Tensor], counts: list[int], is_clip: Sequence[bool], patches: int
+        self, tokens: VisualTokens, layouts: list[Tensor], counts: list[int], is_clip: Sequence[bool], methods: Reducers
     ) -> Tensor:
-        """[K] int64, the number of the image or frame, of so many patches, of each token that `layouts` name."""
+        """[K] int64, the number of the image or frame of each token that `layouts` name."""
+        patches, has_cls = math.prod(self.tile_grid(methods)), self.keeps_frame_cls(methods)
         t, m = tokens.features.shape[:2]
         row = torch.arange(t).repeat_interleave(m)[tokens.host_mask.flatten()]  # of each projected token
         source = None
@@ -377,6 +379,8 @@ class VisualEncoding(VisionModules):
                 frame = row[layout] - start
             else:  # of all frames together: what stands for several patches goes with the last frame
                 frame = torch.where(source[layout] < 0, count - 1, source[layout] // patches)
+                if has_cls:  # in front, one of each frame
+                    frame[:count] = torch.arange(count)
             numbers.append(frame + first)
             start, first = start + rows, first + (count if clip else 1)
         return torch.cat(numbers)

@@ -89,8 +89,8 @@ def concatenated_features(parts: Sequence[VisionFeatures], order: Tensor) -> Vis
     if any(part.features.shape[1] < width or part.mask is not None for part in parts):
         parts = [_padded(part, width) for part in parts]
 
-    def cat(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors))[at]
+    def cat(tensors: Sequence[Tensor]) -> Tensor:  # a device map may have the towers on two devices
+        return torch.cat([tensor.to(at.device) for tensor in tensors])[at]
 
     changes: dict[str, Any] = {}
     for name in TENSORS:
@@ -118,11 +118,13 @@ def with_cls(tokens: VisualTokens, cls: Tensor, frames: Sequence[int]) -> Visual
     is_frame = torch.tensor([count > 0 for count in frames for _ in range(max(count, 1))])
     is_cls = torch.arange(most) < torch.tensor(added).unsqueeze(1)
     front = cls.new_zeros(n, most, cls.shape[1])
-    front[to_device(is_cls, device)] = cls[to_device(is_frame, device)]
+    # By numbers, as the host knows them: a mask on the device would have to be waited for.
+    row, column, frame = (to_device(each, device) for each in (*is_cls.nonzero(as_tuple=True), *is_frame.nonzero().T))
+    front[row, column] = cls[frame]
     m = tokens.features.shape[1]
     real = torch.ones(n, m, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask
     real = torch.cat([to_device(is_cls, device), real], dim=1)
-    source = torch.arange(m).expand(n, m) if tokens.source is None else tokens.source
+    source = torch.arange(m, device=device).expand(n, m) if tokens.source is None else tokens.source
     source = torch.cat([source.new_full((n, most), -1), source], dim=1)
     order = (~real).long().argsort(dim=1, stable=True)  # real ones first
     features = torch.cat([front.to(tokens.features.dtype), tokens.features], dim=1)

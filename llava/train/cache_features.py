@@ -37,7 +37,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.visual_encoding import store_features
 from llava.model.weights import load_into, tower_weights
 from llava.train.data import load_dataset
-from llava.train.feature_key import check_fixed, feature_key, inner_model
+from llava.train.feature_key import check_fixed, feature_key, inner_model, refuse_clips
 from llava.train.modeling import compute_dtype, load_tokenizer, loading_dtype, read_config
 from llava.train.pictures import Picture, Pictures, list_pictures
 from llava.train.preflight.models import build_without_weights
@@ -82,7 +82,7 @@ class Encoder:
     """
 
     def __init__(self, arguments: Arguments, config: Any) -> None:
-        self.model = build_without_weights(arguments, config)
+        self.model = build_without_weights(arguments, config).eval()  # in training a tower for frames would run too
         check_fixed(self.model)
         training, self.inner = arguments.training, inner_model(self.model)
         here = "cpu" if runs_on_cpu(training) else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -117,6 +117,7 @@ class _Run:
         self.encoder = Encoder(arguments, config)
         dataset = load_dataset(arguments, config, tokenizer)
         assert isinstance(dataset, LazySupervisedDataset)  # --streaming was refused
+        refuse_clips(dataset)
         self.dataset = dataset
         self.key = feature_key(self.encoder.model, arguments, self.dataset.maker.image_processor)
         self.pictures = list_pictures(self.dataset)

@@ -108,10 +108,21 @@ def use_feature_cache(dataset: Any, arguments: Arguments) -> None:
     """Let a run's items hold stored features where `feature_cache` asks for it.
 
     Raises:
-        ValueError: there is no cache; or see `LazySupervisedDataset`.
+        ValueError: there is no cache, or the data has clips; or see `LazySupervisedDataset`.
     """
     if arguments.data.feature_cache:
+        refuse_clips(dataset)
         dataset.maker.feature_cache = FeatureCache(arguments.data.feature_cache)
+
+
+def refuse_clips(dataset: LazySupervisedDataset) -> None:
+    """Raise ValueError where a sample shows a clip: a cache holds images alone."""
+    count = int((dataset.column("clips") > 0).sum())
+    if count:
+        raise ValueError(
+            f"--feature_cache holds the features of images alone, and {count} of {len(dataset)} samples show clips: "
+            "leave it out, or train on them in a run of their own"
+        )
 
 
 def check_cache_fits(dataset: Any, model: Any, arguments: Arguments) -> None:

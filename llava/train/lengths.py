@@ -33,13 +33,19 @@ def sample_lengths(arguments: Arguments, config: Any, dataset: LazySupervisedDat
 
     Raises:
         BadSampleError: a sample that cannot be trained on, where such samples stop the run.
+        ValueError: clips may have any number of frames.
     """
     training = arguments.training
     count = None
     if dataset.column("images").any() or dataset.column("clips").any():
         count = VisualCount(build_without_weights(arguments, config), arguments)
     visual = 0 if count is None else tokens_of_an_image(arguments, count)
-    clip = 0 if count is None else dataset.frames_of_a_clip * min(visual, count.count(None))
+    clip = 0 if count is None else dataset.frames_of_a_clip * tokens_of_a_frame(arguments, count)
+    if dataset.column("clips").any() and not dataset.bounds_frames:
+        raise ValueError(
+            "--tokens_per_batch fills rows by lengths, and --video_fps alone does not say how many frames a clip has: "
+            "set --max_frames"
+        )
     places = dataset.places()
     share = np.array_split(places, training.world_size)[training.process_index]
     rows = chain.from_iterable(row_chunks(dataset, places=share))
@@ -62,6 +68,11 @@ def tokens_of_an_image(arguments: Arguments, count: VisualCount) -> int:
     if data.image_aspect_ratio == "anyres" and data.image_grid_pinpoints:
         return max(count.count(tuple(size)) for size in parse_grid_pinpoints(data.image_grid_pinpoints))
     return count.count((1, 1))
+
+
+def tokens_of_a_frame(arguments: Arguments, count: VisualCount) -> int:
+    """The same of a frame of a clip, which is never tiled, and may have a class token."""
+    return (arguments.training.image_tokens_estimate if count.is_adaptive else 0) or count.count(None)
 
 
 def _length(dataset: LazySupervisedDataset, row: dict[str, Any], visual: int, clip: int, max_length: int) -> int:

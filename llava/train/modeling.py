@@ -76,7 +76,8 @@ def read_config(arguments: Arguments) -> Any:
     for name, default in VISION_DEFAULTS.items():
         if getattr(model, name) is None:
             setattr(model, name, getattr(config, name, default) if is_llava else default)
-    data.num_frames = data.num_frames or getattr(config, "num_frames", None) or Sampling.num_frames
+    frames = Sampling.of_model(config, data.num_frames, data.video_fps, data.max_frames)
+    data.num_frames, data.video_fps, data.max_frames = frames.num_frames, frames.fps, frames.max_frames
     data.image_aspect_ratio = data.image_aspect_ratio or getattr(config, "image_aspect_ratio", "square")
     data.image_grid_pinpoints = data.image_grid_pinpoints or getattr(config, "image_grid_pinpoints", None)
     if data.image_aspect_ratio == "anyres" and not data.image_grid_pinpoints:

@@ -79,6 +79,17 @@ def check_video_exists(location: str | list[str]) -> None:
         check_file(path, location, "video", limited=False)
 
 
+def is_video_file(location: str | list[str]) -> bool:
+    """Whether a clip of `locate_video` is a file to decode, and no folder or list of pictures."""
+    if isinstance(location, list):
+        return False
+    system, path = file_system(location)
+    if system is None:
+        return not os.path.isdir(path)  # noqa: PTH112 (no error for a name too long)
+    with _asking(location):
+        return not system.isdir(path)
+
+
 def read_video(
     location: str | list[str], sample: str, image_processor: Any, image_config: Any, sampling: Sampling
 ) -> torch.Tensor:

@@ -36,6 +36,11 @@ from llava.reduction.released import KEYS
 
 PAD_TOKEN = "<pad>"
 _TEMPLATES = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "qwen", "qwen3": "qwen"}
+# What a tower computes by; the rest of its configuration tells how it was trained.
+_ARCHITECTURE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps"),
+)
 _ROW_MULTIPLE = 64  # llava-hf pads the vocabulary to this, for the speed of matrix products
 
 
@@ -87,6 +92,11 @@ def _check_expressible(config: Any, drop_reduction: bool) -> bool:
         raise ValueError(f"mm_projector_type={kind!r}: the llava-hf layouts have mlp2x_gelu only")
     ratio = getattr(config, "image_aspect_ratio", None) or "square"
     merge = getattr(config, "mm_patch_merge_type", None) or "flat"
+    if getattr(config, "mm_video_tower", None) and (ratio == "anyres" or merge != "flat"):
+        raise ValueError(
+            f"image_aspect_ratio={ratio!r} with mm_patch_merge_type={merge!r}: video_llava has neither tiles nor ends "
+            "of rows, but square or pad with flat"
+        )
     if ratio == "anyres" and merge == "spatial_unpad":
         if getattr(config, "mm_vision_select_feature", "patch") != "patch":
             raise ValueError("mm_vision_select_feature='cls_patch': llava_next lays out tiles without a class token")
@@ -138,8 +148,9 @@ def _hf_config(model: Any, tokenizer: Any, anyres: bool) -> Any:
         "dtype": model.dtype,
     }
     if frames is not None:
-        if frames.config.to_dict() != tower.config.to_dict():
-            raise ValueError("the two towers have configurations of their own, and video_llava has one for both")
+        ours, theirs = ({name: getattr(each.config, name) for name in _ARCHITECTURE} for each in (tower, frames))
+        if ours != theirs:
+            raise ValueError(f"video_llava has one configuration for both towers, and they have {ours} and {theirs}")
         video = {"video_token_index": tokenizer.convert_tokens_to_ids(DEFAULT_VIDEO_TOKEN)}
         return VideoLlavaConfig(**values, **video, video_seq_length=8 * (frames.num_patches + 1))
     if not anyres:

@@ -158,9 +158,12 @@ def from_hf_config(hf: Any, folder: Path) -> PreTrainedConfig:
     text = {k: v for k, v in hf.text_config.to_dict().items() if k not in ("model_type", "architectures")}
     kept = getattr(hf, KEPT, None) or {}
     pad = getattr(hf, "pad_token_id", None)
+    own = {"mm_vision_tower": str(folder)}
+    if hf.model_type == "video_llava":  # pictures are padded or not, which the layout has no place for
+        own |= {"mm_video_tower": str(folder), "image_aspect_ratio": "square"}
     values = {
         **text,
-        "mm_vision_tower": str(folder),
+        **own,
         **kept.get("config", {}),
         **_vision_values(hf, folder),
         "tie_word_embeddings": hf.tie_word_embeddings,
@@ -207,8 +210,7 @@ def _vision_values(hf: Any, folder: Path) -> dict[str, Any]:
         "use_mm_proj": True,
     }
     if hf.model_type == "video_llava":
-        values |= {"mm_video_tower": str(folder), "mm_video_config": hf.vision_config.to_dict()}
-        return values | {"image_aspect_ratio": "square", "mm_patch_merge_type": "flat"}
+        return values | {"mm_video_config": hf.vision_config.to_dict(), "mm_patch_merge_type": "flat"}
     if hf.model_type == "llava_next":
         # transformers writes (height, width).
         pinpoints = [[width, height] for height, width in hf.image_grid_pinpoints]

@@ -62,7 +62,7 @@ def check_output_dir(arguments: Arguments) -> None:
             of run is in the way; or nothing can be written there.
     """
     model, folder = arguments.model, Path(arguments.training.output_dir)
-    read = places_read(model.model_name_or_path or "", None, model.vision_tower)
+    read = places_read(model.model_name_or_path or "", None, model.vision_tower, model.video_tower)
     inputs = {"model": read.pop("source"), **{name.replace("source", "model"): place for name, place in read.items()}}
     inputs |= {
         "projector's file": model.pretrain_mm_mlp_adapter,

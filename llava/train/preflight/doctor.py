@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.data.samples import VIDEO
 from llava.reduction import ReductionConfig
 from llava.train.checkpoints.output_dir import check_free, check_output_dir
 from llava.train.checkpoints.resume import check_checkpoint, checkpoint_to_resume, run_settings
@@ -21,7 +22,7 @@ from llava.train.preflight.features import check_feature_cache
 from llava.train.preflight.findings import WARNING, Report
 from llava.train.preflight.memory import GIB, check_disk, check_memory, device_memory, estimate_memory
 from llava.train.preflight.models import check_model
-from llava.train.preflight.samples import FEATURES, check_images_exist, check_learnable, check_samples
+from llava.train.preflight.samples import FEATURES, check_images_exist, check_learnable, check_reader, check_samples
 from llava.train.settings.arguments import accumulation_steps, runs_on_cpu
 from llava.train.settings.config import LaunchOptions, load_config
 from llava.train.settings.parsing import Arguments, check_args
@@ -78,6 +79,8 @@ def _examine_run(arguments: Arguments, options: LaunchOptions, device_gib: float
     if data is not None and model is not None and arguments.data.feature_cache:
         check_feature_cache(arguments, model, data, report)
     if data is not None:
+        with report.catch(VIDEO):
+            check_reader(data)
         length = check_samples(data, report, count.count if count else None, length)
     if arguments.training.fp16 and runs_on_cpu(arguments.training):
         report.add("fp16", "it needs a GPU, and this machine has none", WARNING)
@@ -176,6 +179,8 @@ def preflight(arguments: Arguments, config: Any, dataset: Any) -> None:
             with report.catch(FEATURES):
                 check_cache_fits(dataset, model, arguments)
         if is_table:
+            with report.catch(VIDEO):
+                check_reader(dataset)
             check_images_exist(dataset, report, training.preflight_seconds)
             check_batches(arguments, len(dataset), training.world_size, report)
             if not report.errors:

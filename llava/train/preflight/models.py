@@ -96,20 +96,19 @@ def check_weight_files(model: Any, arguments: Arguments, config: Any, report: Re
         and arguments.model.mm_projector_type == getattr(config, "mm_projector_type", None)
         and ReductionConfig.of_model(base.config).projector == checkpoint_reduction(arguments, config).projector
     )
-    checkpoint, holds_tower = Path(arguments.model.model_name_or_path or ""), False
+    checkpoint, found = Path(arguments.model.model_name_or_path or ""), set[str]()
     with report.catch("checkpoint"):
         wanted = {k: v for k, v in own.items() if _is_in_checkpoint(k, keeps_projector)}
         if compare_files(checkpoint, wanted, complete=True):
-            holds_tower = any("_tower." in name for name in checkpoint_shapes(checkpoint))
+            found = {module for name in checkpoint_shapes(checkpoint) for module in name.split(".")}
         else:
             report.add("checkpoint", "it is on the hub: its files were not looked at", NOTE)
-    if holds_tower:
-        return
+    held = {"vision": bool(found & {"vision_tower", "image_tower"}), "video": "video_tower" in found}
     for kind, folder in (("vision", arguments.model.vision_tower), ("video", arguments.model.video_tower)):
         prefix = f"model.{kind}_tower.vision_tower."
         tower = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
         with report.catch(f"{kind} tower"):
-            if tower and not compare_files(Path(folder or ""), tower, complete=False):
+            if tower and not held[kind] and not compare_files(Path(folder or ""), tower, complete=False):
                 report.add(f"{kind} tower", "it is on the hub: its files were not looked at", NOTE)
 
 

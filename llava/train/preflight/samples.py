@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +19,11 @@ from tqdm import tqdm
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.feature_cache import NotCachedError
-from llava.data.samples import IMAGE, BadSampleError
+from llava.data.media.videos import is_video_file
+from llava.data.samples import IMAGE, VIDEO, BadSampleError
 from llava.train.preflight.findings import ERROR, NAMED, NOTE, WARNING, Report, name_samples
+from llava.train.settings.arguments import require_package
+from llava.video import MissingReaderError
 
 CHUNK = 512
 """Rows that are read from the table at a time."""
@@ -91,6 +96,17 @@ def check_images_exist(dataset: LazySupervisedDataset, report: Report, seconds: 
             seen += len(chunk)
     _report_tally(report, IMAGE, tally, _level(dataset))
     _report_tally(report, FEATURES, uncached, ERROR)
+
+
+def check_reader(dataset: LazySupervisedDataset) -> None:
+    """Raise ValueError where a clip is a video file, and PyAV, which reads such files, is not installed."""
+    if importlib.util.find_spec("av") is not None:
+        return
+    for row, folder, _ in chain.from_iterable(row_chunks(dataset, with_images=True)):
+        with contextlib.suppress(BadSampleError):
+            for clip in dataset.maker.clips(row, folder):
+                if is_video_file(clip):
+                    require_package("av", f"the video file {clip} of sample {label(row)}")
 
 
 def check_samples(
@@ -244,6 +260,8 @@ def _examine(
         ids, labels = maker.tokens(json.loads(row["sample"]), label(row))
     except BadSampleError as error:
         return error
+    except MissingReaderError as error:
+        return BadSampleError(f"{label(row)}: {error}", VIDEO)
     images = [count_visual(size) if count_visual else 1 for size in sizes]
     clips = [count * count_visual(None) if count_visual else 1 for count in frames]
     return measure(ids, labels, images, max_length, clips)

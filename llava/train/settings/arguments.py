@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # What installs an optional package: asking for the feature names the extra.
 EXTRA_OF = {
+    "av": "video",
     "bitsandbytes": "qlora",
     "deepspeed": "train",
     "flash_attn": "flash",
