@@ -16,6 +16,7 @@ from llava.reduction import ReductionConfig, VisionFeatures, available, build
 from llava.reduction.base import EncoderReducer
 from llava.reduction.encoder.prumerge import received_attention
 from llava.reduction.registry import register
+from tests.methods_table import runs
 from tests.tiny_models import tiny_model
 
 
@@ -380,3 +381,15 @@ def test_autocast_does_not_change_the_choice(method: dict[str, Any]) -> None:
     assert torch.equal(tokens.source, expected.source)
     # The tokens themselves may be rounded to 16 bits; a neighbour more or less is more than that.
     torch.testing.assert_close(tokens.features.float(), expected.features, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", [name for names in available().values() for name in names if name != "tome"])
+def test_every_method_has_a_release(name: str) -> None:
+    """`variant: release` is understood by all, also where there is nothing to choose; another one is refused.
+
+    ToMe's licence forbids to look at its release.
+    """
+    options = runs(name)[0] | {"variant": "release"}
+    assert build(**options).method == name
+    with pytest.raises(ValueError, match="variant"):
+        build(**options | {"variant": "draft"})

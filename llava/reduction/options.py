@@ -63,10 +63,14 @@ def option_name(field_name: str) -> str:
 def to_fields(method: str, cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a method by the names of its class's fields.
 
+    `variant: release` is understood by all: a method of one variant has no such option, and is its release.
+
     Raises:
         ValueError: an unknown option; the known ones are listed.
     """
     known = {option_name(f.name): f.name for f in fields(cls)}
+    if "variant" not in known and given.get("variant") == "release":
+        given = {name: value for name, value in given.items() if name != "variant"}
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(

@@ -53,7 +53,6 @@ class SparseVLM(DecoderReducer):
     keep: list[Count] | None = None  # of each image, at each drop, but never all that are there
     tokens: Count | None = None  # in place of keep: 192 (the default), 128, 96 and 64 are the release's tables
     heads: Count | None = None  # of version 2.0, that are read; 14 by default, and at most all
-    variant: Literal["release"] = "release"
 
     budget_conflicts = ("keep",)
 
