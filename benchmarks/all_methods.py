@@ -13,7 +13,6 @@ are listed with the reason. All of it is Markdown, for docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from llava.cost.bench.workload import Workload
 from llava.cost.question import Scenario, methods, question_cost
 from llava.cost.sizes import open_model
 from llava.eval.reports import by_budget
-from llava.reduction.budget import ModelShape
+from llava.reduction.budget import ModelShape, without_notes
 from llava.reduction.options import values_of
 from llava.reduction.registry import available, method_class
 from llava.reduction.stand_in import TowerShape
@@ -145,11 +144,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args(argv)
-    logging.getLogger("llava.reduction.budget").setLevel(logging.WARNING)  # the table says what was resolved
     model, timed = open_model(arguments.model), open_model(arguments.timed)
     sources = Sources()
     for budget in map(float, arguments.budget.split(",")):
-        rows, refused = rows_at(budget, model, timed, arguments)
+        with without_notes():
+            rows, refused = rows_at(budget, model, timed, arguments)
         rows = [[*row, *published(row[0].strip("`"), budget, sources)] for row in rows]
         print(f"### {budget:g} visual tokens a layer\n\n{table(HEADER, rows)}\n")
         print("\n".join(f"- `{name}`: {reason}" for name, reason in refused.items()), end="\n\n" if refused else "")

@@ -280,7 +280,9 @@ def test_other_models_of_text_and_vision(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path, "llava")
     PaliGemmaConfig().save_pretrained(folder)
     assert AutoConfig.from_pretrained(folder).model_type == "paligemma"
-    with pytest.raises(ValueError, match="model_type 'paligemma'; of the llava-hf layouts llava, llava_next open"):
+    with pytest.raises(
+        ValueError, match="model_type 'paligemma'; of the llava-hf layouts llava, llava_next, video_llava open"
+    ):
         load_pretrained_model(folder, device="cpu")
 
 

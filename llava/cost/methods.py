@@ -7,7 +7,6 @@ otherwise that of its defaults.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ import llava
 from llava.cost.question import Scenario, methods, question_cost
 from llava.cost.sizes import open_model
 from llava.reduction.base import Reducer
-from llava.reduction.budget import ModelShape
+from llava.reduction.budget import ModelShape, without_notes
 from llava.reduction.options import option_name
 from llava.reduction.registry import available, method_class, site_of
 from llava.reduction.stand_in import TowerShape
@@ -28,14 +27,14 @@ DOCS = Path(llava.__file__).resolve().parent.parent / "docs" / "methods.md"
 
 def table(model: str = "7b") -> str:
     """All methods by site, in Markdown; costs are of one question to `model` (see `open_model`)."""
-    logging.getLogger("llava.reduction.budget").setLevel(logging.WARNING)  # the table says what was resolved
     opened = open_model(model)
     lines = [
         f"| method | site | options | visual tokens a layer | TFLOPs a question, {model} | trained |",
         "|---|---|---|---|---|---|",
     ]
-    for site, names in available().items():
-        lines += [_row(opened, site, name) for name in names]
+    with without_notes():
+        for site, names in available().items():
+            lines += [_row(opened, site, name) for name in names]
     return "\n".join(lines) + "\n"
 
 

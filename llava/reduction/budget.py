@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -48,6 +49,17 @@ class ModelShape:
         if reducers.decoder is None:
             return entered
         return sum(reducers.decoder.layer_counts(self.layers, entered)) / self.layers
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """For tables that say themselves what a budget was resolved to: nothing is logged about it."""
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def check_budget(method: Mapping[str, Any]) -> None:
