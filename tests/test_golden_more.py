@@ -110,9 +110,7 @@ def check_after_the_tower(row: Row, name: str, golden: Path) -> None:
     """Kept patches and tokens from the seam; the answer from the seam, and from pixels where the case stands."""
     case, about = read_more(name)
     images = images_of(about)
-    model = opened(golden)
-    model.set_reduction("none")
-    model.set_reduction(row.reduction(about))
+    model = with_method(golden, row.reduction(about))
     vision = seam(*images, **row.beside(model, case, about))
     tokens = build(**row.reduction(about))(vision)
     assert tokens.mask is None or tokens.mask.all()
@@ -142,9 +140,7 @@ def check_in_the_tower(row: Row, name: str, golden: Path) -> None:
     """Tokens and their patches from pixels in float64, and the answer where the case stands."""
     case, about = read_more(name)
     images = pixels(golden, "pixels_pad")[images_of(about)]
-    model = opened(golden)
-    model.set_reduction("none")
-    model.set_reduction(row.reduction(about))
+    model = with_method(golden, row.reduction(about))
     inner = model.get_model()
     with in_float64(model.get_vision_tower()):
         tokens = inner.read_tiles(images, None, inner.reducers())
@@ -163,9 +159,7 @@ def check_in_the_decoder(row: Row, name: str, golden: Path) -> None:
     """Kept patches of the last drop, and the answer."""
     case, about = read_more(name)
     i = int(name.rpartition("_")[2])
-    model = opened(golden)
-    model.set_reduction("none")
-    model.set_reduction(row.reduction(about))
+    model = with_method(golden, row.reduction(about))
     images = pixels(golden, "pixels_pad")[i : i + 1]
     with norm_weight(model, case.get("norm_weight")):
         if "kept" in case:
@@ -220,9 +214,7 @@ def check_in_steps(row: Row, name: str, golden: Path) -> None:
     """Raters, scores, heads, kept and merged tokens of each drop, what they come from, and the answer."""
     case, about = read_more(name)
     i = int(name.rpartition("_")[2])
-    model = opened(golden)
-    model.set_reduction("none")
-    model.set_reduction(row.reduction(about))
+    model = with_method(golden, row.reduction(about))
     images = pixels(golden, "pixels_pad")[i : i + 1]
     with tower_gives(model, seam(i)):
         spliced = model.splice_images(case["input_ids"], images=images)
@@ -343,9 +335,7 @@ def check_vscan(row: Row, name: str, golden: Path) -> None:
     i = int(name.rpartition("_")[2])
     images = pixels(golden, "pixels_pad")[i : i + 1]
     drop = {"name": "vscan_drop", "layers": about["layers"], "keep": about["counts"]}
-    model = opened(golden)
-    model.set_reduction("none")
-    model.set_reduction({"encoder": row.reduction(about), "decoder": drop})
+    model = with_method(golden, {"encoder": row.reduction(about), "decoder": drop})
     inner = model.get_model()
     vision = seam(i)
     vision.attention = model.get_vision_tower()(images, inner.reducers().needs).attention
@@ -585,6 +575,14 @@ def opened(golden: Path) -> Any:
     if not _OPENED:
         _OPENED.append(open_checkpoint(golden, "llava-v1.5-7b", attn_implementation="eager"))
     return _OPENED[0]
+
+
+def with_method(golden: Path, reduction: dict[str, Any]) -> Any:
+    """That checkpoint with a method, and none of those that it had."""
+    model = opened(golden)
+    model.set_reduction("none")
+    model.set_reduction(reduction)
+    return model
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name.startswith("cdpruner") and name != "cdpruner_wide"])

@@ -20,13 +20,12 @@ what the toy's pictures are asked, of all that a clip shows, and where something
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from generate import Sample, note_own
+from generate import Sample, note_own, write_data
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from world import (
@@ -215,9 +214,7 @@ def generate(output: Path, seed: int = 0, train: int = 2400, heldout: int = 100)
     # One random stream each: asking for more of one part leaves the other as it is.
     talks = train_samples(train, random.Random(f"{seed}-train"), videos / "train")
     questions = heldout_questions(heldout, random.Random(f"{seed}-heldout"), videos / "heldout")
-    (output / "train.json").write_text(json.dumps(talks, indent=1) + "\n", encoding="utf-8")
-    lines = "".join(json.dumps(row) + "\n" for row in questions)
-    (output / "heldout.jsonl").write_text(lines, encoding="utf-8")
+    write_data(output, {"train": talks}, questions)
 
 
 def main() -> None:

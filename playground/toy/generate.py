@@ -189,8 +189,13 @@ def generate(
     captions = pretrain_samples(pretrain, streams["pretrain"], folders["pretrain"], objects)
     talks = finetune_samples(finetune, streams["finetune"], folders["finetune"], objects)
     questions = heldout_questions(heldout, streams["heldout"], folders["heldout"], objects)
-    for name, samples in (("pretrain", captions), ("finetune", talks)):
-        (output / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+    write_data(output, {"pretrain": captions, "finetune": talks}, questions)
+
+
+def write_data(output: Path, samples: dict[str, list[Sample]], questions: list[Sample]) -> None:
+    """Samples as JSON files of these names, and the held-out questions as JSON lines."""
+    for name, some in samples.items():
+        (output / f"{name}.json").write_text(json.dumps(some, indent=1) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in questions)
     (output / "heldout.jsonl").write_text(lines, encoding="utf-8")
 
