@@ -6,11 +6,17 @@ The options suit a vision tower of 3 blocks and 4 x 4 patches, and a language mo
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.reduction import available, build
 from llava.reduction.registry import method_class, site_of
 from llava.reduction.selection import BudgetedReducer
+from tests.tiny_world import make_readable, make_tiny_world
 
 Method = dict[str, Any]
 DEPTH, SELECTED = 3, 2  # blocks of the tower, and those that lead to what is read
@@ -72,6 +78,18 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
 
 NAMES = [name for names in available().values() for name in names]
 """Of all methods, those of the tower first."""
+
+
+def model_that_suits(root: Path) -> Any:
+    """A tiny random LLaVA whose tower and language model the options suit, with texts that its CLIP tells apart."""
+    world = make_tiny_world(root, llm_layers=4)
+    make_readable(world.clip)
+    torch.manual_seed(0)
+    model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
+    args = {"vision_tower": str(world.clip), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
+    model.get_model().initialize_vision_modules(type("Args", (), args))
+    model.tokenizer = AutoTokenizer.from_pretrained(world.llm)
+    return model
 
 
 def runs(name: str) -> list[Method]:

@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from llava.model.image_inputs import Clip
-from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.model.language_model.staged import StagedPass
 from llava.reduction import available, build
 from llava.reduction.base import EncoderReducer
 from llava.reduction.registry import method_class
-from tests.methods_table import NAMES, runs
+from tests.methods_table import NAMES, model_that_suits, runs
 from tests.tiny_models import pad, prompt, tiny_model
-from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
+from tests.tiny_world import SIDE
 
 PATCHES = (SIDE // 8) ** 2
 OPTIONS = {"none": {}, **{name: {k: v for k, v in runs(name)[0].items() if k != "name"} for name in NAMES}}
@@ -30,14 +28,7 @@ TEXTS = ["a red bus turns", "no image here", "something quite different", "what"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    world: TinyWorld = make_tiny_world(tmp_path_factory.mktemp("world"), llm_layers=4)
-    make_readable(world.clip)
-    torch.manual_seed(0)
-    model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
-    args = {"vision_tower": str(world.clip), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
-    model.get_model().initialize_vision_modules(type("Args", (), args))
-    model.tokenizer = AutoTokenizer.from_pretrained(world.llm)
-    return model.eval()
+    return model_that_suits(tmp_path_factory.mktemp("world")).eval()
 
 
 def use(model: Any, name: str, **more: Any) -> None:

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from llava.model.language_model.families import LlavaLlamaForCausalLM
 from llava.reduction import available, build
 from llava.reduction.stand_in import StandIn, TowerShape
-from tests.methods_table import METHODS, NAMES, Method, composes, pairwise, runs, together
+from tests.methods_table import METHODS, NAMES, Method, composes, model_that_suits, pairwise, runs, together
 from tests.tiny_models import pad, prompt
-from tests.tiny_world import SIDE, TinyWorld, make_readable, make_tiny_world
+from tests.tiny_world import SIDE
 
 
 def label(method: Method) -> str:
@@ -37,14 +35,7 @@ ASK: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    world: TinyWorld = make_tiny_world(tmp_path_factory.mktemp("world"), llm_layers=4)
-    make_readable(world.clip)
-    torch.manual_seed(0)
-    model = LlavaLlamaForCausalLM.from_pretrained(str(world.llm))
-    args = {"vision_tower": str(world.clip), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
-    model.get_model().initialize_vision_modules(type("Args", (), args))
-    model.tokenizer = AutoTokenizer.from_pretrained(world.llm)
-    return model
+    return model_that_suits(tmp_path_factory.mktemp("world"))
 
 
 def inputs_of(rows: list[torch.Tensor], dtype: torch.dtype) -> list[dict[str, Any]]:
